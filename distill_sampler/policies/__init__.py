@@ -1,0 +1,46 @@
+"""One way each to turn a plan into a plan. They compose in a list, first to last.
+
+Adding one is adding a file here with a frozen dataclass that satisfies `distill_sampler.types.Policy`; the contract
+tests find it by listing this folder. A sample that a plan repeats is so many candidates: each is kept, dropped or drawn
+for itself, and takes its weight along.
+"""
+
+from distill_sampler.policies.best_of import BestOf
+from distill_sampler.policies.best_teacher import BestTeacher
+from distill_sampler.policies.competence_pacing import CompetencePacing
+from distill_sampler.policies.composition import apply_policies, trace_policies
+from distill_sampler.policies.expressions import Lexicographic, MetricExpression, RankAverage
+from distill_sampler.policies.group_by_length import GroupByLength
+from distill_sampler.policies.interleave import Interleave
+from distill_sampler.policies.keep_correct import KeepCorrect
+from distill_sampler.policies.keep_top import KeepTop
+from distill_sampler.policies.mix_domains import MixDomains
+from distill_sampler.policies.mix_teachers import MixTeachers
+from distill_sampler.policies.sample_by_softmax import SampleBySoftmax
+from distill_sampler.policies.shuffle import Shuffle
+from distill_sampler.policies.sort_by import SortBy
+from distill_sampler.policies.weight_by_softmax import WeightBySoftmax, effective_sample_size
+from distill_sampler.policies.within_length import WithinLength
+
+__all__ = [
+    "BestOf",
+    "BestTeacher",
+    "CompetencePacing",
+    "GroupByLength",
+    "Interleave",
+    "KeepCorrect",
+    "KeepTop",
+    "Lexicographic",
+    "MetricExpression",
+    "MixDomains",
+    "MixTeachers",
+    "RankAverage",
+    "SampleBySoftmax",
+    "Shuffle",
+    "SortBy",
+    "WeightBySoftmax",
+    "WithinLength",
+    "apply_policies",
+    "effective_sample_size",
+    "trace_policies",
+]

@@ -1,0 +1,119 @@
+"""Random and sorting keys that belong to a sample's content, not to its position in the data set.
+
+Policies sort by these, so that permuting the rows of a data set only permutes the plan. Every sort is stable, so that
+two machines agree whatever their processors.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from distill_sampler.types import BoolArray, EpochPlan, FloatArray, HashArray, IntArray, Pool
+
+HALF = np.uint64(32)
+
+
+def splitmix64(x: HashArray) -> HashArray:
+    """A bijection of 64-bit integers that looks random (Steele, Lea and Flood, 2014)."""
+    with np.errstate(over="ignore"):
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def occurrence(values: IntArray | HashArray) -> IntArray:
+    """`[n]` how often the value at each place has already appeared before it: `[7, 8, 7, 7] -> [0, 0, 1, 2]`."""
+    order = np.argsort(values, kind="stable")
+    first = np.flatnonzero(starts(values[order]))
+    counts = np.arange(len(values)) - np.repeat(first, np.diff(np.r_[first, len(values)]))
+    result = np.empty(len(values), np.int64)
+    result[order] = counts
+    return result
+
+
+def random_keys(plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> HashArray:
+    """`[len(plan)]` 64-bit keys, uniform and independent, the same for a sample wherever it stands in the data set."""
+    salt = rng.integers(0, 2**64, dtype=np.uint64)
+    content = pool.content_hash[plan.indices]
+    keys = splitmix64(content ^ salt)
+    if starts(np.sort(content)).all():  # nothing repeats: half the time of counting occurrences
+        return splitmix64(keys)
+    return splitmix64(keys + occurrence(content).astype(np.uint64))
+
+
+def unit(keys: HashArray) -> npt.NDArray[np.float64]:
+    """`[n]` the keys as float64 numbers strictly between 0 and 1."""
+    return ((keys >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
+def starts(in_order: IntArray | HashArray) -> BoolArray:
+    """`[n]` True where a run of equal neighbours begins."""
+    return first_of_each(in_order, 1)
+
+
+def first_of_each(in_order: IntArray | HashArray, k: int) -> BoolArray:
+    """`[n]` True for the first `k` of each run of equal neighbours: `k=2, [5, 5, 5, 6] -> [T, T, F, T]`."""
+    first = np.ones(len(in_order), np.bool_)
+    first[k:] = in_order[k:] != in_order[:-k]
+    return first
+
+
+def descending_bits(numbers: FloatArray) -> HashArray:
+    """`[n]` integers that sort as the numbers do from large to small, NaN last."""
+    descending = np.subtract(0.0, numbers, dtype=np.float64)  # 0.0 - x makes one zero of the two
+    bits = descending.view(np.uint64)
+    flip = (descending < 0).astype(np.uint64)
+    np.negative(flip, out=flip)  # all bits of what is below zero, the sign alone of the rest
+    flip |= np.uint64(1 << 63)
+    bits ^= flip
+    bits[np.isnan(numbers)] = np.uint64(2**64 - 1)
+    return bits
+
+
+def sort_by(first: HashArray, *then: tuple[HashArray, int]) -> IntArray:
+    """`[n]` the stable order by `first`, ties by 32 bits of each `(words, shift)` of `then`: `words >> shift`.
+
+    Like `np.lexsort`, but what comes later is read only where everything before it is tied.
+    """
+    order = np.argsort(first, kind="stable")
+    tied = ~starts(first[order])[1:]  # [i] whether i + 1 equals i
+    for words, shift in then:
+        at = np.flatnonzero(np.r_[tied, False] | np.r_[False, tied])
+        if len(at) == 0:
+            break
+        run = np.cumsum(np.r_[True, ~tied], dtype=np.uint64)[at]
+        word = (words[order[at]] >> np.uint64(shift)) & np.uint64(2**32 - 1)
+        packed = run << HALF | word
+        by_word = np.argsort(packed, kind="stable")
+        order[at] = order[at][by_word]
+        tied[at[:-1]] = ~starts(packed[by_word])[1:]
+    return order
+
+
+def best_first(goodness: FloatArray, content: HashArray, groups: IntArray | None = None) -> IntArray:
+    """`[n]` the order by group, best first, ties by content; NaN last in its group."""
+    bits = descending_bits(goodness)
+    by_content = (content, 32), (content, 0)
+    if groups is None:
+        return sort_by(bits, *by_content)
+    return sort_by(groups.astype(np.uint64) << HALF | bits >> HALF, (bits, 0), *by_content)
+
+
+def group_codes(plan: EpochPlan, pool: Pool, per: str, policy: str) -> IntArray:
+    """`[len(plan)]` which group each sample is of.
+
+    Raises:
+        ValueError: some of the samples have no group; `policy` is whose name the message carries.
+    """
+    column = pool.column(per)
+    codes = column.codes[plan.indices]
+    if None in column.values:
+        missing = int(np.count_nonzero(codes == list(column.values).index(None)))
+        if missing:
+            raise ValueError(
+                f"{policy}(per='{per}'): {missing} of {len(plan)} samples have no value in column '{per}', so they "
+                f"belong to no group; fill the column or drop these rows."
+            )
+    return codes

@@ -1,0 +1,118 @@
+"""Several metrics as one: usable wherever a policy takes the name of a metric."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from distill_sampler.policies._keys import descending_bits, sort_by, starts
+from distill_sampler.types import FloatArray, Pool
+
+
+class MetricExpression(Protocol):
+    """A score made of other scores. Calling it gives `[samples]` numbers, higher is better, NaN where there is none."""
+
+    @property
+    def uses_metrics(self) -> tuple[str, ...]:
+        """Names of the metrics it reads from the pool."""
+        ...
+
+    def __call__(self, pool: Pool) -> FloatArray: ...
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class RankAverage:
+    """The mean of a sample's ranks by several metrics: a compromise that does not depend on the metrics' units.
+
+    Each metric ranks, among all samples of the pool that have every score, from near 0 (worst) to near 1 (best); equal
+    scores share the mean of their ranks. A sample that lacks one of the scores has none. Trade-off: how much better
+    one sample is than the next is forgotten. Borda's count, in the form of Dwork et al. (2001).
+    """
+
+    metrics: tuple[str | MetricExpression, ...]
+    """Names of the metrics, or expressions."""
+    weights: tuple[float, ...] | None
+    """How much each metric counts, in the same order; None: all alike."""
+
+    def __init__(self, *metrics: str | MetricExpression, weights: Sequence[float] | None = None) -> None:
+        if not metrics:
+            raise ValueError("RankAverage(): name at least one metric.")
+        if weights is not None and (
+            len(weights) != len(metrics) or not all(0 <= weight < math.inf for weight in weights) or not sum(weights)
+        ):
+            raise ValueError(
+                f"RankAverage(weights={weights}): give one weight for each of the {len(metrics)} metrics, none "
+                f"negative and not all zero."
+            )
+        object.__setattr__(self, "metrics", metrics)
+        object.__setattr__(self, "weights", None if weights is None else tuple(weights))
+
+    def __repr__(self) -> str:
+        weights = "" if self.weights is None else f", weights={self.weights}"
+        return f"RankAverage({', '.join(map(repr, self.metrics))}{weights})"
+
+    @property
+    def uses_metrics(self) -> tuple[str, ...]:
+        return metric_names(*self.metrics)
+
+    def __call__(self, pool: Pool) -> FloatArray:
+        goodness = [pool.goodness(metric) for metric in self.metrics]
+        scored = np.flatnonzero(~np.any(np.isnan(goodness), axis=0))
+        result = np.full(len(pool.content_hash), np.nan)
+        ranks = [rank_shares(numbers[scored]) for numbers in goodness]
+        result[scored] = np.average(ranks, axis=0, weights=self.weights)
+        return result
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Lexicographic:
+    """The first metric decides; the next one only between samples that the ones before it hold equal.
+
+    For metrics that take few values (a verdict, a count). A sample that lacks one of the scores has none.
+    """
+
+    metrics: tuple[str | MetricExpression, ...]
+    """Names of the metrics, or expressions, the decisive one first."""
+
+    def __init__(self, *metrics: str | MetricExpression) -> None:
+        if not metrics:
+            raise ValueError("Lexicographic(): name at least one metric.")
+        object.__setattr__(self, "metrics", metrics)
+
+    def __repr__(self) -> str:
+        return f"Lexicographic({', '.join(map(repr, self.metrics))})"
+
+    @property
+    def uses_metrics(self) -> tuple[str, ...]:
+        return metric_names(*self.metrics)
+
+    def __call__(self, pool: Pool) -> FloatArray:
+        goodness = [pool.goodness(metric) for metric in self.metrics]
+        scored = np.flatnonzero(~np.any(np.isnan(goodness), axis=0))
+        first, *then = (descending_bits(numbers[scored]) for numbers in goodness)
+        order = sort_by(first, *((bits, shift) for bits in then for shift in (32, 0)))
+        better = np.any([starts(bits[order]) for bits in (first, *then)], axis=0)
+        result = np.full(len(pool.content_hash), np.nan)
+        result[scored[order]] = -np.cumsum(better, dtype=np.float64)  # [-1, -1, -2, ...] from the best down
+        return result
+
+
+def metric_names(*metrics: str | MetricExpression) -> tuple[str, ...]:
+    """The names of all metrics that these names and expressions read, each once."""
+    names = [name for metric in metrics for name in ((metric,) if isinstance(metric, str) else metric.uses_metrics)]
+    return tuple(dict.fromkeys(names))
+
+
+def rank_shares(numbers: FloatArray) -> npt.NDArray[np.float64]:
+    """`[n]` mid-ranks as shares of n, in (0, 1), largest number highest: `[7, 9, 7, 8] -> [.25, .875, .25, .625]`."""
+    order = np.argsort(numbers, kind="stable")
+    in_order = numbers[order]
+    edges = np.r_[np.flatnonzero(np.r_[True, in_order[1:] != in_order[:-1]][: len(order)]), len(order)]
+    ranks = np.empty(len(order))
+    ranks[order] = np.repeat((edges[1:] + edges[:-1]) / 2, np.diff(edges)) / max(len(order), 1)
+    return ranks

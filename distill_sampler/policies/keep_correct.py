@@ -1,0 +1,99 @@
+"""Rejection sampling: keep the responses that a checker found correct."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from distill_sampler.policies._keys import best_first, group_codes, starts
+from distill_sampler.policies.expressions import MetricExpression, metric_names
+from distill_sampler.types import EpochPlan, Pool
+
+
+@dataclass(frozen=True)
+class KeepCorrect:
+    """Keep the correct samples, and say what becomes of a prompt that has none; the order of the plan stays.
+
+    The correctness filter of DeepSeek-R1's distillation recipe (arXiv:2501.12948). Trade-off: hard prompts, which few
+    teachers solve, lose most; and with RSR the filter gained nothing (50.7 against 51.3, arXiv:2601.14249). Correct
+    samples are kept whether they have a score or not.
+    """
+
+    column: str
+    """Column that says whether the response is correct: true or false, 1 or 0; a missing verdict is not correct."""
+    if_none: Literal["keep_best", "drop", "error"] = "keep_best"
+    """For a prompt without a correct response: keep its best one by `metric`, drop the prompt, or refuse to plan."""
+    metric: str | MetricExpression | None = None
+    """Name of the metric, or an expression, that tells which is best; needed by `if_none="keep_best"` and only then.
+
+    A prompt without any score keeps one response, chosen by content.
+    """
+    per: str | None = None
+    """Column that tells which rows answer the same prompt; needed unless `if_none="drop"`."""
+
+    def __post_init__(self) -> None:
+        if self.if_none not in ("keep_best", "drop", "error"):
+            raise ValueError(f"KeepCorrect(if_none={self.if_none!r}): choose 'keep_best', 'drop' or 'error'.")
+        if self.if_none == "keep_best" and self.metric is None:
+            raise ValueError(
+                "KeepCorrect(if_none='keep_best') needs metric= to tell which incorrect response is best; give one, "
+                "or choose if_none='drop' to lose the prompts that nobody solved."
+            )
+        if self.if_none != "keep_best" and self.metric is not None:
+            raise ValueError(
+                f"KeepCorrect(metric={self.metric!r}) is read only with if_none='keep_best'; leave it out."
+            )
+        if self.if_none != "drop" and self.per is None:
+            raise ValueError(
+                f"KeepCorrect(if_none={self.if_none!r}) needs per=, the column that tells which rows answer the same "
+                f"prompt."
+            )
+
+    @property
+    def uses_metrics(self) -> tuple[str, ...]:
+        return () if self.metric is None else metric_names(self.metric)
+
+    @property
+    def uses_columns(self) -> tuple[str, ...]:
+        return (self.column,) if self.per is None else (self.column, self.per)
+
+    def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
+        verdicts = pool.column(self.column)
+        verdict = np.array([is_correct(value, self.column) for value in verdicts.values], np.bool_)
+        keep = verdict[verdicts.codes[plan.indices]]
+        if self.if_none != "drop" and len(plan):
+            assert self.per is not None
+            groups = group_codes(plan, pool, self.per, "KeepCorrect")
+            solved = np.zeros(groups.max() + 1, np.bool_)
+            solved[groups[keep]] = True
+            unsolved = np.flatnonzero(~solved[groups])
+            if self.if_none == "error" and len(unsolved):
+                example = pool.column(self.per).values[groups[unsolved[0]]]
+                raise ValueError(
+                    f"KeepCorrect(if_none='error'): {len(np.unique(groups[unsolved]))} prompts have no correct "
+                    f"response, {self.per}={example!r} for example; drop them, or choose if_none='keep_best'."
+                )
+            if self.metric is not None and len(unsolved):
+                rows = plan.indices[unsolved]
+                by_group = best_first(pool.goodness(self.metric)[rows], pool.content_hash[rows], groups[unsolved])
+                order = unsolved[by_group]
+                keep[order[starts(groups[order])]] = True
+        return plan.take(np.flatnonzero(keep))
+
+
+def is_correct(value: Any, column: str) -> bool:
+    """A checker's verdict as the data set holds it; a missing one (None, NaN) is False.
+
+    Raises:
+        ValueError: the value is no verdict.
+    """
+    if value is None or value != value:
+        return False
+    if isinstance(value, (str, bytes)) or value not in (0, 1):  # True == 1
+        raise ValueError(
+            f"KeepCorrect(column='{column}'): the column holds {value!r}; it must hold true or false (1 or 0), so "
+            f"compare a reward with a threshold first."
+        )
+    return bool(value)

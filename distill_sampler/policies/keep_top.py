@@ -1,0 +1,55 @@
+"""Keep the top share of the whole pool."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from distill_sampler.policies._keys import best_first
+from distill_sampler.policies.expressions import MetricExpression, metric_names
+from distill_sampler.types import EpochPlan, Pool
+
+
+@dataclass(frozen=True)
+class KeepTop:
+    """Keep the best samples of the whole plan, a fraction of it or a number; the order of the plan stays.
+
+    Samples without a finite score count in the fraction's base but are never kept. Ties are broken by content.
+    Trade-off: prompts whose responses all score badly disappear; `BestOf` keeps every prompt. The data pruning of
+    Paul et al. (arXiv:2107.07075) with whichever score.
+    """
+
+    metric: str | MetricExpression
+    """Name of the metric, for example `"rank_surprisal_ratio"`, or an expression such as `RankAverage`."""
+    fraction: float | None = None
+    """Share to keep, in (0, 1]; rounded up to whole samples."""
+    num: int | None = None
+    """How many to keep. Give this or `fraction`."""
+
+    def __post_init__(self) -> None:
+        if (self.fraction is None) == (self.num is None):
+            raise ValueError("KeepTop: give exactly one of fraction= (a share of the plan) and num= (a number).")
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise ValueError(f"KeepTop(fraction={self.fraction}): the fraction must lie in (0, 1]; a half is 0.5.")
+        if self.num is not None and self.num < 1:
+            raise ValueError(f"KeepTop(num={self.num}): num must be at least 1.")
+
+    @property
+    def uses_metrics(self) -> tuple[str, ...]:
+        return metric_names(self.metric)
+
+    @property
+    def uses_columns(self) -> tuple[str, ...]:
+        return ()
+
+    def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
+        if self.num is not None:
+            keep = self.num
+        else:
+            assert self.fraction is not None
+            keep = math.ceil(self.fraction * len(plan) - 1e-9)  # 0.1 * 70 is 7.000000000000001
+        goodness = pool.goodness(self.metric)[plan.indices]
+        best = best_first(goodness, pool.content_hash[plan.indices])[:keep]
+        return plan.take(np.sort(best[~np.isnan(goodness[best])]))

@@ -1,0 +1,42 @@
+"""A fresh random order each epoch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from distill_sampler.policies._keys import random_keys
+from distill_sampler.types import EpochPlan, Pool
+
+
+@dataclass(frozen=True)
+class Shuffle:
+    """Shuffle the plan, anew each epoch, the same on every rank. Uniform over the orders of distinct samples.
+
+    With `bucket`, only neighbours change places: batches get mixed while a curriculum stays in order at the larger
+    scale. Small buckets keep more of the order, large ones mix better.
+    """
+
+    bucket: int | None = None
+    """How many consecutive samples are shuffled among themselves; None: the whole plan."""
+
+    def __post_init__(self) -> None:
+        if self.bucket is not None and self.bucket < 1:
+            raise ValueError(f"Shuffle(bucket={self.bucket}): a bucket holds at least 1 sample; None shuffles all.")
+
+    @property
+    def uses_metrics(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def uses_columns(self) -> tuple[str, ...]:
+        return ()
+
+    def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
+        keys = random_keys(plan, pool, rng)
+        if self.bucket is not None:
+            buckets = np.arange(len(plan), dtype=np.uint64) // np.uint64(self.bucket)
+            bits = (len(plan) // self.bucket).bit_length()  # the bucket's number in front, random bits behind
+            keys = buckets << np.uint64(64 - bits) | keys >> np.uint64(bits) if bits else keys
+        return plan.take(np.argsort(keys, kind="stable"))

@@ -1,0 +1,50 @@
+"""Order the epoch by a score: a curriculum from easy to hard, or the other way round."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from distill_sampler.policies._keys import best_first, random_keys, unit
+from distill_sampler.policies.expressions import MetricExpression, metric_names
+from distill_sampler.types import EpochPlan, Pool
+
+
+@dataclass(frozen=True)
+class SortBy:
+    """Sort the plan by a metric, best first or last; samples without a score come last. Ties are broken by content.
+
+    Curriculum learning in its plain form (Bengio et al., 2009). Trade-off: neighbours in the epoch resemble each
+    other (in length, in domain), which makes batches less varied; `jitter`, or `Shuffle(bucket=)` after it, loosens
+    the order.
+    """
+
+    metric: str | MetricExpression
+    """Name of the metric, for example `"global_naturalness"`, or an expression such as `RankAverage`."""
+    best_first: bool = True
+    """False: the worst first, for an anti-curriculum control."""
+    jitter: float = 0.0
+    """No sample moves further from its sorted place than this share of the epoch; drawn anew each epoch."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.jitter < math.inf:
+            raise ValueError(f"SortBy(jitter={self.jitter}): a share of the epoch, 0 or more; 0.1 moves by a tenth.")
+
+    @property
+    def uses_metrics(self) -> tuple[str, ...]:
+        return metric_names(self.metric)
+
+    @property
+    def uses_columns(self) -> tuple[str, ...]:
+        return ()
+
+    def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
+        goodness = pool.goodness(self.metric)[plan.indices]
+        order = best_first(goodness if self.best_first else -goodness, pool.content_hash[plan.indices])
+        if self.jitter:
+            scored = order[: np.count_nonzero(~np.isnan(goodness))]
+            shift = self.jitter * len(scored) * (unit(random_keys(plan, pool, rng)[scored]) - 0.5)
+            order[: len(scored)] = scored[np.argsort(np.arange(len(scored)) + shift, kind="stable")]
+        return plan.take(order)

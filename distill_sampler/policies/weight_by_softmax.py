@@ -1,0 +1,66 @@
+"""Weigh the loss of each sample by its score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from distill_sampler.policies.expressions import MetricExpression, metric_names
+from distill_sampler.types import EpochPlan, Pool
+
+
+@dataclass(frozen=True)
+class WeightBySoftmax:
+    """Multiply each sample's loss weight by floor + (1 - floor) · n · softmax(goodness / temperature); mean 1.
+
+    `goodness` is the score, or its negative where lower is better. Order and length of the plan stay: the gentlest way
+    to prefer samples, and the only one whose epoch costs as much as without it. A sample without a score has the least
+    weight, `floor`; if none has a score the plan stays. Trade-off: forwards are spent on samples that hardly count;
+    `effective_sample_size` says how many do.
+    """
+
+    metric: str | MetricExpression
+    """Name of the metric, for example `"rank_surprisal_ratio"`, or an expression such as `RankAverage`."""
+    temperature: float
+    """In the metric's units: a sample better by this much counts e times as much."""
+    floor: float = 0.0
+    """Least weight of any sample, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"WeightBySoftmax(temperature={self.temperature}): the temperature must be above 0.")
+        if not 0 <= self.floor < 1:
+            raise ValueError(f"WeightBySoftmax(floor={self.floor}): a weight in [0, 1); weights have mean 1.")
+
+    @property
+    def uses_metrics(self) -> tuple[str, ...]:
+        return metric_names(self.metric)
+
+    @property
+    def uses_columns(self) -> tuple[str, ...]:
+        return ()
+
+    def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
+        goodness = pool.goodness(self.metric)[plan.indices].astype(np.float64)
+        scored = np.flatnonzero(~np.isnan(goodness))
+        if not len(scored):
+            return plan
+        with np.errstate(over="ignore"):
+            softmax = np.exp((goodness[scored] - goodness[scored].max()) / self.temperature)
+        weights = np.full(len(plan), self.floor)
+        weights[scored] += (1 - self.floor) * len(plan) * softmax / softmax.sum()
+        weights *= plan.weights
+        # Never quite zero, so that whatever a later policy keeps still has a mean.
+        weights = np.maximum(weights / weights.mean(), np.finfo(np.float32).tiny)
+        return EpochPlan(indices=plan.indices, weights=weights)
+
+
+def effective_sample_size(plan: EpochPlan) -> float:
+    """Kish's (Σw)² / Σw², w being the total weight of each distinct sample: how many samples the plan amounts to.
+
+    The number of samples if all count alike, near 1 if a single one dominates, 0 for an empty plan.
+    """
+    _, sample = np.unique(plan.indices, return_inverse=True)
+    totals = np.bincount(sample, plan.weights)
+    return float(totals.sum() ** 2 / (totals**2).sum()) if len(totals) else 0.0

@@ -1,0 +1,101 @@
+"""The score store: for every sample its latest numbers, the step they were taken at, and the history of all passes.
+
+Written to a checkpoint as arrays (`state_dict`), to disk as a table (`to_table`). What the scores belong to (metric
+configuration, data set, numerics) travels with them; scores of another origin are refused, never mixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from distill_sampler.types import FloatArray, IntArray
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScorePass:
+    """What one scoring pass found: an entry of the history."""
+
+    epoch: int
+    """The epoch it was taken for, from 0."""
+    step: int
+    """Optimizer steps the student had taken."""
+    columns: Mapping[str, FloatArray]
+    """`[samples]` each, float32; NaN where a sample was not scored or its logits were not finite."""
+
+
+class ScoreStore:
+    """Latest scores and history of `num_samples` samples. Grows by `begin` and `write`, is never rewritten.
+
+    Args:
+        num_samples: rows of the data set.
+        columns: names of the numbers that the metrics give.
+        origin: what the scores belong to, as plain values: metric configuration, data set fingerprint, numerics.
+    """
+
+    def __init__(self, num_samples: int, columns: Sequence[str], origin: Mapping[str, Any]) -> None:
+        self.origin = dict(origin)
+        self.latest: dict[str, FloatArray] = {name: np.full(num_samples, np.nan, np.float32) for name in columns}
+        self.step: IntArray = np.full(num_samples, -1, np.int64)
+        """`[samples]` optimizer step of the latest score; -1: never scored."""
+        self.history: list[ScorePass] = []
+
+    def begin(self, *, epoch: int, step: int) -> None:
+        """Open a pass; what `write` brings from now on was taken at this step."""
+        blank = {name: np.full_like(values, np.nan) for name, values in self.latest.items()}
+        self.history.append(ScorePass(epoch=epoch, step=step, columns=blank))
+
+    def write(self, indices: IntArray, columns: Mapping[str, FloatArray]) -> None:
+        """Take in the numbers of some samples, as soon as they are known. `[len(indices)]` each."""
+        current = self.history[-1]
+        self.step[indices] = current.step
+        for name, values in columns.items():
+            self.latest[name][indices] = values
+            current.columns[name][indices] = values
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the history, as arrays and plain values; see `load_state_dict`."""
+        return {"origin": self.origin, "step": self.step, "latest": dict(self.latest)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave.
+
+        Raises:
+            ValueError: the scores belong to something else; the message says what differs.
+        """
+        for name in sorted(self.origin.keys() | state["origin"].keys()):
+            saved, here = state["origin"].get(name), self.origin.get(name)
+            if saved != here:
+                raise ValueError(
+                    f"These scores belong to another run: their {name} is {saved!r}, here it is {here!r}. Use the data "
+                    "set and settings they were made with, or start without them."
+                )
+        self.step = np.array(state["step"], np.int64)
+        self.latest = {name: np.array(state["latest"][name], np.float32) for name in self.latest}
+
+    def to_table(self, **columns: pa.Array | Sequence[Any]) -> pa.Table:
+        """One row for each sample and pass: the given identifying columns, then `sample, epoch, step` and the scores.
+
+        The table's metadata holds the origin.
+        """
+        parts = []
+        for taken in self.history:
+            scores = {name: pa.array(values, pa.float32()) for name, values in taken.columns.items()}
+            size = len(self.step)
+            parts.append(
+                pa.table(
+                    {
+                        "sample": pa.array(np.arange(size)),
+                        **columns,
+                        "epoch": pa.array(np.full(size, taken.epoch)),
+                        "step": pa.array(np.full(size, taken.step)),
+                        **scores,
+                    }
+                )
+            )
+        metadata = {f"distill_sampler.{name}": str(value) for name, value in self.origin.items()}
+        return pa.concat_tables(parts).replace_schema_metadata(metadata)

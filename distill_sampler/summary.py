@@ -1,0 +1,173 @@
+"""What one epoch's plan looks like, as numbers for a log and as a table for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from distill_sampler.policies import effective_sample_size
+from distill_sampler.types import Column, EpochPlan, FloatArray, IntArray, Metric
+
+PREFIX = "curriculum/"
+"""Every number in a trainer's log starts with this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherRow:
+    """One teacher's part in an epoch."""
+
+    teacher: str
+    candidates: int
+    """Samples of this teacher that the epoch could have had."""
+    chosen: int
+    """Places of the plan that this teacher's samples fill."""
+    tokens: float
+    """Mean number of response tokens of its candidates."""
+    scores: Mapping[str, float]
+    """By metric: the *group* score of its candidates with a score; NaN without any."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochSummary:
+    """The numbers of one epoch's plan and of the scoring it came from."""
+
+    epoch: int
+    step: int
+    num_samples: int
+    """Length of the plan."""
+    distinct: int
+    """Distinct samples in it."""
+    candidates: int
+    plan_fingerprint: str
+    effective_sample_size: float
+    """Kish's (Σw)² / Σw² over the plan's weights, repeats of a sample added up."""
+    mean_scores: Mapping[str, tuple[float, float]]
+    """By metric: mean over all scored candidates, mean over the plan."""
+    teachers: Sequence[TeacherRow]
+    """Empty if the data set does not name teachers. Most chosen first."""
+    scoring_seconds: float
+    scoring_tokens: int
+    non_finite: int
+    """Samples left out because the student's logits for them were NaN or infinite."""
+    notes: Sequence[str]
+    """Sentences that a person should read."""
+
+    def logs(self) -> dict[str, float]:
+        """Scalars for the trainer's log, whatever `report_to` is."""
+        numbers: dict[str, float] = {
+            "effective_sample_size": self.effective_sample_size,
+            "distinct_samples": self.distinct,
+            "non_finite_samples": self.non_finite,
+            "scoring_seconds": round(self.scoring_seconds, 3),
+            "scoring_tokens_per_second": round(self.scoring_tokens / max(self.scoring_seconds, 1e-9), 1),
+            # loggers keep float32: the first 24 bits are the most that survives exactly
+            "plan_hash": int(self.plan_fingerprint[:6], 16),
+        }
+        for metric, (candidates, chosen) in self.mean_scores.items():
+            numbers[f"{metric}/candidates"] = candidates
+            numbers[f"{metric}/chosen"] = chosen
+        for row in self.teachers:
+            numbers[f"share/{row.teacher}"] = row.chosen / self.num_samples
+        return {PREFIX + name: value for name, value in numbers.items() if np.isfinite(value)}
+
+    def table(self) -> RenderableType:
+        """A compact table for the terminal."""
+        title = Text(f"Epoch {self.epoch}", style="bold")
+        title.append(
+            f"  {self.num_samples} of {self.candidates} candidates, plan {self.plan_fingerprint}", style="none"
+        )
+        if self.scoring_tokens:
+            rate = self.scoring_tokens / max(self.scoring_seconds, 1e-9)
+            title.append(
+                f"\nscored {self.scoring_tokens:,} tokens in {self.scoring_seconds:.1f} s ({rate:,.0f} tokens/s)",
+                style="dim",
+            )
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        table.add_column("teacher")
+        for heading in ("candidates", "tokens", *self.mean_scores, "chosen", "share"):
+            table.add_column(heading, justify="right")
+        for row in self.teachers:
+            table.add_row(
+                Text(row.teacher),
+                str(row.candidates),
+                f"{row.tokens:.0f}",
+                *(f"{row.scores[metric]:.3f}" for metric in self.mean_scores),
+                str(row.chosen),
+                f"{row.chosen / self.num_samples:.0%}",
+            )
+        for label, side in (("mean of candidates", 0), ("mean of the plan", 1)):
+            if self.mean_scores:
+                scores = (f"{means[side]:.3f}" for means in self.mean_scores.values())
+                table.add_row(Text(label, style="dim"), "", "", *scores, "", "")
+        return Group(title, table, *(Text(f"note: {note}", style="yellow") for note in self.notes))
+
+
+def summarise(
+    *,
+    epoch: int,
+    step: int,
+    plan: EpochPlan,
+    metrics: Mapping[str, Metric],
+    scores: Mapping[str, FloatArray],
+    teacher: Column | None,
+    scorable: IntArray,
+    num_scored: IntArray,
+    scoring_seconds: float,
+    scoring_tokens: int,
+    non_finite: int,
+    notes: Sequence[str],
+) -> EpochSummary:
+    """Put an epoch's numbers together. Arrays are indexed by sample; `scorable` lists the candidates."""
+    mean_scores = {}
+    for name in metrics:
+        candidates, chosen = scores[name][scorable], scores[name][plan.indices]
+        mean_scores[name] = (_nanmean(candidates), _nanmean(chosen))
+    rows = []
+    if teacher is not None:
+        chosen_counts = np.bincount(teacher.codes[plan.indices], minlength=len(teacher.values))
+        for code, value in enumerate(teacher.values):
+            own = scorable[teacher.codes[scorable] == code]
+            rows.append(
+                TeacherRow(
+                    teacher=str(value),
+                    candidates=len(own),
+                    chosen=int(chosen_counts[code]),
+                    tokens=float(num_scored[own].mean()) if len(own) else 0.0,
+                    scores={name: _group_score(metric, scores, own) for name, metric in metrics.items()},
+                )
+            )
+        rows.sort(key=lambda row: (-row.chosen, row.teacher))
+    return EpochSummary(
+        epoch=epoch,
+        step=step,
+        num_samples=len(plan),
+        distinct=len(np.unique(plan.indices)),
+        candidates=len(scorable),
+        plan_fingerprint=plan.fingerprint,
+        effective_sample_size=effective_sample_size(plan),
+        mean_scores=mean_scores,
+        teachers=tuple(rows),
+        scoring_seconds=scoring_seconds,
+        scoring_tokens=scoring_tokens,
+        non_finite=non_finite,
+        notes=tuple(notes),
+    )
+
+
+def _group_score(metric: Metric, scores: Mapping[str, FloatArray], indices: IntArray) -> float:
+    """The metric's aggregate over the samples that have a score."""
+    columns = {name: scores[name][indices] for name in metric.columns}
+    finite = np.all([np.isfinite(values) for values in columns.values()], axis=0)
+    if not finite.any():
+        return float("nan")
+    return metric.aggregate({name: values[finite] for name, values in columns.items()})
+
+
+def _nanmean(values: FloatArray) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean(dtype=np.float64)) if len(finite) else float("nan")
