@@ -19,6 +19,7 @@ import numpy.typing as npt
 from torch import nn
 
 from distill_sampler.dataset import ScoredDataset
+from distill_sampler.distributed import Ranks
 from distill_sampler.policies import apply_policies
 from distill_sampler.sampler import DistillSampler, fit_length
 from distill_sampler.scorer import Scorer, columns_of
@@ -132,6 +133,7 @@ class Curriculum:
         if self.epoch == epoch:
             assert self.sampler.plan is not None
             return self.sampler.plan
+        Ranks.current(next(model.parameters()).device).require_equal(self.dataset.fingerprint, "data set")
         started = time.perf_counter()
         tokens, non_finite = self.score(model, epoch=epoch, step=step) if self.metrics else (0, np.empty(0, np.int64))
         seconds = time.perf_counter() - started
@@ -146,6 +148,7 @@ class Curriculum:
         if len(planned) != len(plan):
             action = "cut at its end" if len(planned) > len(plan) else "completed from its start"
             notes.append(f"the policies gave {len(planned)} samples; the plan was {action} to keep {len(plan)}.")
+        Ranks.current(next(model.parameters()).device).require_equal(plan.fingerprint, "plan")
         self.sampler.set_plan(plan)
         self.epoch = epoch
         self.plans.append(plan)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from distill_sampler.dataset import ScoredDataset
+from distill_sampler.distributed import Ranks
 from distill_sampler.token_stats import LogitTransform, linear, module, token_stats
 from distill_sampler.types import FloatArray, IntArray, Metric, TokenStats, View
 
@@ -70,12 +71,14 @@ class Scorer:
             model: the student as the host calls it: a causal language model of transformers, wrapped or not.
             dataset: where the samples are.
             metrics: what to compute; equal views of several metrics share one forward.
-            indices: `[n]` which samples, in any order.
+            indices: `[n]` which samples, in any order. With several processes each must ask for the same; the work is
+                shared and every process gets all numbers.
 
         Raises:
             ValueError: the model has no output head to score with.
         """
         order = indices[np.argsort(-dataset.lengths[indices], kind="stable")]
+        ranks = Ranks.current(next(model.parameters()).device)
         bar = tqdm(
             total=int(dataset.lengths[order].sum()),
             desc="Scoring",
@@ -84,19 +87,26 @@ class Scorer:
             leave=False,
             delay=2,
             dynamic_ncols=True,
-            disable=not self.progress,
+            disable=not self.progress or ranks.rank > 0,
         )
         with bar, reading(model) as forward:
             budget = self.batch_tokens or (2048 if forward.device.type == "cpu" else 16384)
-            for block in _blocks(order, dataset.lengths, 8 * budget):
-                yield _score_block(forward, dataset, metrics, block, budget, bar)
+            for block in _blocks(order, dataset.lengths, 8 * budget * ranks.world_size):
+                yield _score_block(forward, dataset, metrics, block, budget, ranks, bar)
 
 
 def _score_block(
-    forward: Forward, dataset: ScoredDataset, metrics: Sequence[Metric], block: IntArray, budget: int, bar: Any
+    forward: Forward,
+    dataset: ScoredDataset,
+    metrics: Sequence[Metric],
+    block: IntArray,
+    budget: int,
+    ranks: Ranks,
+    bar: Any,
 ) -> Scored:
     """Read some samples: their views, each once, in batches; then every metric's numbers."""
-    samples = [dataset.sample(index) for index in block.tolist()]
+    share = ranks.share(block)
+    samples = [dataset.sample(index) for index in block[share].tolist()]
     # wanted[s][m] lists the places in `views` of what metric m needs of sample s
     views: list[View] = []
     wanted: list[list[list[int]]] = []
@@ -111,24 +121,37 @@ def _score_block(
                     views.append(view)
             wanted[-1].append([places[view.identity] for view in needed])
 
-    lengths = np.array([len(view.input_ids) for view in views])
-    stats: list[TokenStats | None] = [None] * len(views)
-    for batch in token_batches(lengths, budget):
-        for place, result in zip(batch, forward([views[place] for place in batch]), strict=True):
-            stats[place] = result
-        bar.update(int(lengths[batch].sum()))
+    lengths = np.array([len(view.input_ids) for view in views], np.int64)
+    stats: dict[int, TokenStats] = {}
+    batches = list(token_batches(lengths, budget))
+    for batch in batches:
+        stats.update(zip(batch, forward([views[place] for place in batch]), strict=True))
+        bar.update(int(lengths[batch].sum()) * ranks.world_size)
+    for _ in range(ranks.most(len(batches)) - len(batches)):
+        forward([_IDLE])
 
-    columns = {name: np.full(len(samples), np.nan, np.float32) for metric in metrics for name in metric.columns}
-    finite = np.ones(len(samples), bool)
-    for row, (sample, places_of_metrics) in enumerate(zip(samples, wanted, strict=True)):
+    # one row for each sample of the block; a row is filled by the process that read the sample, zero elsewhere
+    names = columns_of(metrics)
+    rows = np.zeros((len(block), len(names) + 1))
+    rows[share, -1] = [sum(lengths[place] for place in set(sum(places, []))) for places in wanted]
+    for row, sample, places_of_metrics in zip(share.tolist(), samples, wanted, strict=True):
+        numbers: dict[str, float] = {}
         for metric, needed_places in zip(metrics, places_of_metrics, strict=True):
-            results = [stat for place in needed_places if (stat := stats[place]) is not None]
+            results = [stats[place] for place in needed_places]
             if all(np.isfinite(stat.surprisal).all() for stat in results):
-                for name, value in metric.reduce(sample, results).items():
-                    columns[name][row] = value
-            else:
-                finite[row] = False
-    return Scored(indices=block, columns=columns, non_finite=block[~finite], tokens=int(lengths.sum()))
+                numbers.update(metric.reduce(sample, results))
+        rows[row, :-1] = [numbers.get(name, np.nan) for name in names]
+    rows = ranks.total(rows)
+    return Scored(
+        indices=block,
+        columns={name: rows[:, place].astype(np.float32) for place, name in enumerate(names)},
+        non_finite=block[np.isnan(rows[:, :-1]).any(axis=1)],
+        tokens=int(rows[:, -1].sum()),
+    )
+
+
+_IDLE = View(input_ids=np.zeros(2, np.int64), scored=np.array([False, True]))
+"""What a process reads while others still have batches, so that all take part in every forward."""
 
 
 def token_batches(lengths: IntArray, batch_tokens: int) -> Iterator[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import textwrap
 import time
 import warnings
@@ -35,7 +36,7 @@ def run(*, prompts: int, max_length: int, epochs: int, output: Path, full: bool,
     """
     started = time.perf_counter()
     say = Console(stderr=True)
-    transformers_logging.set_verbosity(transformers_logging.ERROR)
+    transformers_logging.set_verbosity(logging.ERROR)
     disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries to each other
     output.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,7 +60,8 @@ class BestTeacher:
             rows = plan.indices[sample]
             score = metric.aggregate({column: pool.scores[column][rows] for column in metric.columns})
             domain, teacher = divmod(int(cells[sample[0]]), len(names))
-            rank = (-score if metric.higher_is_better else score, str(names[teacher]), teacher)  # ties: by name
+            badness = -score if metric.higher_is_better else score
+            rank = (math.inf if math.isnan(badness) else badness, str(names[teacher]), teacher)  # ties: by name
             winners[domain] = min(winners.get(domain, rank), rank)
         best = [domain * len(names) + teacher for domain, (_, _, teacher) in winners.items()]
         return plan.take(np.flatnonzero(np.isin(cells, best)))

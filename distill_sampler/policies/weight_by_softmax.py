@@ -61,6 +61,5 @@ def effective_sample_size(plan: EpochPlan) -> float:
 
     The number of samples if all count alike, near 1 if a single one dominates, 0 for an empty plan.
     """
-    _, sample = np.unique(plan.indices, return_inverse=True)
-    totals = np.bincount(sample, plan.weights)
-    return float(totals.sum() ** 2 / (totals**2).sum()) if len(totals) else 0.0
+    totals = np.bincount(plan.indices, plan.weights)
+    return float(totals.sum() ** 2 / (totals**2).sum()) if len(plan) else 0.0

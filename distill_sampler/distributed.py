@@ -1,0 +1,76 @@
+"""Who scores what, and the only collectives of the library.
+
+Every process walks through the same blocks of samples. Of each block it reads its own share, with as many forwards as
+the busiest process (sharded models gather their weights in every forward, so all must take part in each), and one
+dense sum puts the numbers of the whole block on every process. With one process nothing is ever sent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from distill_sampler.types import IntArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """The processes of this run, and which one this is."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+    """Where tensors that are sent must lie: the student's device."""
+
+    @classmethod
+    def current(cls, device: torch.device) -> Ranks:
+        """Those of torch's default process group; alone if there is none."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls(device=device)
+        return cls(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
+
+    def share(self, block: IntArray) -> IntArray:
+        """`[n]` places in `block` that this process reads.
+
+        Samples are dealt out like cards, so a block sorted by length gives everyone nearly the same tokens.
+        """
+        return np.arange(self.rank, len(block), self.world_size)
+
+    def most(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        if self.world_size == 1:
+            return number
+        tensor = torch.tensor([number], device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return int(tensor.item())
+
+    def total(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """The sum over processes of arrays of one shape. A NaN stays a NaN."""
+        if self.world_size == 1:
+            return values
+        tensor = torch.from_numpy(values).to(self.device)
+        dist.all_reduce(tensor)
+        return tensor.cpu().numpy()
+
+    def require_equal(self, fingerprint: str, what: str) -> None:
+        """Stop the run if the processes do not hold the same thing.
+
+        Raises:
+            ValueError: on every process, naming which differ.
+        """
+        if self.world_size == 1:
+            return
+        mine = torch.tensor([int(fingerprint[:12], 16)], device=self.device)
+        everyones = [torch.zeros_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(everyones, mine)
+        fingerprints = [f"{int(other.item()):012x}" for other in everyones]
+        if len(set(fingerprints)) > 1:
+            raise ValueError(
+                f"The processes do not have the same {what}: "
+                + ", ".join(f"rank {rank} has {other}" for rank, other in enumerate(fingerprints))
+                + ". Give every process the same data in the same order, and the same curriculum."
+            )

@@ -1,0 +1,59 @@
+"""Shapes are checked at run time in tests; fixtures that several files share."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("distill_sampler.token_stats", "beartype.beartype")
+
+from pathlib import Path  # noqa: E402
+
+import datasets  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
+
+from tests import tiny  # noqa: E402
+
+datasets.disable_progress_bars()
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return tiny.tokenizer()
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return tiny.model()
+
+
+@pytest.fixture(scope="session")
+def student_folder() -> Path:
+    """The real student, SmolLM2-135M-Instruct."""
+    pytest.importorskip("gguf", reason="the extra 'demo' is not installed")
+    from distill_sampler.cli import demo_parts
+
+    try:
+        return demo_parts.student_folder()
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def student(student_folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    model = AutoModelForCausalLM.from_pretrained(student_folder, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(student_folder)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real traces and the papers' numbers, which lie beside the checkout where the project is developed."""
+    folder = Path(__file__).parents[2] / "shared"
+    if not folder.exists():
+        pytest.skip("the folder with the papers' reference numbers is not beside this checkout")
+    return folder

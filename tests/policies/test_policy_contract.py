@@ -1,0 +1,271 @@
+"""What holds for every policy. Policies are found by listing the folder: a new one needs an entry in `EXAMPLES`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, reject, settings
+from hypothesis import strategies as st
+from policy_pools import encode, pools_and_plans, rng
+
+import distill_sampler.policies
+from distill_sampler.policies import (
+    BestOf,
+    BestTeacher,
+    CompetencePacing,
+    GroupByLength,
+    Interleave,
+    KeepCorrect,
+    KeepTop,
+    Lexicographic,
+    MixDomains,
+    MixTeachers,
+    RankAverage,
+    SampleBySoftmax,
+    Shuffle,
+    SortBy,
+    WeightBySoftmax,
+    WithinLength,
+    apply_policies,
+    trace_policies,
+)
+from distill_sampler.types import EpochPlan, Policy, Pool
+
+SHARES = {"reasoning": 3, "general": 1}
+EXAMPLES: list[Policy] = [
+    BestOf("up", per="prompt_id"),
+    BestOf("down", per="prompt_id", k=2, min_score=-1.0, max_score=2.5),
+    BestOf(RankAverage("up", "down", weights=(2, 1)), per="prompt_id"),
+    BestTeacher("up", num_samples=2),
+    BestTeacher("down", per_domain="domain"),
+    CompetencePacing("up", initial=0.3, epochs=3),
+    GroupByLength(mega_batch=4),
+    Interleave("teacher"),
+    KeepCorrect("correct", metric="up", per="prompt_id"),
+    KeepCorrect("correct", if_none="drop"),
+    KeepTop("up", fraction=0.4),
+    KeepTop(Lexicographic("down", "up"), num=3),
+    MixDomains(SHARES),
+    MixDomains(SHARES, num=11),
+    MixDomains(SHARES, by="tokens"),
+    MixTeachers(max_share=0.5),
+    SampleBySoftmax("up", temperature=1.0),
+    SampleBySoftmax("down", temperature=2.0, num_samples=3, replacement=False),
+    SampleBySoftmax("up", temperature=0.5, per="prompt_id"),
+    SampleBySoftmax("down", temperature=0.5, num_samples=1, replacement=False, per="prompt_id"),
+    Shuffle(),
+    Shuffle(bucket=4),
+    SortBy("up"),
+    SortBy("down", best_first=False),
+    SortBy("up", jitter=0.3),
+    WeightBySoftmax("up", temperature=1.0),
+    WeightBySoftmax("down", temperature=0.1, floor=0.2),
+    WithinLength(min_tokens=3, max_tokens=7),
+]
+SELECTS_BY_METRIC = (BestOf, CompetencePacing, KeepTop, SampleBySoftmax)
+KEEPS_LENGTH = (CompetencePacing, GroupByLength, Interleave, Shuffle, SortBy, WeightBySoftmax)
+KEEPS_ORDER = (
+    BestOf,
+    BestTeacher,
+    CompetencePacing,
+    KeepCorrect,
+    KeepTop,
+    MixDomains,
+    MixTeachers,
+    SampleBySoftmax,
+    WeightBySoftmax,
+    WithinLength,
+)
+
+
+def every_policy() -> set[type]:
+    found = set()
+    for module in pkgutil.iter_modules(distill_sampler.policies.__path__, "distill_sampler.policies."):
+        for _, item in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
+            if item.__module__ == module.name and hasattr(item, "uses_columns"):
+                found.add(item)
+    return found
+
+
+def run(policy: Policy, plan: EpochPlan, pool: Pool, seed: int = 0) -> EpochPlan:
+    """The policy's plan; draws again where it refuses these candidates in its own words."""
+    try:
+        return policy(plan, pool, rng(seed))
+    except ValueError as refusal:
+        if not str(refusal).startswith(type(policy).__name__):
+            raise
+        reject()
+
+
+def law(test: Callable[..., None]) -> Callable[..., None]:
+    """A law of every policy, on any pool and plan."""
+    drawn = settings(max_examples=20, deadline=None)(given(candidates=pools_and_plans())(test))
+    return pytest.mark.parametrize("policy", EXAMPLES, ids=repr)(drawn)
+
+
+@pytest.mark.parametrize("policy", every_policy(), ids=lambda policy: policy.__name__)
+def test_every_policy_is_explained_exported_and_has_an_example_here(policy: type) -> None:
+    assert policy in map(type, EXAMPLES), f"add a {policy.__name__} to EXAMPLES"
+    assert policy.__name__ in distill_sampler.policies.__all__
+    assert is_dataclass(policy)
+    assert policy.__dataclass_params__.frozen
+    assert len(policy.__doc__ or "") > 100
+    source = inspect.getsource(policy)
+    for field in fields(policy):
+        assert f"    {field.name}: " in source
+        assert '"""' in source.split(f"    {field.name}: ")[1].splitlines()[1], f"say what {field.name} is"
+
+
+@pytest.mark.parametrize("policy", EXAMPLES, ids=repr)
+def test_every_policy_satisfies_the_protocol(policy: Policy) -> None:
+    assert isinstance(policy, Policy)
+    assert all(isinstance(name, str) for name in (*policy.uses_metrics, *policy.uses_columns))
+
+
+@law
+def test_a_policy_is_a_function_of_plan_scores_epoch_and_seed(
+    policy: Policy, candidates: tuple[Pool, EpochPlan]
+) -> None:
+    pool, plan = candidates
+    assert run(policy, plan, pool) == run(policy, plan, pool)
+
+
+@law
+def test_a_policy_leaves_its_inputs_alone(policy: Policy, candidates: tuple[Pool, EpochPlan]) -> None:
+    pool, plan = candidates
+    arrays = [*pool.scores.values(), pool.lengths, pool.content_hash, *(c.codes for c in pool.columns.values())]
+    before = [array.copy() for array in arrays]
+    fingerprint = plan.fingerprint
+    run(policy, plan, pool)
+    assert all(np.array_equal(a, b, equal_nan=a.dtype.kind == "f") for a, b in zip(arrays, before, strict=True))
+    assert EpochPlan(indices=plan.indices, weights=plan.weights).fingerprint == fingerprint
+
+
+@law
+def test_permuting_the_data_set_permutes_the_plan(policy: Policy, candidates: tuple[Pool, EpochPlan]) -> None:
+    pool, plan = candidates
+    old_row = rng(1).permutation(len(pool.lengths))  # [new row] -> old row
+    new_row = np.argsort(old_row)
+    permuted = replace(
+        pool,
+        scores={name: numbers[old_row] for name, numbers in pool.scores.items()},
+        columns={name: encode([c.values[code] for code in c.codes[old_row]]) for name, c in pool.columns.items()},
+        lengths=pool.lengths[old_row],
+        content_hash=pool.content_hash[old_row],
+    )
+    expected = run(policy, plan, pool)
+    result = run(policy, EpochPlan(indices=new_row[plan.indices], weights=plan.weights), permuted)
+    assert result.indices.tolist() == new_row[expected.indices].tolist()
+    np.testing.assert_allclose(result.weights, expected.weights, rtol=1e-5)
+
+
+@law
+def test_what_is_kept_does_not_depend_on_the_order_of_the_plan(
+    policy: Policy, candidates: tuple[Pool, EpochPlan]
+) -> None:
+    pool, plan = candidates
+    plan = EpochPlan(indices=plan.indices)
+    mixed = EpochPlan(indices=plan.indices[rng(1).permutation(len(plan))])
+    assert sorted(run(policy, plan, pool).indices) == sorted(run(policy, mixed, pool).indices)
+
+
+@law
+def test_never_an_index_that_is_not_in_the_plan(policy: Policy, candidates: tuple[Pool, EpochPlan]) -> None:
+    pool, plan = candidates
+    assert set(run(policy, plan, pool).indices) <= set(plan.indices)
+
+
+@law
+def test_weights_have_mean_one(policy: Policy, candidates: tuple[Pool, EpochPlan]) -> None:
+    pool, plan = candidates
+    result = run(policy, plan, pool)
+    if len(result):
+        assert result.weights.mean(dtype=np.float64) == pytest.approx(1, abs=1e-5)
+
+
+@law
+def test_a_kept_sample_takes_its_weight_along(policy: Policy, candidates: tuple[Pool, EpochPlan]) -> None:
+    pool, plan = candidates
+    if isinstance(policy, WeightBySoftmax):
+        return
+    weight_of = {index: 1.0 + index for index in set(plan.indices.tolist())}
+    weights = np.array([weight_of[index] for index in plan.indices.tolist()])
+    result = run(
+        policy, EpochPlan(indices=plan.indices, weights=weights / weights.mean() if len(plan) else weights), pool
+    )
+    expected = np.array([weight_of[index] for index in result.indices.tolist()])
+    np.testing.assert_allclose(result.weights, expected / expected.mean() if len(result) else expected, rtol=1e-5)
+
+
+@law
+def test_an_empty_plan_stays_empty(policy: Policy, candidates: tuple[Pool, EpochPlan]) -> None:
+    assert len(policy(EpochPlan(indices=np.zeros(0, np.int64)), candidates[0], rng())) == 0
+
+
+@law
+def test_selecting_leaves_the_order(policy: Policy, candidates: tuple[Pool, EpochPlan]) -> None:
+    pool, plan = candidates
+    if isinstance(policy, KEEPS_ORDER):
+        distinct = EpochPlan(indices=np.array(list(dict.fromkeys(plan.indices.tolist())), np.int64))
+        place = {index: place for place, index in enumerate(distinct.indices.tolist())}
+        places = [place[index] for index in run(policy, distinct, pool).indices.tolist()]
+        assert places == sorted(places)
+
+
+@law
+def test_ordering_and_weighting_keep_the_length(policy: Policy, candidates: tuple[Pool, EpochPlan]) -> None:
+    pool, plan = candidates
+    if isinstance(policy, CompetencePacing) and not np.isfinite(pool.scores["up"][plan.indices]).any():
+        return
+    if isinstance(policy, KEEPS_LENGTH):
+        result = run(policy, plan, pool)
+        assert len(result) == len(plan)
+        if not isinstance(policy, CompetencePacing):
+            assert sorted(result.indices) == sorted(plan.indices)
+
+
+@law
+def test_unscored_is_never_selected_by_a_metric(policy: Policy, candidates: tuple[Pool, EpochPlan]) -> None:
+    pool, plan = candidates
+    if isinstance(policy, SELECTS_BY_METRIC):
+        goodness = pool.goodness(policy.metric)
+        assert not np.isnan(goodness[run(policy, plan, pool).indices]).any()
+
+
+@law
+def test_constant_scores_of_a_dry_run_are_enough(policy: Policy, candidates: tuple[Pool, EpochPlan]) -> None:
+    pool, plan = candidates
+    zeros = {name: np.zeros(len(pool.lengths)) for name in pool.scores}
+    ones = {name: np.ones(len(pool.lengths)) for name in pool.scores}
+    result = run(policy, plan, replace(pool, scores=ones, dry_run=True))
+    if "BestTeacher" not in repr(policy):  # its group score here is 0 / 0
+        assert len(run(policy, plan, replace(pool, scores=zeros, dry_run=True))) == len(result)
+    # Where the scores decide nothing but who, the dry run has the length of the real one.
+    all_scored = {name: np.where(np.isnan(numbers), 1.0, numbers) for name, numbers in pool.scores.items()}
+    if not isinstance(policy, BestTeacher) and getattr(policy, "min_score", None) is None:
+        assert len(result) == len(run(policy, plan, replace(pool, scores=all_scored)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(candidates=pools_and_plans(), policies=st.lists(st.sampled_from(EXAMPLES), max_size=4), seed=st.integers(0, 9))
+def test_a_list_of_policies_is_their_composition(
+    candidates: tuple[Pool, EpochPlan], policies: list[Policy], seed: int
+) -> None:
+    pool, plan = candidates
+    expected, steps = plan, []
+    try:
+        for position, policy in enumerate(policies):
+            expected = policy(expected, pool, np.random.default_rng([seed, pool.epoch, position]))
+            steps.append((policy, expected))
+            if not len(expected):
+                reject()
+    except ValueError:
+        reject()
+    assert apply_policies(policies, plan, pool, seed) == expected
+    assert list(trace_policies(policies, plan, pool, seed)) == steps

@@ -1,0 +1,499 @@
+"""The drop-in, through real trainers: what is trained is what was planned, and the trainer stays what it was."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from trl import SFTConfig, SFTTrainer
+
+from distill_sampler import BestOf, Curriculum, KeepTop, RankSurprisalRatio, Scorer, Shuffle, SortBy, attach
+from tests import tiny
+
+RSR = "rank_surprisal_ratio"
+
+
+def curriculum(**changes: Any) -> Curriculum:
+    settings: dict[str, Any] = {
+        "metrics": [RankSurprisalRatio()],
+        "policies": [BestOf(RSR, per="prompt_id"), Shuffle()],
+        "scorer": Scorer(progress=False),
+        **changes,
+    }
+    return Curriculum(**settings)
+
+
+def arguments(output: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(output),
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "report_to": "none",
+        "logging_steps": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **changes,
+    }
+
+
+class Recorded:
+    """Mixed into a trainer: notes the rows of every batch where the loss is computed."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if model.training:
+            vars(self).setdefault("batches", []).append(rows_of(inputs))
+        return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+
+
+class RecordedTrainer(Recorded, Trainer):
+    pass
+
+
+class RecordedSFTTrainer(Recorded, SFTTrainer):
+    pass
+
+
+def rows_of(inputs: dict[str, torch.Tensor]) -> list[tuple[int, ...]]:
+    """The samples of a batch as tuples of token ids, padded or laid end to end."""
+    if "attention_mask" in inputs:
+        pairs = zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True)
+        return [tuple(row[kept].tolist()) for row, kept in pairs]
+    starts = (inputs["position_ids"][0] == 0).nonzero().flatten().tolist()
+    return [tuple(part.tolist()) for part in torch.tensor_split(inputs["input_ids"][0], starts[1:])]
+
+
+def trained(trainer: Any) -> list[int]:
+    """Sample indices in the order that they were trained on."""
+    index = {tuple(row["input_ids"]): place for place, row in enumerate(trainer.train_dataset)}
+    return [index[row] for batch in trainer.batches for row in batch]
+
+
+def planned(attached: Curriculum) -> list[int]:
+    return np.concatenate([plan.indices for plan in attached.plans]).tolist()  # type: ignore[no-any-return]
+
+
+def sft_trainer(
+    output: Path, tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset | None = None, **changes: Any
+) -> Any:
+    extra = {name: changes.pop(name) for name in ("model", "peft_config", "callbacks") if name in changes}
+    return RecordedSFTTrainer(
+        model=extra.pop("model", None) or tiny.model(),
+        processing_class=tokenizer,
+        train_dataset=tiny.candidates() if rows is None else rows,
+        args=SFTConfig(**arguments(output, bf16=False, gradient_checkpointing=False, **changes)),
+        **extra,
+    )
+
+
+def plain_trainer(output: Path, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> Any:
+    return RecordedTrainer(
+        model=changes.pop("model", None) or tiny.model(),
+        processing_class=tokenizer,
+        train_dataset=tiny.tokenised(tiny.candidates(), tokenizer),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        args=TrainingArguments(**arguments(output, **changes)),
+    )
+
+
+TRAINERS: dict[str, Callable[..., Any]] = {"Trainer": plain_trainer, "SFTTrainer": sft_trainer}
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_order_trained_is_the_order_planned(
+    kind: str, workers: int, accumulation: int, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    trainer = TRAINERS[kind](
+        tmp_path, tokenizer, dataloader_num_workers=workers, gradient_accumulation_steps=accumulation
+    )
+    attached = curriculum()
+    attach(trainer, attached)
+    trainer.train()
+    assert len(attached.plans) == 2
+    assert trained(trainer) == planned(attached)
+
+
+def test_each_epoch_trains_on_the_best_response_of_each_prompt(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    trainer = sft_trainer(tmp_path, tokenizer)
+    attached = curriculum()
+    attach(trainer, attached)
+    trainer.train()
+    prompts = trainer.train_dataset["prompt_id"]
+    for taken, plan in zip(attached.store.history, attached.plans, strict=True):
+        scores = taken.columns[RSR]
+        best = {
+            min((i for i, p in enumerate(prompts) if p == prompt), key=lambda i: scores[i]) for prompt in set(prompts)
+        }
+        assert set(plan.indices.tolist()) == best
+    assert attached.store.history[1].step == 3  # scored anew by the student after epoch 0
+    assert not np.allclose(*(taken.columns[RSR] for taken in attached.store.history))
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_with_only_shuffle_losses_and_weights_are_the_stock_trainers(
+    kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    attached = curriculum(policies=[Shuffle()])
+    ours = TRAINERS[kind](tmp_path, tokenizer, model=tiny.model(attention_dropout=0.1))
+    attach(ours, attached)
+    ours.train()
+    stock = TRAINERS[kind](tmp_path, tokenizer, model=tiny.model(attention_dropout=0.1))
+    order = iter([plan.indices.tolist() for plan in attached.plans])
+
+    class SameOrder(torch.utils.data.Sampler[int]):
+        def __len__(self) -> int:
+            return len(attached.plans[0])
+
+        def __iter__(self) -> Any:
+            return iter(next(order))
+
+    stock._get_train_sampler = lambda dataset=None: SameOrder()
+    stock.train()
+    losses = [[line["loss"] for line in trainer.state.log_history if "loss" in line] for trainer in (ours, stock)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 18
+    for left, right in zip(ours.model.parameters(), stock.model.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_the_log_carries_the_curriculums_numbers_once_an_epoch(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    reported: list[dict[str, Any]] = []
+
+    class Reporter(TrainerCallback):
+        """Stands for whatever `report_to` names: those are callbacks too."""
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            reported.append(dict(logs))
+
+    trainer = sft_trainer(tmp_path, tokenizer, callbacks=[Reporter()])
+    attached = curriculum()
+    attach(trainer, attached)
+    trainer.train()
+    for lines in (reported, trainer.state.log_history):
+        lines = [line for line in lines if "curriculum/plan_hash" in line]
+        assert len(lines) == 2
+        for line, plan in zip(lines, attached.plans, strict=True):
+            assert line["curriculum/plan_hash"] == int(plan.fingerprint[:6], 16)
+            assert sum(line.get(f"curriculum/share/{teacher}", 0) for teacher in tiny.TEACHERS) == pytest.approx(1)
+            assert line[f"curriculum/{RSR}/chosen"] < line[f"curriculum/{RSR}/candidates"]
+            assert line["curriculum/effective_sample_size"] == 6
+            assert line["curriculum/scoring_seconds"] > 0
+            assert "loss" in line
+    shares = [line["curriculum/scoring_share"] for line in reported if "curriculum/scoring_share" in line]
+    assert len(shares) == 2
+    assert all(0 < share < 1 for share in shares)
+    # SFTTrainer's own running means were not flushed by a line of ours
+    assert all("entropy" in line for line in reported if "loss" in line)
+
+
+def test_each_rescoring_prints_one_table(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = sft_trainer(tmp_path, tokenizer)
+    attach(trainer, curriculum(scorer=Scorer(progress=True)))
+    trainer.train()
+    printed = capsys.readouterr().err
+    assert printed.count("candidates, plan") == 2
+    assert all(teacher in printed for teacher in tiny.TEACHERS)
+
+
+# ---- Formats ----
+
+
+def scored_texts(trainer: Any, attached: Curriculum, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    samples = [attached.dataset.sample(index) for index in range(len(attached.dataset))]
+    return [tokenizer.decode(sample.input_ids[sample.scored]) for sample in samples]
+
+
+def answers() -> list[str]:
+    return [row["completion"][0]["content"] for row in tiny.candidates()]
+
+
+def as_messages(row: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": row["prompt"] + row["completion"]}
+
+
+def as_strings(row: dict[str, Any]) -> dict[str, Any]:
+    return {"prompt": row["prompt"][0]["content"] + "\n", "completion": row["completion"][0]["content"]}
+
+
+def as_text(row: dict[str, Any]) -> dict[str, Any]:
+    return {"text": row["prompt"][0]["content"] + "\n" + row["completion"][0]["content"]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings"),
+    [
+        (lambda rows: rows, {}),
+        (lambda rows: rows, {"completion_only_loss": False}),
+        (lambda rows: rows, {"padding_free": True, "max_length": None}),
+        (lambda rows: rows.map(as_messages, remove_columns=["prompt", "completion"]), {}),
+        (lambda rows: rows.map(as_messages, remove_columns=["prompt", "completion"]), {"assistant_only_loss": True}),
+        (lambda rows: rows.map(as_strings), {}),
+        (lambda rows: rows.map(as_strings), {"completion_only_loss": False}),
+    ],
+    ids=[
+        "prompt-completion",
+        "prompt-completion, trained on both",
+        "padding_free",
+        "messages",
+        "messages, assistant_only_loss",
+        "strings",
+        "strings, trained on both",
+    ],
+)  # fmt: skip
+def test_every_format_scores_the_responses_and_trains_the_plan(
+    rows: Any, settings: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    trainer = sft_trainer(tmp_path, tokenizer, rows=rows(tiny.candidates()), **settings)
+    attached = curriculum()
+    attach(trainer, attached)
+    assert scored_texts(trainer, attached, tokenizer) == answers()
+    trainer.train()
+    assert trained(trainer) == planned(attached)
+
+
+def test_plain_text_scores_all_of_it(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = tiny.candidates().map(as_text, remove_columns=["prompt", "completion"])
+    trainer = sft_trainer(tmp_path, tokenizer, rows=rows)
+    attached = curriculum()
+    attach(trainer, attached)
+    assert scored_texts(trainer, attached, tokenizer) == [
+        text[1:] for text in rows["text"]
+    ]  # nothing predicts the first
+    trainer.train()
+    assert trained(trainer) == planned(attached)
+
+
+def test_all_turns_of_the_assistant_are_scored(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    turns = [("user", "1+1?"), ("assistant", "two"), ("user", "sure?"), ("assistant", "quite sure")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    rows = datasets.Dataset.from_list(
+        [{"messages": messages, "prompt_id": "a"}, {"messages": messages[:2], "prompt_id": "b"}]
+    )
+    for settings in ({}, {"assistant_only_loss": True}):
+        trainer = sft_trainer(tmp_path, tokenizer, rows=rows, **settings)
+        attached = curriculum()
+        attach(trainer, attached)
+        assert scored_texts(trainer, attached, tokenizer) == ["twoquite sure", "two"]
+
+
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated")
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_a_truncated_response_is_scored_as_far_as_it_goes(
+    mode: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    messages = tiny.candidates().map(as_messages, remove_columns=["prompt", "completion"])
+    trainer = sft_trainer(tmp_path, tokenizer, rows=messages, max_length=75, truncation_mode=mode)
+    attached = curriculum()
+    attach(trainer, attached)
+    for text, answer in zip(scored_texts(trainer, attached, tokenizer), answers(), strict=True):
+        assert answer.startswith(text) if mode == "keep_start" else answer.endswith(text)
+        assert 10 < len(text)
+
+
+def test_the_end_marker_is_scored_on_request(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    trainer = sft_trainer(tmp_path, tokenizer)
+    attached = curriculum()
+    attach(trainer, attached, score_end_marker=True)
+    assert scored_texts(trainer, attached, tokenizer) == [f"{answer}<|im_end|>\n" for answer in answers()]
+
+
+def test_a_lora_student_is_scored_as_it_is_trained(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    peft = pytest.importorskip("peft", reason="the extra 'demo' is not installed")
+    config = peft.LoraConfig(r=4, target_modules="all-linear")
+    trainer = sft_trainer(tmp_path, tokenizer, peft_config=config, num_train_epochs=3)
+    attached = curriculum()
+    attach(trainer, attached)
+    trainer.train()
+    assert trained(trainer) == planned(attached)
+    first, _, last = (taken.columns["mean_surprisal"] for taken in attached.store.history)
+    assert last.mean() < first.mean()  # the adapter has learnt, and the scores show it
+
+
+def test_gradient_checkpointing_goes_on_after_scoring(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    trainer = plain_trainer(tmp_path, tokenizer, gradient_checkpointing=True)
+    attached = curriculum()
+    attach(trainer, attached)
+    trainer.train()
+    assert trained(trainer) == planned(attached)
+    assert trainer.model.is_gradient_checkpointing
+
+
+# ---- Resume ----
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("stop", [1, 3, 4, 5])
+def test_a_resumed_run_trains_what_the_uninterrupted_one_does(
+    kind: str, stop: int, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 1, "dataloader_num_workers": 0}
+
+    def run(folder: Path, **options: Any) -> tuple[Any, Curriculum]:
+        trainer = TRAINERS[kind](folder, tokenizer, model=tiny.model(attention_dropout=0.1), **settings)
+        attached = curriculum()
+        attach(trainer, attached)
+        trainer.train(**options)
+        return trainer, attached
+
+    whole, _ = run(tmp_path / "whole")
+    rest, attached = run(tmp_path / "rest", resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
+    assert trained(rest) == trained(whole)[2 * stop :]
+    assert len(attached.plans) == (1 if stop <= 3 else 0)  # the plan of a begun epoch is loaded, not made again
+    for left, right in zip(whole.model.parameters(), rest.model.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_training_again_starts_again(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    trainer = sft_trainer(tmp_path, tokenizer)
+    attached = curriculum()
+    attach(trainer, attached)
+    trainer.train()
+    first = planned(attached)
+    trainer.batches.clear()
+    trainer.train()
+    assert len(attached.plans) == 2  # not four
+    assert trained(trainer) == planned(attached)
+    assert planned(attached) != first  # another student, another choice or at least another order
+
+
+def test_a_checkpoint_of_other_data_or_without_a_curriculum_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    first = sft_trainer(tmp_path / "a", tokenizer, **saving)
+    attach(first, curriculum())
+    first.train()
+    other = sft_trainer(tmp_path / "b", tokenizer, rows=tiny.candidates().select(range(17)), **saving)
+    attach(other, curriculum())
+    with pytest.raises(ValueError, match=r"belong to another run: their dataset"):
+        other.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
+    stock = sft_trainer(tmp_path / "c", tokenizer, **saving, max_steps=1)
+    stock.train()
+    late = sft_trainer(tmp_path / "c", tokenizer, **saving)
+    attach(late, curriculum())
+    with pytest.raises(ValueError, match="written without a curriculum"):
+        late.train(resume_from_checkpoint=True)
+
+
+# ---- Bad input: a sentence each ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"packing": True}, "packing=True merges several samples.*padding_free=True"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy='group_by_length'.*Leave it at 'random'"),
+        ({"ignore_data_skip": True}, "ignore_data_skip=True.*Leave it at False"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True"),
+        ({"accelerator_config": {"split_batches": True}}, "split_batches=True"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size=True.*per_device_train_batch_size"),
+    ],
+)  # fmt: skip
+def test_settings_that_break_a_promise_are_refused_in_a_sentence(
+    settings: dict[str, Any], sentence: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    trainer = sft_trainer(tmp_path, tokenizer, **settings)
+    with pytest.raises(ValueError, match=sentence):
+        attach(trainer, curriculum())
+
+
+def test_a_second_attach_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    trainer = sft_trainer(tmp_path, tokenizer)
+    attach(trainer, curriculum())
+    with pytest.raises(ValueError, match="already attached"):
+        attach(trainer, curriculum())
+
+
+def test_a_trainer_with_its_own_sampler_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    class Own(RecordedTrainer):
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            return super()._get_train_sampler(train_dataset)
+
+    trainer = Own(model=tiny.model(), args=TrainingArguments(**arguments(tmp_path)), train_dataset=[{"input_ids": [1]}])
+    with pytest.raises(ValueError, match="Own brings its own sampler"):
+        attach(trainer, curriculum())
+
+
+def test_a_streaming_data_set_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    trainer = sft_trainer(tmp_path, tokenizer, rows=tiny.candidates().to_iterable_dataset(), max_steps=2)
+    with pytest.raises(ValueError, match=r"IterableDataset.*without streaming=True"):
+        attach(trainer, curriculum())
+
+
+def test_a_misspelt_column_is_answered_with_the_closest(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    trainer = sft_trainer(tmp_path, tokenizer)
+    with pytest.raises(ValueError, match=r"no column 'prompt_di'.*'teacher'.*Did you mean 'prompt_id'"):
+        attach(trainer, curriculum(policies=[BestOf(RSR, per="prompt_di")]))
+
+
+def test_a_group_of_one_candidate_keeps_it(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = tiny.candidates().select([0, 3, 4, 5])
+    trainer = sft_trainer(tmp_path, tokenizer, rows=rows)
+    attached = curriculum()
+    attach(trainer, attached)
+    trainer.train()
+    assert all(0 in plan.indices for plan in attached.plans)
+
+
+def test_a_sample_with_nan_logits_is_never_chosen_and_said(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tiny.candidates().to_list()
+    rows[4]["completion"][0]["content"] += " Zonk"
+    model = tiny.model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[tokenizer("Z")["input_ids"][0]] = float("nan")
+    trainer = sft_trainer(tmp_path, tokenizer, rows=datasets.Dataset.from_list(rows), model=model)
+    attached = curriculum(scorer=Scorer(progress=True))
+    attach(trainer, attached)
+    trainer.train()
+    assert all(4 not in plan.indices and len(plan) == 6 for plan in attached.plans)
+    assert [summary.non_finite for summary in attached.summaries] == [1, 1]
+    assert "NaN or infinite for 1 samples (first: sample 4)" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_extension_point_of_the_trainer_is_where_we_expect_it() -> None:
+    """If a release of transformers renames it, this fails, and only this needs to be read."""
+    assert callable(Trainer._get_train_sampler)
+    assert SFTTrainer._get_train_sampler is Trainer._get_train_sampler
+
+
+def test_policies_that_need_no_scores_score_nothing(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    trainer = sft_trainer(tmp_path, tokenizer)
+    attached = curriculum(metrics=[], policies=[Shuffle()])
+    attach(trainer, attached)
+    trainer.train()
+    assert trained(trainer) == planned(attached)
+    assert attached.store.history == []
+
+
+def test_selection_and_order_compose(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    trainer = sft_trainer(tmp_path, tokenizer)
+    attached = curriculum(policies=[KeepTop(RSR, fraction=0.5), SortBy(RSR)])
+    attach(trainer, attached)
+    trainer.train()
+    assert trained(trainer) == planned(attached)
+    for taken, plan in zip(attached.store.history, attached.plans, strict=True):
+        scores = taken.columns[RSR]
+        assert scores[plan.indices].tolist() == sorted(scores.tolist())[:9]

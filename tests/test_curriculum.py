@@ -1,0 +1,179 @@
+"""The per-epoch cycle, without a host."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from distill_sampler import (
+    BestOf,
+    Curriculum,
+    EpochPlan,
+    GlobalNaturalness,
+    RankSurprisalRatio,
+    ScoredDataset,
+    Scorer,
+    Shuffle,
+)
+from distill_sampler.types import Pool
+from tests import tiny
+
+RSR = "rank_surprisal_ratio"
+
+
+@pytest.fixture(scope="module")
+def dataset(tokenizer: PreTrainedTokenizerBase) -> ScoredDataset:
+    return ScoredDataset(tiny.tokenised(tiny.candidates(), tokenizer), end_token_ids=[257])
+
+
+def bound(dataset: ScoredDataset, **changes: Any) -> Curriculum:
+    settings: dict[str, Any] = {
+        "metrics": [RankSurprisalRatio()],
+        "policies": [BestOf(RSR, per="prompt_id"), Shuffle()],
+        "scorer": Scorer(progress=False),
+        **changes,
+    }
+    curriculum = Curriculum(**settings)
+    curriculum.bind(dataset)
+    return curriculum
+
+
+@dataclass(frozen=True)
+class Below:
+    """Keeps what scores below a limit: a policy whose number of samples depends on the scores."""
+
+    limit: float
+
+    @property
+    def uses_metrics(self) -> tuple[str, ...]:
+        return (RSR,)
+
+    @property
+    def uses_columns(self) -> tuple[str, ...]:
+        return ()
+
+    def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
+        return plan.take(np.flatnonzero(pool.scores[RSR][plan.indices] < self.limit))
+
+
+def test_the_length_is_known_before_anything_is_scored(dataset: ScoredDataset) -> None:
+    curriculum = bound(dataset)
+    assert len(curriculum.sampler) == curriculum.num_samples == 6
+
+
+def test_an_epoch_that_has_a_plan_keeps_it(dataset: ScoredDataset, model: PreTrainedModel) -> None:
+    curriculum = bound(dataset)
+    plan = curriculum.start_epoch(0, model)
+    assert curriculum.start_epoch(0, tiny.model(seed=1)) is plan
+    assert len(curriculum.store.history) == 1
+    assert curriculum.start_epoch(1, model).fingerprint != plan.fingerprint
+
+
+def test_plans_depend_on_the_seed_and_the_epoch_alone(dataset: ScoredDataset, model: PreTrainedModel) -> None:
+    first, again, other = (bound(dataset, seed=seed) for seed in (3, 3, 4))
+    plans = [[curriculum.start_epoch(epoch, model) for epoch in (0, 1)] for curriculum in (first, again, other)]
+    assert plans[0] == plans[1]
+    assert plans[0] != plans[2]
+    assert plans[0][0] != plans[0][1]
+
+
+def test_the_state_is_plain_json_and_comes_back_whole(dataset: ScoredDataset, model: PreTrainedModel) -> None:
+    curriculum = bound(dataset)
+    plan = curriculum.start_epoch(1, model, step=9)
+    restored = bound(dataset)
+    restored.load_state_dict(json.loads(json.dumps(curriculum.state_dict())))
+    assert restored.start_epoch(1, tiny.model(seed=1)) == plan  # loaded, not computed
+    assert restored.store.history == []
+    assert restored.store.step.tolist() == [9] * 18
+    for name, values in curriculum.store.latest.items():
+        np.testing.assert_array_equal(restored.store.latest[name], values)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"seed": 1}, "their seed is 0, here it is 1"),
+        ({"metrics": [RankSurprisalRatio(rank_clip=50)]}, "their metrics is .*rank_clip"),
+        ({"policies": [BestOf(RSR, per="prompt_id")]}, "their policies is .*Shuffle"),
+        ({"policies": [Shuffle()]}, r"epochs of 6 samples, here they have 18"),
+    ],
+)
+def test_the_state_of_another_configuration_is_refused(
+    change: dict[str, Any], sentence: str, dataset: ScoredDataset, model: PreTrainedModel
+) -> None:
+    curriculum = bound(dataset)
+    curriculum.start_epoch(0, model)
+    with pytest.raises(ValueError, match=sentence):
+        bound(dataset, **change).load_state_dict(curriculum.state_dict())
+
+
+def test_the_state_of_another_version_is_refused(dataset: ScoredDataset) -> None:
+    curriculum = bound(dataset)
+    with pytest.raises(ValueError, match="version 99"):
+        curriculum.load_state_dict({**curriculum.state_dict(), "version": 99})
+
+
+def test_a_plan_of_another_length_is_refused_with_the_cure(dataset: ScoredDataset, model: PreTrainedModel) -> None:
+    probe = bound(dataset, policies=[])
+    probe.start_epoch(0, model)
+    limit = float(np.median(probe.store.latest[RSR]))
+    with pytest.raises(ValueError, match=r"gave 9 samples, but the trainer laid out epochs of 18.*num_samples=9"):
+        bound(dataset, policies=[Below(limit)]).start_epoch(0, model)
+    curriculum = bound(dataset, policies=[Below(limit)], num_samples=12)
+    plan = curriculum.start_epoch(0, model)
+    assert plan.indices.tolist() == [*plan.indices[:9], *plan.indices[:3]]
+    assert "completed from its start" in curriculum.summaries[0].notes[0]
+
+
+def test_rows_that_cannot_be_scored_are_never_planned() -> None:
+    rows: list[dict[str, Any]] = [
+        {"input_ids": [1, 2, 3, 4 + n], "labels": [-100, -100, 3, 4 + n] if n != 1 else [-100] * 4} for n in range(4)
+    ]
+    curriculum = bound(ScoredDataset(rows, unscorable="drop"), policies=[Shuffle()])
+    assert sorted(curriculum.start_epoch(0, tiny.model()).indices.tolist()) == [0, 2, 3]
+
+
+def test_an_unknown_metric_is_answered_with_those_that_are_scored() -> None:
+    with pytest.raises(
+        ValueError, match=r"BestOf: There is no metric 'rsr'; those in metrics=: 'rank_surprisal_ratio'"
+    ):
+        Curriculum(metrics=[RankSurprisalRatio()], policies=[BestOf("rsr", per="prompt_id")])
+
+
+def test_two_metrics_of_one_name_are_refused_and_variants_can_have_another() -> None:
+    with pytest.raises(ValueError, match=r"give the same numbers .*rank_surprisal_ratio.*name="):
+        Curriculum(metrics=[RankSurprisalRatio(), RankSurprisalRatio(rank_clip=50)], policies=[])
+    variants = [RankSurprisalRatio(), RankSurprisalRatio(rank_clip=50, name="rsr_50"), GlobalNaturalness()]
+    assert set(Curriculum(metrics=variants, policies=[]).metrics) == {RSR, "rsr_50", "global_naturalness"}
+
+
+def test_scores_come_out_as_a_table_with_their_origin(dataset: ScoredDataset, model: PreTrainedModel) -> None:
+    curriculum = bound(dataset)
+    curriculum.start_epoch(0, model)
+    curriculum.start_epoch(1, model, step=3)
+    table = curriculum.store.to_table(teacher=list(dataset.rows["teacher"]))  # type: ignore[attr-defined]
+    assert table.column_names == ["sample", "teacher", "epoch", "step", "mean_rank", "mean_surprisal", RSR]
+    assert table.num_rows == 36
+    assert table["step"].to_pylist() == [0] * 18 + [3] * 18
+    assert table.schema.metadata[b"distill_sampler.dataset"].decode() == dataset.fingerprint
+    assert b"RankSurprisalRatio" in table.schema.metadata[b"distill_sampler.metrics"]
+
+
+def test_scores_already_computed_survive_an_interruption(dataset: ScoredDataset, model: PreTrainedModel) -> None:
+    curriculum = bound(dataset, scorer=Scorer(progress=False, batch_tokens=100))
+    forward, calls = model.model.forward, iter(range(12))
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return forward(*args, **kwargs)
+
+    model.model.forward = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        curriculum.start_epoch(0, model)
+    done = np.isfinite(curriculum.store.latest[RSR])
+    assert 0 < done.sum() < 18
+    assert (curriculum.store.step == np.where(done, 0, -1)).all()
