@@ -14,7 +14,24 @@ from typing import TYPE_CHECKING, Any
 from distill_sampler.curriculum import Curriculum
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.metrics import GlobalNaturalness, RankSurprisalRatio
-from distill_sampler.policies import BestOf, KeepTop, Shuffle, SortBy
+from distill_sampler.policies import (
+    BestOf,
+    BestTeacher,
+    CompetencePacing,
+    GroupByLength,
+    Interleave,
+    KeepCorrect,
+    KeepTop,
+    Lexicographic,
+    MixDomains,
+    MixTeachers,
+    RankAverage,
+    SampleBySoftmax,
+    Shuffle,
+    SortBy,
+    WeightBySoftmax,
+    WithinLength,
+)
 from distill_sampler.sampler import DistillSampler
 from distill_sampler.scorer import Scorer
 from distill_sampler.types import EpochPlan
@@ -26,16 +43,28 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BestOf",
+    "BestTeacher",
+    "CompetencePacing",
     "Curriculum",
     "DistillSampler",
     "EpochPlan",
     "GlobalNaturalness",
+    "GroupByLength",
+    "Interleave",
+    "KeepCorrect",
     "KeepTop",
+    "Lexicographic",
+    "MixDomains",
+    "MixTeachers",
+    "RankAverage",
     "RankSurprisalRatio",
+    "SampleBySoftmax",
     "ScoredDataset",
     "Scorer",
     "Shuffle",
     "SortBy",
+    "WeightBySoftmax",
+    "WithinLength",
     "attach",
 ]
 

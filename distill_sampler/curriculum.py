@@ -11,7 +11,6 @@ import logging
 import time
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch import nn
 
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.distributed import Ranks
-from distill_sampler.policies import apply_policies
+from distill_sampler.policies import apply_policies, trace_policies
 from distill_sampler.sampler import DistillSampler, fit_length
 from distill_sampler.scorer import Scorer, columns_of
 from distill_sampler.store import ScoreStore
@@ -102,7 +101,7 @@ class Curriculum:
         if self._teacher in dataset.column_names:
             self._teachers = self._columns.get(self._teacher) or dataset.column(self._teacher)
         # with equal scores for all, the policies give the plan's length before there are scores
-        constant = {name: np.zeros(len(dataset), np.float32) for name in self._score_columns}
+        constant = {name: np.ones(len(dataset), np.float32) for name in self._score_columns}
         self.num_samples = self._given_num_samples or len(self._plan(0, constant, dry_run=True))
         self.sampler = DistillSampler(self.num_samples)
         self.reset()
@@ -180,6 +179,65 @@ class Curriculum:
             non_finite.append(scored.non_finite)
         return tokens, np.sort(np.concatenate(non_finite))
 
+    def explain(self, index: int, epoch: int) -> str:
+        """Why a sample was, or was not, in an epoch: which policy left it out, and the numbers it went by.
+
+        Args:
+            index: row of the data set.
+            epoch: one that was planned in this process.
+
+        Raises:
+            ValueError: there is no such row, or the epoch was not planned here.
+        """
+        if not 0 <= index < len(self.dataset):
+            raise ValueError(f"There is no sample {index}; the data set has {len(self.dataset)} rows, from 0.")
+        planned = [summary.epoch for summary in self.summaries]
+        if epoch not in planned:
+            raise ValueError(f"Epoch {epoch} was not planned in this process; {planned} were.")
+        if not self.dataset.scorable[index]:
+            return f"Sample {index} is in no epoch: it has no response token to score."
+        scores = self.store.before(epoch + 1)
+        before = EpochPlan(indices=self._candidates)
+        for policy, after in trace_policies(self.policies, before, self._pool(epoch, scores), self.seed):
+            if index not in after.indices:
+                return f"Sample {index} was not in epoch {epoch}: left out by {policy!r}. " + self._standing(
+                    index, policy, before, scores
+                )
+            before = after
+        plan = self.plans[planned.index(epoch)]
+        places = np.flatnonzero(plan.indices == index)
+        if not len(places):
+            return f"Sample {index} was not in epoch {epoch}: the plan was cut to {len(plan)} samples before its place."
+        where = ", ".join(str(place) for place in places.tolist())
+        return (
+            f"Sample {index} was in epoch {epoch}, at place {where} of {len(plan)}, with weight "
+            f"{plan.weights[places[0]]:.3g}: every policy kept it."
+        )
+
+    def _standing(self, index: int, policy: Policy, plan: EpochPlan, scores: Mapping[str, FloatArray]) -> str:
+        """How a sample stood among those that a policy was given: overall, and within its values of the columns."""
+        rivals = {"all": np.unique(plan.indices)}
+        for name in policy.uses_columns:
+            column = self._columns[name]
+            same = column.codes[rivals["all"]] == column.codes[index]
+            rivals[f"those with {name} = {column.values[column.codes[index]]!r}"] = rivals["all"][same]
+        sentences = []
+        for metric in policy.uses_metrics:
+            score = scores[metric][index]
+            if np.isnan(score):
+                sentences.append(f"It has no {metric}: the student's logits for it were not finite.")
+                continue
+            sentences.append(f"Its {metric} is {score:.4g}.")
+            sign = -1 if self.metrics[metric].higher_is_better else 1
+            for whose, indices in rivals.items():
+                badness = sign * scores[metric][indices]
+                best = indices[np.nanargmin(badness)]
+                sentences.append(
+                    f"Among {whose} it is number {1 + int((badness < sign * score).sum())} of {len(indices)}; the "
+                    f"best, sample {best}, has {scores[metric][best]:.4g}."
+                )
+        return " ".join(sentences)
+
     # ---- State ----
 
     def state_dict(self) -> dict[str, Any]:
@@ -237,13 +295,17 @@ class Curriculum:
     def _origin(self) -> dict[str, Any]:
         return {
             "dataset": self.dataset.fingerprint,
-            "metrics": {name: _described(metric) for name, metric in self.metrics.items()},
-            "policies": [_described(policy) for policy in self.policies],
+            "metrics": [repr(metric) for metric in self.metrics.values()],
+            "policies": [repr(policy) for policy in self.policies],
             "seed": self.seed,
         }
 
     def _plan(self, epoch: int, scores: Mapping[str, FloatArray], *, dry_run: bool = False) -> EpochPlan:
-        pool = Pool(
+        start = EpochPlan(indices=self._candidates)
+        return apply_policies(self.policies, start, self._pool(epoch, scores, dry_run=dry_run), self.seed)
+
+    def _pool(self, epoch: int, scores: Mapping[str, FloatArray], *, dry_run: bool = False) -> Pool:
+        return Pool(
             epoch=epoch,
             dry_run=dry_run,
             metrics=self.metrics,
@@ -252,7 +314,6 @@ class Curriculum:
             lengths=self.dataset.lengths,
             content_hash=self.dataset.content_hash,
         )
-        return apply_policies(self.policies, EpochPlan(indices=self._candidates), pool, self.seed)
 
     def _fit(self, plan: EpochPlan, *, tolerate: bool) -> EpochPlan:
         if len(plan) != self.num_samples and self._given_num_samples is None and not tolerate:
@@ -262,12 +323,6 @@ class Curriculum:
                 f"Curriculum(num_samples={len(plan)}) completes shorter plans from their start and cuts longer ones."
             )
         return fit_length(plan, self.num_samples)
-
-
-def _described(configuration: Any) -> dict[str, Any]:
-    """A metric's or policy's class and fields, as plain values."""
-    fields = asdict(configuration) if is_dataclass(configuration) and not isinstance(configuration, type) else {}
-    return {"class": type(configuration).__name__, **fields}
 
 
 def _packed(array: npt.NDArray[Any]) -> str:

@@ -17,6 +17,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -133,7 +134,7 @@ def _score_block(
     # one row for each sample of the block; a row is filled by the process that read the sample, zero elsewhere
     names = columns_of(metrics)
     rows = np.zeros((len(block), len(names) + 1))
-    rows[share, -1] = [sum(lengths[place] for place in set(sum(places, []))) for places in wanted]
+    rows[share, -1] = [sum(lengths[place] for place in {*chain(*places)}) for places in wanted]
     for row, sample, places_of_metrics in zip(share.tolist(), samples, wanted, strict=True):
         numbers: dict[str, float] = {}
         for metric, needed_places in zip(metrics, places_of_metrics, strict=True):

@@ -57,6 +57,15 @@ class ScoreStore:
             self.latest[name][indices] = values
             current.columns[name][indices] = values
 
+    def before(self, epoch: int) -> dict[str, FloatArray]:
+        """The latest numbers of the passes taken for epochs before this one, `[samples]` each; NaN without any."""
+        columns = {name: np.full_like(values, np.nan) for name, values in self.latest.items()}
+        for taken in self.history:
+            if taken.epoch < epoch:
+                for name, values in taken.columns.items():
+                    columns[name] = np.where(np.isnan(values), columns[name], values)
+        return columns
+
     def state_dict(self) -> dict[str, Any]:
         """Everything but the history, as arrays and plain values; see `load_state_dict`."""
         return {"origin": self.origin, "step": self.step, "latest": dict(self.latest)}

@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import (
     DataCollatorForSeq2Seq,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -308,7 +307,7 @@ def test_a_truncated_response_is_scored_as_far_as_it_goes(
     attach(trainer, attached)
     for text, answer in zip(scored_texts(trainer, attached, tokenizer), answers(), strict=True):
         assert answer.startswith(text) if mode == "keep_start" else answer.endswith(text)
-        assert 10 < len(text)
+        assert len(text) > 10
 
 
 def test_the_end_marker_is_scored_on_request(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -403,7 +402,7 @@ def test_a_checkpoint_of_other_data_or_without_a_curriculum_is_refused(
     ("settings", "sentence"),
     [
         ({"packing": True}, "packing=True merges several samples.*padding_free=True"),
-        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy='group_by_length'.*Leave it at 'random'"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy='group_by_len.*Leave it at 'random'"),
         ({"ignore_data_skip": True}, "ignore_data_skip=True.*Leave it at False"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True"),
         ({"accelerator_config": {"split_batches": True}}, "split_batches=True"),
@@ -443,7 +442,8 @@ def test_a_streaming_data_set_is_refused(tmp_path: Path, tokenizer: PreTrainedTo
 
 def test_a_misspelt_column_is_answered_with_the_closest(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     trainer = sft_trainer(tmp_path, tokenizer)
-    with pytest.raises(ValueError, match=r"no column 'prompt_di'.*'teacher'.*Did you mean 'prompt_id'"):
+    sentence = r"no column 'prompt_di'.*'teacher'.*Did you mean 'prompt_id'"
+    with pytest.raises(ValueError, match=sentence):
         attach(trainer, curriculum(policies=[BestOf(RSR, per="prompt_di")]))
 
 

@@ -177,3 +177,42 @@ def test_scores_already_computed_survive_an_interruption(dataset: ScoredDataset,
     done = np.isfinite(curriculum.store.latest[RSR])
     assert 0 < done.sum() < 18
     assert (curriculum.store.step == np.where(done, 0, -1)).all()
+
+
+def test_a_sample_left_out_is_explained_by_the_policy_and_its_numbers(
+    dataset: ScoredDataset, model: PreTrainedModel
+) -> None:
+    curriculum = bound(dataset)
+    plan = curriculum.start_epoch(0, model)
+    scores = curriculum.store.latest[RSR]
+    chosen = next(index for index in range(3) if index in plan.indices)
+    worst = max(range(3), key=lambda index: scores[index])
+    place = plan.indices.tolist().index(chosen)
+    assert curriculum.explain(chosen, 0) == (
+        f"Sample {chosen} was in epoch 0, at place {place} of 6, with weight 1: every policy kept it."
+    )
+    said = curriculum.explain(worst, 0)
+    assert (
+        f"Sample {worst} was not in epoch 0: left out by BestOf(metric='rank_surprisal_ratio', per='prompt_id'" in said
+    )
+    assert f"Its {RSR} is {scores[worst]:.4g}." in said
+    assert f"Among those with prompt_id = 'sum-0' it is number 3 of 3; the best, sample {chosen}, has" in said
+
+
+def test_explanations_go_by_the_scores_of_their_epoch(dataset: ScoredDataset, model: PreTrainedModel) -> None:
+    curriculum = bound(dataset)
+    curriculum.start_epoch(0, model)
+    said = [curriculum.explain(index, 0) for index in range(18)]
+    curriculum.start_epoch(1, tiny.model(seed=5))
+    assert [curriculum.explain(index, 0) for index in range(18)] == said
+    for index in range(18):
+        assert (" was in epoch 1" in curriculum.explain(index, 1)) == (index in curriculum.plans[1].indices)
+
+
+def test_what_cannot_be_explained_is_said(dataset: ScoredDataset, model: PreTrainedModel) -> None:
+    curriculum = bound(dataset)
+    curriculum.start_epoch(0, model)
+    with pytest.raises(ValueError, match="no sample 18; the data set has 18 rows"):
+        curriculum.explain(18, 0)
+    with pytest.raises(ValueError, match=r"Epoch 3 was not planned in this process; \[0\] were"):
+        curriculum.explain(0, 3)

@@ -1,5 +1,6 @@
 """Identity of samples: which tokens count, what the columns say, what is refused."""
 
+from itertools import chain
 from typing import Any
 
 import datasets
@@ -47,10 +48,10 @@ def test_the_mask_of_many_rows_is_that_of_each(rows: list[list[tuple[int, bool]]
     ends = set() if with_marker else {END}
     offsets = np.cumsum([0, *map(len, rows)])
     mask = response_mask(
-        np.array(sum(input_ids, []), np.int64), np.array(sum(labels, []), np.int64), offsets, ends
+        np.array([*chain(*input_ids)], np.int64), np.array([*chain(*labels)], np.int64), offsets, ends
     )  # fmt: skip
     expected = [reference_mask(i, l, ends) for i, l in zip(input_ids, labels, strict=True)]  # noqa: E741
-    assert mask.tolist() == sum(expected, [])
+    assert mask.tolist() == [*chain(*expected)]
 
 
 @pytest.mark.parametrize(

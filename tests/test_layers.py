@@ -51,7 +51,7 @@ def test_imports_only_go_down(path: Path) -> None:
     for name in imports_of(path):
         package, _, part = name.partition(".")
         if package == "distill_sampler":
-            public = part and part[0].isupper() or part in ("attach", "__version__")
+            public = part[:1].isupper() or part in ("attach", "__version__")
             assert layer > 4 if public else layer_of(name) <= layer, f"{module} imports {name}"
         if layer < layer_of("distill_sampler.integrations"):
             assert package not in HOSTS, f"{module} imports the host {name}"
