@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from distill_sampler.curriculum import Curriculum
 from distill_sampler.dataset import ScoredDataset
-from distill_sampler.metrics import GlobalNaturalness, RankSurprisalRatio
+from distill_sampler.metrics import (
+    GlobalNaturalness,
+    LocalNaturalness,
+    Random,
+    RankSurprisalRatio,
+    ResponseLength,
+    RuleQuality,
+)
 from distill_sampler.policies import (
     BestOf,
     BestTeacher,
@@ -54,10 +61,14 @@ __all__ = [
     "KeepCorrect",
     "KeepTop",
     "Lexicographic",
+    "LocalNaturalness",
     "MixDomains",
     "MixTeachers",
+    "Random",
     "RankAverage",
     "RankSurprisalRatio",
+    "ResponseLength",
+    "RuleQuality",
     "SampleBySoftmax",
     "ScoredDataset",
     "Scorer",

@@ -10,6 +10,7 @@ import pytest
 import distill_sampler.metrics
 from distill_sampler import GlobalNaturalness, RankSurprisalRatio
 from distill_sampler.types import Metric, Sample, TokenStats
+from tests import tiny
 
 
 def all_metrics() -> list[Metric]:
@@ -18,7 +19,7 @@ def all_metrics() -> list[Metric]:
         if not module.name.startswith("_"):
             contents = vars(importlib.import_module(f"distill_sampler.metrics.{module.name}"))
             found += [
-                item()
+                item(**({"tokenizer": tiny.tokenizer()} if "tokenizer" in item.__dataclass_fields__ else {}))
                 for item in contents.values()
                 if isinstance(item, type) and dataclasses.is_dataclass(item) and item.__module__.endswith(module.name)
             ]
@@ -26,7 +27,8 @@ def all_metrics() -> list[Metric]:
 
 
 METRICS = all_metrics()
-SAMPLE = Sample(index=0, input_ids=np.arange(9), scored=np.array([False] * 3 + [True] * 6))
+TEXT = np.array(tiny.tokenizer()("abc" + "First check it. Then verify. So it is.\nDone")["input_ids"])
+SAMPLE = Sample(index=0, input_ids=TEXT, scored=np.arange(len(TEXT)) >= 3)
 
 
 def stats_for(metric: Metric, seed: int = 0) -> list[TokenStats]:
@@ -61,6 +63,7 @@ def test_a_metric_keeps_the_protocol(metric: Metric) -> None:
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
 def test_a_group_of_equal_samples_scores_as_each_of_them(metric: Metric) -> None:
     numbers = metric.reduce(SAMPLE, stats_for(metric))
+    assert metric.reduce(SAMPLE, stats_for(metric)) == numbers
     group = metric.aggregate({name: np.full(7, value) for name, value in numbers.items()})
     assert group == pytest.approx(numbers[metric.name])
 
