@@ -1,0 +1,82 @@
+"""A plain accelerate loop with a curriculum: score, plan, train, and go on after an interruption.
+
+    python recipes/loop.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data candidates.jsonl
+    accelerate launch --num_processes 2 recipes/loop.py --model … --data candidates.jsonl
+
+`candidates.jsonl` has rows with `prompt` and `completion` (both lists of messages), `prompt_id` and `teacher`. Run it
+again with `--resume` and it goes on where the last finished epoch left it.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
+
+from distill_sampler import BestOf, Curriculum, RankSurprisalRatio, ScoredDataset, Shuffle
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--model", required=True)
+parser.add_argument("--data", required=True)
+parser.add_argument("--output", type=Path, default=Path("student"))
+parser.add_argument("--epochs", type=int, default=2)
+parser.add_argument("--batch-size", type=int, default=4)
+parser.add_argument("--learning-rate", type=float, default=2e-5)
+parser.add_argument("--resume", action="store_true")
+args = parser.parse_args()
+
+accelerator = Accelerator(cpu=not torch.accelerator.is_available())  # says so also to processes without a GPU
+tokenizer = AutoTokenizer.from_pretrained(args.model)
+model = AutoModelForCausalLM.from_pretrained(args.model)
+optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
+
+
+def tokenise(row):
+    """Train on the completion alone."""
+    prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+    whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=True)["input_ids"]
+    return {"input_ids": whole, "labels": [-100] * len(prompt) + whole[len(prompt) :]}
+
+
+with accelerator.main_process_first():
+    rows = load_dataset("json", data_files=args.data, split="train").map(tokenise)
+
+curriculum = Curriculum(
+    metrics=[RankSurprisalRatio()],
+    policies=[BestOf("rank_surprisal_ratio", per="prompt_id"), Shuffle()],
+)
+sampler = curriculum.bind(ScoredDataset(rows, end_token_ids=[tokenizer.eos_token_id]))
+loader = torch.utils.data.DataLoader(
+    rows.select_columns(["input_ids", "labels"]),
+    batch_size=args.batch_size,
+    sampler=sampler,
+    collate_fn=DataCollatorForSeq2Seq(tokenizer),
+)
+model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+accelerator.register_for_checkpointing(curriculum)  # plan and scores go where the weights go
+
+checkpoint = args.output / "checkpoint"
+first = 0
+if args.resume and checkpoint.exists():
+    accelerator.load_state(str(checkpoint))
+    first = curriculum.epoch + 1
+
+for epoch in range(first, args.epochs):
+    curriculum.start_epoch(epoch, model, step=epoch * len(loader))
+    if accelerator.is_main_process:
+        curriculum.summaries[-1].print()
+    for batch in loader:
+        loss = model(**batch).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    accelerator.print(f"epoch {epoch}: last loss {loss.item():.3f}")
+    accelerator.save_state(str(checkpoint))
+
+accelerator.wait_for_everyone()
+if accelerator.is_main_process:
+    accelerator.unwrap_model(model).save_pretrained(args.output)
+    tokenizer.save_pretrained(args.output)
+accelerator.end_training()

@@ -1,0 +1,120 @@
+"""A real SFT run with a curriculum, as a script: started on one process or launched on several by the tests beside it.
+
+    python sft_run.py STUDENT CANDIDATES OUTPUT [--resume CHECKPOINT] [--uneven] [--fsdp] …
+
+Every process writes `rank-R.json`: how it was distributed, the rows of each of its batches where the loss is computed,
+and the scores of each pass.
+"""
+
+import argparse
+import faulthandler
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+from distill_sampler import BestOf, Curriculum, RankSurprisalRatio, Scorer, Shuffle, attach
+
+faulthandler.dump_traceback_later(240, exit=True)  # a hang becomes a failure with stacks
+
+parser = argparse.ArgumentParser()
+parser.add_argument("student")
+parser.add_argument("candidates", type=Path)
+parser.add_argument("output", type=Path)
+parser.add_argument("--resume")
+parser.add_argument("--batch-size", type=int, default=2)
+parser.add_argument("--batch-tokens", type=int, default=150)
+parser.add_argument("--rows", type=int, help="Only the first rows.")
+parser.add_argument("--lora", action="store_true")
+parser.add_argument("--checkpointing", action="store_true")
+parser.add_argument("--other-data-on-rank-1", action="store_true")
+parser.add_argument("--die-on-rank-1", action="store_true")
+options = parser.parse_args()
+rank = int(os.environ.get("RANK", 0))
+
+rows = [json.loads(line) for line in options.candidates.read_text(encoding="utf-8").splitlines()][: options.rows]
+if options.other_data_on_rank_1 and rank == 1:
+    rows = rows[::-1]
+
+
+class Recorded(SFTTrainer):
+    """Notes the rows of every batch where the loss is computed."""
+
+    batches: list[list[list[int]]]
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.model.training:
+            kept = inputs["attention_mask"].bool()
+            self.batches.append([row[mask].tolist() for row, mask in zip(inputs["input_ids"], kept, strict=True)])
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+peft_config = None
+if options.lora:
+    from peft import LoraConfig
+
+    peft_config = LoraConfig(r=4, target_modules="all-linear")
+
+args = SFTConfig(
+    output_dir=str(options.output),
+    num_train_epochs=2,
+    per_device_train_batch_size=options.batch_size,
+    learning_rate=1e-2,
+    lr_scheduler_type="constant",
+    save_strategy="steps",
+    save_steps=1,
+    logging_steps=1,
+    report_to="none",
+    bf16=False,
+    gradient_checkpointing=options.checkpointing,
+    use_cpu=True,
+    ddp_timeout=60,
+)
+if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # accelerate makes FSDP on a CPU into DDP, unless it sees this
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+trainer = Recorded(
+    model=AutoModelForCausalLM.from_pretrained(options.student, dtype=torch.float32),
+    processing_class=AutoTokenizer.from_pretrained(options.student),
+    train_dataset=Dataset.from_list(rows),
+    args=args,
+    peft_config=peft_config,
+)
+trainer.batches = []
+if options.die_on_rank_1 and rank == 1:
+    calls = iter(range(3))
+
+    def die(module: Any, arguments: Any) -> None:
+        if next(calls, None) is None:
+            os._exit(9)
+
+    trainer.model.get_input_embeddings().register_forward_pre_hook(die)
+curriculum = Curriculum(
+    metrics=[RankSurprisalRatio()],
+    policies=[BestOf("rank_surprisal_ratio", per="prompt_id"), Shuffle()],
+    scorer=Scorer(batch_tokens=options.batch_tokens, progress=False),
+)
+attach(trainer, curriculum)
+trainer.train(resume_from_checkpoint=options.resume)
+
+report = {
+    "distributed_type": str(trainer.accelerator.distributed_type),
+    "world_size": trainer.accelerator.num_processes,
+    "wrapper": type(trainer.model_wrapped).__name__,
+    "batches": trainer.batches,
+    "plans": [plan.indices.tolist() for plan in curriculum.plans],
+    "rows": [list(row) for row in trainer.train_dataset["input_ids"]],
+    "scores": [taken.columns["rank_surprisal_ratio"].tolist() for taken in curriculum.store.history],
+    "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
+}
+options.output.mkdir(parents=True, exist_ok=True)
+(options.output / f"rank-{rank}.json").write_text(json.dumps(report), encoding="utf-8")
+trainer.accelerator.wait_for_everyone()
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
