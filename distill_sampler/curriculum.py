@@ -6,29 +6,33 @@ and keep `state_dict` where the host keeps its checkpoints.
 
 from __future__ import annotations
 
-import base64
+import dataclasses
+import hashlib
+import json
 import logging
 import time
-import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import torch
 from torch import nn
 
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.distributed import Ranks
+from distill_sampler.journal import Journal, weights_identity
 from distill_sampler.policies import apply_policies, trace_policies
 from distill_sampler.sampler import DistillSampler, fit_length
 from distill_sampler.scorer import Scorer, columns_of
-from distill_sampler.store import ScoreStore
+from distill_sampler.store import ScoreStore, differences, pack, unpack
 from distill_sampler.summary import EpochSummary, summarise
-from distill_sampler.types import Column, EpochPlan, FloatArray, IntArray, Metric, Policy, Pool, unknown_name
+from distill_sampler.types import BoolArray, Column, EpochPlan, FloatArray, IntArray, Metric, Policy, Pool, unknown_name
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class Curriculum:
@@ -68,6 +72,9 @@ class Curriculum:
         """One for each epoch planned so far in this process."""
         self.plans: list[EpochPlan] = []
         """The plans of the same epochs."""
+        self.journal: Path | None = None
+        """File that keeps the scores of a pass as they come, so that an interrupted pass only does the rest when it is
+        started again. None: nothing is kept. `attach` puts it into the trainer's output folder."""
         self._given_num_samples = num_samples
         self._teacher = teacher
         names = [name for metric in metrics for name in metric.columns]
@@ -87,6 +94,12 @@ class Curriculum:
 
     # ---- Life cycle ----
 
+    def use_tokenizer(self, tokenizer: Any) -> None:
+        """Give a tokenizer to the metrics that read text and have none of their own. `attach` does."""
+        for name, metric in self.metrics.items():
+            if is_dataclass(metric) and not isinstance(metric, type) and getattr(metric, "tokenizer", self) is None:
+                self.metrics[name] = replace(metric, tokenizer=tokenizer)
+
     def bind(self, dataset: ScoredDataset) -> DistillSampler:
         """Start anew on a data set. Gives the sampler for its data loader.
 
@@ -103,6 +116,9 @@ class Curriculum:
         # with equal scores for all, the policies give the plan's length before there are scores
         constant = {name: np.ones(len(dataset), np.float32) for name in self._score_columns}
         self.num_samples = self._given_num_samples or len(self._plan(0, constant, dry_run=True))
+        # with made-up scores that differ, they show whether they weight: hosts that cannot apply weights refuse then
+        made_up = {name: (dataset.content_hash >> np.uint64(40)) / 2.0**24 + 1 for name in self._score_columns}
+        self.gives_weights = bool((self._plan(0, made_up, dry_run=True).weights != 1).any())
         self.sampler = DistillSampler(self.num_samples)
         self.reset()
         return self.sampler
@@ -129,8 +145,8 @@ class Curriculum:
         Raises:
             ValueError: the plan has another length than the epochs are laid out for.
         """
-        if self.epoch == epoch:
-            assert self.sampler.plan is not None
+        if self.epoch == epoch and self.sampler.plan is not None:
+            Ranks.current(next(model.parameters()).device).require_equal(self.sampler.plan.fingerprint, "plan")
             return self.sampler.plan
         Ranks.current(next(model.parameters()).device).require_equal(self.dataset.fingerprint, "data set")
         started = time.perf_counter()
@@ -172,12 +188,56 @@ class Curriculum:
     def score(self, model: nn.Module, *, epoch: int, step: int) -> tuple[int, IntArray]:
         """Score every candidate into `store`. Gives the tokens read and the samples with non-finite logits."""
         self.store.begin(epoch=epoch, step=step)
-        tokens, non_finite = 0, [np.empty(0, np.int64)]
-        for scored in self.scorer.score(model, self.dataset, list(self.metrics.values()), self._candidates):
-            self.store.write(scored.indices, scored.columns)
-            tokens += scored.tokens
-            non_finite.append(scored.non_finite)
-        return tokens, np.sort(np.concatenate(non_finite))
+        metrics = list(self.metrics.values())
+        tokens = 0
+        with self._pass_journal(model, epoch, step) as journal:
+            done = self._take_up(journal, Ranks.current(next(model.parameters()).device))
+            for scored in self.scorer.score(model, self.dataset, metrics, self._candidates, done=done):
+                self.store.write(scored.indices, scored.columns)
+                journal.append(scored.indices, scored.columns)
+                tokens += scored.tokens
+        columns = self.store.history[-1].columns
+        missing = np.isnan([columns[name][self._candidates] for name in self._score_columns]).any(axis=0)
+        return tokens, self._candidates[missing]
+
+    def _pass_journal(self, model: nn.Module, epoch: int, step: int) -> Journal:
+        """What an interrupted pass has left, if it was this one: same data, metrics, weights and batches."""
+        parameter = next(model.parameters())
+        ranks = Ranks.current(parameter.device)
+        origin = self._origin
+        identity = {
+            "dataset": origin["dataset"],
+            "metrics": origin["metrics"],
+            "epoch": epoch,
+            "step": step,
+            "weights": weights_identity(model) if self.journal else None,
+            # numbers in other batches, by other kernels, are others in their last digits
+            "scorer": repr(dataclasses.replace(self.scorer, progress=False)),
+            "world_size": ranks.world_size,
+            "device": parameter.device.type,
+            "dtype": str(parameter.dtype),
+            "torch": torch.__version__,
+        }
+        return Journal(self.journal if ranks.rank == 0 else None, identity)
+
+    def _take_up(self, journal: Journal, ranks: Ranks) -> BoolArray:
+        """`[samples]` which samples the journal has; their numbers go into the store, on every process."""
+        done = np.zeros(len(self.dataset), bool)
+        if not ranks.most(len(journal.found)):
+            return done
+        rows = np.zeros((len(self.dataset), len(self._score_columns) + 1))
+        for indices, columns in journal.found:
+            rows[indices, -1] = 1
+            for place, name in enumerate(self._score_columns):
+                rows[indices, place] = columns[name]
+        rows = ranks.total(rows)
+        done = rows[:, -1] > 0
+        self.store.write(
+            np.flatnonzero(done),
+            {name: rows[done, place].astype(np.float32) for place, name in enumerate(self._score_columns)},
+        )
+        logger.warning("%d of %d samples were scored before the interruption.", done.sum(), len(self._candidates))
+        return done
 
     def explain(self, index: int, epoch: int) -> str:
         """Why a sample was, or was not, in an epoch: which policy left it out, and the numbers it went by.
@@ -241,49 +301,72 @@ class Curriculum:
     # ---- State ----
 
     def state_dict(self) -> dict[str, Any]:
-        """Plan, epoch and latest scores as plain JSON values: 12 bytes a sample and score, before compression.
+        """Plan, epoch and latest scores as plain JSON values, about 16 bytes a sample with three scores.
 
         Goes where the host keeps its state; `accelerator.register_for_checkpointing(curriculum)` takes it as it is.
         """
         plan = self.sampler.plan
-        store = self.store.state_dict()
-        return {
+        state = {
             "version": STATE_VERSION,
-            "origin": store["origin"],
             "num_samples": self.num_samples,
             "epoch": self.epoch,
-            "plan": None if plan is None else {"indices": _packed(plan.indices), "weights": _packed(plan.weights)},
-            "step": _packed(store["step"]),
-            "scores": {name: _packed(values) for name, values in store["latest"].items()},
+            "plan": None if plan is None else {"indices": pack(plan.indices), "weights": pack(plan.weights)},
+            "scores": self.store.state_dict(),
         }
+        return {**state, "digest": digest(state)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(
+        self, state: Mapping[str, Any], *, accept_changes: bool = False, epoch_over: bool = False
+    ) -> None:
         """Take back what `state_dict` gave: scores and plan are loaded, never computed again.
 
+        Args:
+            state: what `state_dict` gave.
+            accept_changes: go on although metrics, policies or seed are others: the rest of the epoch that was begun
+                trains its plan, the next is scored and planned by what is given here. Another data set is accepted
+                only if `epoch_over`, because a plan counts the rows of its own.
+            epoch_over: the plan in the state was trained to its end.
+
         Raises:
-            ValueError: it belongs to another data set or configuration; the message says what differs.
+            ValueError: it is damaged, or belongs to another data set or configuration; the message says what differs.
         """
         if state.get("version") != STATE_VERSION:
             raise ValueError(
                 f"The curriculum's state has version {state.get('version')}, this library reads {STATE_VERSION}. "
                 "Resume with the version of distill_sampler that wrote it."
             )
+        if state.get("digest") != digest(state):
+            raise ValueError(
+                "The curriculum's state is damaged: its content does not have the hash that was written with it. "
+                "Resume from another checkpoint."
+            )
         if state["num_samples"] != self.num_samples:
             raise ValueError(
                 f"The curriculum's state is of epochs of {state['num_samples']} samples, here they have "
                 f"{self.num_samples}. Resume with Curriculum(num_samples={state['num_samples']})."
             )
-        self.store.load_state_dict(
-            {
-                "origin": state["origin"],
-                "step": _unpacked(state["step"], np.int64),
-                "latest": {name: _unpacked(packed, np.float32) for name, packed in state["scores"].items()},
-            }
-        )
+        saved, here = state["scores"]["origin"], self._origin
+        same_data = saved["dataset"] == here["dataset"]
+        if differing := differences(saved, here):
+            sentence = f"The plan and scores to resume from belong to another run: {differing}. "
+            if not same_data and not epoch_over:
+                raise ValueError(
+                    sentence + "The plan of a begun epoch counts the rows of its own data set, so another cannot be "
+                    "accepted. Resume with that data set, or start a new run from the checkpoint's weights."
+                )
+            if not accept_changes:
+                raise ValueError(
+                    sentence + "Resume with what they were made with, or accept the change with accept_changes=True: "
+                    "an epoch that was begun is trained to its end as planned, and the next is scored and planned anew."
+                )
+            logger.warning("%sAccepted: they take effect from the next epoch that begins.", sentence)
+        self.reset()
+        if same_data and saved["metrics"] == here["metrics"]:
+            self.store.load_state_dict({**state["scores"], "origin": here})
         self.epoch = state["epoch"]
-        if state["plan"] is not None:
-            indices = _unpacked(state["plan"]["indices"], np.int64)
-            self.sampler.set_plan(EpochPlan(indices=indices, weights=_unpacked(state["plan"]["weights"], np.float32)))
+        if same_data and state["plan"] is not None:
+            indices, weights = (unpack(state["plan"][name]) for name in ("indices", "weights"))
+            self.sampler.set_plan(EpochPlan(indices=indices, weights=weights))
 
     # ---- Parts ----
 
@@ -325,9 +408,7 @@ class Curriculum:
         return fit_length(plan, self.num_samples)
 
 
-def _packed(array: npt.NDArray[Any]) -> str:
-    return base64.b64encode(zlib.compress(array.tobytes())).decode()
-
-
-def _unpacked(text: str, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype)
+def digest(state: Mapping[str, Any]) -> str:
+    """16 hex digits of a state's content, its own digest left out."""
+    content = {name: value for name, value in state.items() if name != "digest"}
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()

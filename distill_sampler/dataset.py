@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal, Protocol, cast
 
 import numpy as np
@@ -153,11 +154,18 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
 
     def sample(self, index: int) -> Sample:
         """The row's tokens and which of them count."""
-        row = self._token_columns[index] if _is_arrow(self.rows) else self.rows[index]
-        input_ids = np.asarray(row["input_ids"], np.int64)
-        labels = input_ids if self._labels is None else np.asarray(row[self._labels], np.int64)
-        scored = response_mask(input_ids, labels, np.array([0, len(input_ids)]), self._end_token_ids)
-        return Sample(index=index, input_ids=input_ids, scored=scored)
+        return self.samples([index])[0]
+
+    def samples(self, indices: Sequence[int]) -> list[Sample]:
+        """Several rows at once, which is far quicker than one by one."""
+        if len(indices) == 0:
+            return []
+        input_ids, labels, offsets = self._tokens([int(index) for index in indices])
+        scored = response_mask(input_ids, labels, offsets, self._end_token_ids)
+        return [
+            Sample(index=int(index), input_ids=input_ids[start:stop], scored=scored[start:stop])
+            for index, (start, stop) in zip(indices, pairwise(offsets.tolist()), strict=True)
+        ]
 
     def column(self, name: str, *, complete: bool = False) -> Column:
         """A column, dictionary-encoded. Columns of lists and dictionaries are compared by value.
@@ -192,7 +200,7 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
     @cached_property
     def _token_columns(self) -> Any:
         names = ["input_ids"] if self._labels is None else ["input_ids", self._labels]
-        return self.rows.select_columns(names).with_format("numpy")  # type: ignore[attr-defined]
+        return self.rows.select_columns(names).with_format("arrow")  # type: ignore[attr-defined]
 
     def _read_tokens(self) -> None:
         """Lengths, counts and hashes of all rows, a block of rows at a time."""
@@ -208,30 +216,34 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
         self.content_hash = np.concatenate(hashes)
 
     def _blocks(self) -> Iterator[tuple[IntArray, IntArray, IntArray]]:
-        """`(input_ids [tokens], labels [tokens], offsets [rows + 1])` of consecutive blocks of rows."""
-        label_column = "input_ids" if self._labels is None else self._labels
+        """`_tokens` of consecutive blocks of rows."""
         for start in range(0, len(self), _ROWS):
             stop = min(start + _ROWS, len(self))
-            if _is_arrow(self.rows):
-                table = self._token_columns.with_format("arrow")[start:stop]
-                row_lengths = np.asarray(pc.list_value_length(table.column("input_ids")), np.int64)
-                input_ids, labels = (
-                    np.asarray(pc.list_flatten(table.column(name)), np.int64) for name in ("input_ids", label_column)
-                )
-            else:
-                rows = [self.rows[row] for row in range(start, stop)]
-                row_lengths = np.array([len(row["input_ids"]) for row in rows], np.int64)
-                input_ids, labels = (
-                    np.concatenate([np.asarray(row[name], np.int64) for row in rows])
-                    for name in ("input_ids", label_column)
-                )
-            offsets = np.concatenate([[0], np.cumsum(row_lengths)])
-            if len(labels) != len(input_ids):
-                raise ValueError(
-                    f"Rows {start} to {stop - 1} have {len(input_ids)} tokens but {len(labels)} labels; column "
-                    f"'{label_column}' must hold one label for each token."
-                )
-            yield input_ids, labels, offsets
+            yield self._tokens(slice(start, stop) if _is_arrow(self.rows) else range(start, stop))
+
+    def _tokens(self, rows: slice | Sequence[int]) -> tuple[IntArray, IntArray, IntArray]:
+        """`(input_ids [tokens], labels [tokens], offsets [rows + 1])` of some rows, laid end to end."""
+        label_column = "input_ids" if self._labels is None else self._labels
+        if _is_arrow(self.rows):
+            table = self._token_columns[rows]
+            row_lengths = np.asarray(pc.list_value_length(table.column("input_ids")), np.int64)
+            input_ids, labels = (
+                np.asarray(pc.list_flatten(table.column(name)), np.int64) for name in ("input_ids", label_column)
+            )
+        else:
+            assert not isinstance(rows, slice)
+            taken = [self.rows[row] for row in rows]
+            row_lengths = np.array([len(row["input_ids"]) for row in taken], np.int64)
+            input_ids, labels = (
+                np.concatenate([np.asarray(row[name], np.int64) for row in taken])
+                for name in ("input_ids", label_column)
+            )
+        if len(labels) != len(input_ids):
+            raise ValueError(
+                f"{len(row_lengths)} rows have {len(input_ids)} tokens but {len(labels)} labels; column "
+                f"'{label_column}' must hold one label for each token."
+            )
+        return input_ids, labels, np.concatenate([[0], np.cumsum(row_lengths)])
 
 
 def _row_hashes(input_ids: IntArray, scored: BoolArray, offsets: IntArray) -> HashArray:

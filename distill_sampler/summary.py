@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -105,6 +105,10 @@ class EpochSummary:
                 scores = (f"{means[side]:.3f}" for means in self.mean_scores.values())
                 table.add_row(Text(label, style="dim"), "", "", *scores, "", "")
         return Group(title, table, *(Text(f"note: {note}", style="yellow") for note in self.notes))
+
+    def print(self) -> None:
+        """Print the table to the terminal's error stream, where progress bars are too."""
+        Console(stderr=True).print("\n", self.table(), sep="")
 
 
 def summarise(

@@ -17,7 +17,19 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from distill_sampler import BestOf, Curriculum, KeepTop, RankSurprisalRatio, Scorer, Shuffle, SortBy, attach
+from distill_sampler import (
+    BestOf,
+    Curriculum,
+    KeepTop,
+    LocalNaturalness,
+    RankSurprisalRatio,
+    RuleQuality,
+    Scorer,
+    Shuffle,
+    SortBy,
+    WeightBySoftmax,
+    attach,
+)
 from tests import tiny
 
 RSR = "rank_surprisal_ratio"
@@ -368,12 +380,13 @@ def test_training_again_starts_again(tmp_path: Path, tokenizer: PreTrainedTokeni
     attached = curriculum()
     attach(trainer, attached)
     trainer.train()
-    first = planned(attached)
+    scored_first = attached.store.history[0]
     trainer.batches.clear()
     trainer.train()
     assert len(attached.plans) == 2  # not four
     assert trained(trainer) == planned(attached)
-    assert planned(attached) != first  # another student, another choice or at least another order
+    assert len(attached.store.history) == 2
+    assert not np.allclose(attached.store.history[0].columns[RSR], scored_first.columns[RSR])  # a student that learnt
 
 
 def test_a_checkpoint_of_other_data_or_without_a_curriculum_is_refused(
@@ -497,3 +510,23 @@ def test_selection_and_order_compose(tmp_path: Path, tokenizer: PreTrainedTokeni
     for taken, plan in zip(attached.store.history, attached.plans, strict=True):
         scores = taken.columns[RSR]
         assert scores[plan.indices].tolist() == sorted(scores.tolist())[:9]
+
+
+def test_metrics_that_read_text_get_the_trainers_tokenizer(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    trainer = sft_trainer(tmp_path, tokenizer)
+    attached = curriculum(
+        metrics=[LocalNaturalness(window=1), RuleQuality()],
+        policies=[BestOf("local_naturalness", per="prompt_id"), SortBy("rule_quality")],
+    )
+    attach(trainer, attached)
+    trainer.train()
+    assert trained(trainer) == planned(attached)
+    assert np.isfinite(attached.store.latest["local_naturalness"]).all()
+
+
+def test_loss_weights_that_the_trainer_would_ignore_are_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    trainer = sft_trainer(tmp_path, tokenizer)
+    with pytest.raises(ValueError, match=r"give loss weights.*SampleBySoftmax instead"):
+        attach(trainer, curriculum(policies=[WeightBySoftmax(RSR, temperature=1.0)]))

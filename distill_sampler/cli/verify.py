@@ -1,0 +1,47 @@
+"""`distill-sampler verify`: does the recorded sample log of a run agree with the order that its checkpoints hold?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+from distill_sampler.integrations.checkpoints import FOLDER, entry_of, read_state, why_broken
+from distill_sampler.integrations.sample_log import compare, read_log
+from distill_sampler.store import unpack
+from distill_sampler.types import EpochPlan
+
+
+def run(checkpoints: Sequence[Path], log: Path | None) -> bool:
+    """Compare and print a line for each checkpoint. True if all agree.
+
+    Raises:
+        ValueError: a checkpoint cannot be read, or there is no log.
+    """
+    agree = True
+    for checkpoint in checkpoints:
+        if not checkpoint.is_dir():
+            raise ValueError(f"{checkpoint}: there is no such folder.")
+        if reason := why_broken(checkpoint):
+            raise ValueError(f"{checkpoint} cannot be read: {reason}.")
+        entry = entry_of(read_state(checkpoint))
+        if entry is None:
+            raise ValueError(f"{checkpoint} was written without a curriculum, so its order is not known.")
+        lines = read_log(log or checkpoint.resolve().parent / FOLDER)
+        saved, progress = entry["curriculum"], entry["progress"]
+        plan = EpochPlan(**{name: unpack(packed) for name, packed in saved["plan"].items()})
+        epoch = saved["epoch"]
+        trained = min(progress["into_epoch"] * entry["samples_per_step"], len(plan))
+        differing = compare(lines, plan, epoch=epoch, trained=trained)
+        where = f"{checkpoint}: epoch {epoch}, plan {plan.fingerprint}, {trained} of {len(plan)} samples trained"
+        if differing:
+            agree = False
+            typer.secho(f"{where}: the log DISAGREES in {len(differing)} places", fg="red")
+            for sentence in differing[:5]:
+                typer.echo(f"  {sentence}")
+        else:
+            beyond = {line["epoch"] for line in lines} - {epoch}
+            others = f"; epochs {sorted(beyond)} of the log need a checkpoint of theirs" if beyond else ""
+            typer.echo(f"{where}: the log agrees{others}")
+    return agree

@@ -1,0 +1,139 @@
+"""A log of the samples that were trained on, recorded where the loss is computed, and its comparison with a plan.
+
+One file for each process, `samples-R.jsonl`, a line for each batch that went through the model:
+
+    {"step": 7, "epoch": 1, "start": 4, "samples": [12, 3]}
+
+the optimizer step it was for (from 1), the epoch, the place of its first sample in the epoch's plan, and the samples,
+recognised by their tokens. -1: the batch held other tokens than the planned sample's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill_sampler.dataset import ScoredDataset
+from distill_sampler.types import EpochPlan, IntArray
+
+
+class SampleLog:
+    """Writes the log of one process.
+
+    Args:
+        path: the file. Lines of steps after `step` are removed: a run that goes on from a checkpoint takes them anew.
+        step: optimizer steps taken so far; 0 begins a new log.
+    """
+
+    def __init__(self, path: Path, *, step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in _lines(path) if line["step"] <= step] if step else []
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        unfinished.replace(path)
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+
+    def batch(
+        self, inputs: Mapping[str, Any], plan: EpochPlan, dataset: ScoredDataset, *, step: int, epoch: int, start: int
+    ) -> None:
+        """Note a batch, in one write: a kill does not tear it.
+
+        Raises:
+            ValueError: the batch has no token ids.
+        """
+        samples = []
+        for offset, tokens in enumerate(rows_of(inputs)):
+            # where the batches do not come out even, accelerate fills the last ones from the epoch's start
+            planned = int(plan.indices[(start + offset) % len(plan)])
+            samples.append(planned if np.array_equal(tokens, dataset.sample(planned).input_ids) else -1)
+        line = {"step": step, "epoch": epoch, "start": start, "samples": samples}
+        os.write(self._file, (json.dumps(line) + "\n").encode())
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def rows_of(inputs: Mapping[str, Any]) -> list[IntArray]:
+    """The tokens of each sample of a batch, padded (with an attention mask) or laid end to end (with position ids).
+
+    Raises:
+        ValueError: the batch has no token ids.
+    """
+    if "input_ids" not in inputs:
+        raise ValueError(
+            f"The batch has {', '.join(inputs)} but no input_ids, so its samples cannot be recognised. Attach without "
+            "sample_log=True."
+        )
+    tokens: Tensor = inputs["input_ids"].cpu()
+    if "attention_mask" in inputs:
+        masks = inputs["attention_mask"].cpu().bool()
+        return [row[mask].numpy() for row, mask in zip(tokens, masks, strict=True)]
+    if "position_ids" in inputs:
+        starts = (inputs["position_ids"][0].cpu() == 0).nonzero().flatten()
+        return [row.numpy() for row in torch.tensor_split(tokens[0], starts[1:])]
+    return [row.numpy() for row in tokens]
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of all processes' logs, in the order of the epochs and of the plan.
+
+    Raises:
+        ValueError: there is no log.
+    """
+    files = sorted(folder.glob("samples-*.jsonl"))
+    if not files:
+        raise ValueError(
+            f"There is no sample log in {folder}. Runs record one with attach(trainer, curriculum, sample_log=True)."
+        )
+    lines = [line for file in files for line in _lines(file)]
+    return sorted(lines, key=lambda line: (line["epoch"], line["start"]))
+
+
+def compare(log: list[dict[str, Any]], plan: EpochPlan, *, epoch: int, trained: int) -> list[str]:
+    """What in a log is not as planned, a sentence each; empty: it agrees.
+
+    Args:
+        log: from `read_log`.
+        plan: the epoch's.
+        epoch: which.
+        trained: places of the plan that were trained on when the checkpoint was written; the log must have them all.
+    """
+    found = []
+    seen = np.zeros(len(plan), bool)
+    for line in log:
+        if line["epoch"] != epoch:
+            continue
+        places = (line["start"] + np.arange(len(line["samples"]))) % len(plan)
+        planned = plan.indices[places]
+        seen[places] = True
+        if planned.tolist() != line["samples"]:
+            found.append(
+                f"step {line['step']}, place {line['start']} of the plan: planned {planned.tolist()}, trained "
+                f"{line['samples']}"
+            )
+    missing = np.flatnonzero(~seen[:trained])
+    if len(missing):
+        found.append(
+            f"{len(missing)} of {trained} samples trained are not in the log; the first is at place {missing[0]}"
+        )
+    return found
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a log; what is no line of ours is left out, and is missed in the comparison."""
+    if not path.exists():
+        return
+    for text in path.read_bytes().splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and {"step", "epoch", "start", "samples"} <= line.keys():
+            yield line

@@ -1,0 +1,313 @@
+"""Kill a training run at random moments until it ends, again and again; what it trained must be what it would have.
+
+    python recipes/benchmarks/kill_storm.py [--kills 200] [--processes 1 or 2] [--workers 0] [--elastic]
+
+A real `SFTTrainer` trains a tiny student with a curriculum (dropout on, gradient accumulation 2, a checkpoint every
+second step) in a process of its own that is sent SIGKILL while it scores, trains or saves, and is started again from
+the last whole checkpoint, until it comes to its end; then the next run, until there were enough kills. Every batch is
+noted where the loss is computed, with the scores of each pass and the final weights, and compared bit for bit with a
+run that was left alone. Imports take longer than a run, so they are done once: runs are forks of this process.
+
+With `--elastic` every start has another number of processes, one or two, the global batch being the same. Then only
+the samples of each optimizer step are compared: sums over processes differ in their last digits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import mmap
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.append(str(Path(__file__).parents[2]))  # for the tests' tiny student
+
+import datasets
+import torch
+import torch.distributed
+from trl import SFTConfig, SFTTrainer
+
+from distill_sampler import BestOf, Curriculum, RankSurprisalRatio, Scorer, Shuffle, attach
+from distill_sampler.integrations.checkpoints import last_whole
+from tests import tiny
+
+STARTING, SCORING, TRAINING, SAVING = PHASES = ("starting", "scoring", "training", "saving")
+RSR = "rank_surprisal_ratio"
+
+
+class Phase:
+    """What a run is doing, in memory that outlives it, and how often it has begun to."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, 1 + len(PHASES))
+
+    def enter(self, phase: str) -> None:
+        number = PHASES.index(phase)
+        self._memory[1 + number] = (self._memory[1 + number] + 1) % 256
+        self._memory[0] = number
+
+    def now(self) -> str:
+        return PHASES[self._memory[0]]
+
+    def count(self, phase: str) -> int:
+        return self._memory[1 + PHASES.index(phase)]
+
+    def clear(self) -> None:
+        self._memory[:] = bytes(len(self._memory))
+
+
+# ---- A run, in a process of its own ----
+
+
+def train(folder: Path, phase: Phase, rank: int, processes: int, options: argparse.Namespace) -> None:
+    """Go on from the last whole checkpoint to the end."""
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    if processes > 1:
+        size = str(processes)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes
+        )
+    log = os.open(folder / f"trained-{rank}.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    def note(**line: Any) -> None:
+        os.write(log, (json.dumps(line) + "\n").encode())
+
+    class Recorded(SFTTrainer):
+        """Notes the samples of every batch where the loss is computed, and says what it is doing."""
+
+        batches: dict[int, int] = {}  # noqa: RUF012  # of the step being made: how many there were before this one
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            phase.enter(TRAINING)
+            kept = inputs["attention_mask"].bool()
+            rows = [tuple(row[mask].tolist()) for row, mask in zip(inputs["input_ids"], kept, strict=True)]
+            step = self.state.global_step + 1
+            self.batches = {step: self.batches.get(step, -1) + 1}
+            # accelerate deals the batches out to the processes one by one
+            start = (self.batches[step] * processes + rank) * self.args.per_device_train_batch_size
+            for place, row in enumerate(rows, start):
+                note(what=f"step {step:02}, place {place}", value=index[row])
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+            phase.enter(SAVING)
+            super()._save_checkpoint(*args, **kwargs)
+            phase.enter(TRAINING)
+
+    model = tiny.model(attention_dropout=0.1)
+    trainer = Recorded(
+        model=model,
+        processing_class=tiny.tokenizer(),
+        train_dataset=tiny.candidates(options.prompts),
+        args=SFTConfig(
+            output_dir=str(folder / "output"),
+            num_train_epochs=3,
+            per_device_train_batch_size=4 // processes,
+            gradient_accumulation_steps=2,
+            dataloader_num_workers=options.workers,
+            dataloader_persistent_workers=options.workers > 0,
+            learning_rate=1e-2,
+            save_steps=2,
+            save_total_limit=3,
+            logging_steps=1,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            disable_tqdm=True,
+        ),
+    )
+    assert trainer.accelerator.num_processes == processes
+    index = {tuple(row): number for number, row in enumerate(trainer.train_dataset["input_ids"])}
+    curriculum = Curriculum(
+        metrics=[RankSurprisalRatio()],
+        policies=[BestOf(RSR, per="prompt_id"), Shuffle()],
+        scorer=Scorer(progress=False, batch_tokens=150),
+    )
+    attach(trainer, curriculum)
+    score = curriculum.score
+
+    def score_and_note(*args: Any, **kwargs: Any) -> Any:
+        phase.enter(SCORING)
+        result = score(*args, **kwargs)
+        scores = b"".join(values.tobytes() for values in curriculum.store.history[-1].columns.values())
+        note(what=f"scores {kwargs['epoch']}", value=hashlib.blake2b(scores, digest_size=8).hexdigest())
+        return result
+
+    curriculum.score = score_and_note  # type: ignore[method-assign]
+    found, _ = last_whole(folder / "output")
+    if processes > 1:
+        torch.distributed.barrier()  # all have looked before one begins to write
+    trainer.train(resume_from_checkpoint=True if found else None)
+    weights = b"".join(parameter.detach().numpy().tobytes() for parameter in model.parameters())
+    note(what="weights", value=hashlib.blake2b(weights, digest_size=8).hexdigest())
+    if processes > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def start(folder: Path, phase: Phase, processes: int, options: argparse.Namespace) -> list[int]:
+    """Fork the processes of a run; gives their ids. What they print goes to a file."""
+    (folder / "rendezvous").unlink(missing_ok=True)
+    phase.clear()
+    children = []
+    for rank in range(processes):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                output = os.open(folder / f"output-{rank}.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+                os.dup2(output, 1)
+                os.dup2(output, 2)
+                train(folder, phase if rank == 0 else Phase(), rank, processes, options)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    return children
+
+
+# ---- The storm ----
+
+
+def weather(folder: Path, phase: Phase, options: argparse.Namespace, draw: random.Random, kills: Counter[str]) -> int:
+    """One run from its start to its end, killed on the way. Gives the number of its kills.
+
+    Raises:
+        RuntimeError: it ended by itself, and not well.
+    """
+    killed = 0
+    while True:
+        children = start(folder, phase, draw.randint(1, 2) if options.elastic else options.processes, options)
+        target = draw.choice([SCORING, TRAINING, SAVING, None])
+        times = draw.randint(1, 6) if target == TRAINING else draw.randint(1, 2)
+        deadline = time.monotonic() + draw.uniform(0, 2)
+        ended: dict[int, int] = {}
+        while len(ended) < len(children):
+            if time.monotonic() > deadline if target is None else phase.count(target) >= times:
+                break
+            for child in set(children) - set(ended):
+                pid, status = os.waitpid(child, os.WNOHANG)
+                if pid:
+                    ended[pid] = status
+            if any(ended.values()):
+                break
+            time.sleep(0.0005)
+        if len(ended) < len(children) and not any(ended.values()):
+            time.sleep(draw.uniform(0, {SCORING: 0.15, TRAINING: 0.03, SAVING: 0.04, None: 0}[target]))
+        victims = [child for child in children if child not in ended]
+        draw.shuffle(victims)
+        for child in victims:
+            os.kill(child, signal.SIGKILL)
+        for child in victims:
+            ended[child] = os.waitpid(child, 0)[1]
+        statuses = list(ended.values())
+        if any(os.WIFEXITED(status) and os.WEXITSTATUS(status) for status in statuses):
+            raise RuntimeError(f"a run failed by itself: {tail(folder)}")
+        if any(os.WIFSIGNALED(status) for status in statuses):
+            killed += 1
+            kills[phase.now()] += 1
+        if all(os.WIFEXITED(status) for status in statuses):
+            return killed
+
+
+def trained(folder: Path, options: argparse.Namespace) -> dict[str, set[str]]:
+    """Every value that was noted for each place of each step, the scores of each pass and the weights.
+
+    All of them, whether a kill undid the step or not: they must be what they would have been.
+    """
+    found: dict[str, set[str]] = {}
+    for path in sorted(folder.glob("trained-*.jsonl")):
+        for text in path.read_text(encoding="utf-8").splitlines():
+            line = json.loads(text)
+            if line["what"].startswith("step") or not options.elastic:
+                found.setdefault(line["what"], set()).add(str(line["value"]))
+    return found
+
+
+def differences(here: dict[str, set[str]], reference: dict[str, set[str]]) -> list[str]:
+    return [
+        f"{key}: {sorted(here.get(key, ()))} instead of {sorted(reference.get(key, ()))}"
+        for key in sorted(here.keys() | reference.keys())
+        if here.get(key) != reference.get(key)
+    ]
+
+
+def tail(folder: Path) -> str:
+    return "\n".join(path.read_text(encoding="utf-8")[-3000:] for path in sorted(folder.glob("output-*.txt")))
+
+
+def said(folder: Path, sentence: str) -> int:
+    return sum(path.read_text(encoding="utf-8").count(sentence) for path in folder.glob("output-0.txt"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200, help="go on until there were so many")
+    parser.add_argument("--processes", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--elastic", action="store_true", help="one or two processes, drawn for each start")
+    parser.add_argument("--workers", type=int, default=0, help="data loader workers")
+    parser.add_argument("--prompts", type=int, default=20, help="with three candidates each")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="keep the runs here")
+    options = parser.parse_args()
+    root = (options.folder or Path(tempfile.mkdtemp(prefix="kill-storm-"))).resolve()
+    root.mkdir(parents=True, exist_ok=True)
+    phase, draw = Phase(), random.Random(options.seed)
+    begun = time.monotonic()
+
+    calm = root / "calm"
+    calm.mkdir()
+    for child in start(calm, phase, options.processes, options):
+        if os.waitpid(child, 0)[1]:
+            sys.exit(f"The run without kills failed:\n{tail(calm)}")
+    reference = trained(calm, options)
+    print(f"uninterrupted: {len(reference)} records in {time.monotonic() - begun:.1f} s", flush=True)
+
+    kills: Counter[str] = Counter()
+    found: list[str] = []
+    runs = taken_up = passed_over = 0
+    while kills.total() < options.kills:
+        folder = root / f"storm-{runs}"
+        folder.mkdir()
+        killed = weather(folder, phase, options, draw, kills)
+        differing = differences(trained(folder, options), reference)
+        found += differing
+        runs += 1
+        taken_up += said(folder, "were scored before the interruption")
+        passed_over += said(folder, "is passed over")
+        print(f"run {runs}: {killed} kills, {len(differing)} differences, {kills.total()} kills in all", flush=True)
+        for line in differing[:10]:
+            print("  " + line)
+        if not differing:
+            shutil.rmtree(folder)
+    print(f"\n{kills.total()} kills in {runs} runs, {len(found)} differences, {time.monotonic() - begun:.0f} s")
+    for name in PHASES:
+        print(f"  {name:9} {kills[name]:4} {'#' * (60 * kills[name] // max(kills.total(), 1))}")
+    print(f"interrupted passes taken up: {taken_up}; broken checkpoints passed over: {passed_over}")
+    if options.folder is None:
+        shutil.rmtree(root, ignore_errors=True)
+    sys.exit(1 if found else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""The curriculum's state: small, whole or refused, loaded and never computed again; and what a killed pass leaves."""
+
+import errno
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from distill_sampler import BestOf, Curriculum, EpochPlan, RankSurprisalRatio, ScoredDataset, Scorer, Shuffle
+from distill_sampler.store import ScoreStore, pack, unpack
+from tests import tiny
+
+RSR = "rank_surprisal_ratio"
+
+
+@pytest.fixture(scope="module")
+def dataset(tokenizer: PreTrainedTokenizerBase) -> ScoredDataset:
+    return ScoredDataset(tiny.tokenised(tiny.candidates(), tokenizer), end_token_ids=[257])
+
+
+def bound(dataset: ScoredDataset, journal: Path | None = None, **changes: Any) -> Curriculum:
+    settings: dict[str, Any] = {
+        "metrics": [RankSurprisalRatio()],
+        "policies": [BestOf(RSR, per="prompt_id"), Shuffle()],
+        "scorer": Scorer(progress=False, batch_tokens=30),
+        **changes,
+    }
+    curriculum = Curriculum(**settings)
+    curriculum.bind(dataset)
+    curriculum.journal = journal
+    return curriculum
+
+
+# ---- Arrays ----
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(0),
+        np.array([-1, 5, 300, 70_000]),
+        np.array([2**40, -(2**40)]),
+        np.array([0.5, np.nan, np.inf, -0.0], np.float32),
+    ],
+)
+def test_a_packed_array_comes_back_bit_for_bit(array: Any) -> None:
+    back = unpack(json.loads(json.dumps(pack(array))))
+    assert back.dtype.kind == array.dtype.kind
+    assert back.astype(array.dtype).tobytes() == array.tobytes()
+    back[:] = 0  # and can be written to
+
+
+def test_the_state_takes_at_most_64_bytes_a_sample(tokenizer: PreTrainedTokenizerBase) -> None:
+    size = 20_000
+    rng = np.random.default_rng(0)
+    rows = [{"input_ids": [1, 2, n % 250], "labels": [-100, 2, n % 250]} for n in range(size)]
+    curriculum = bound(ScoredDataset(rows), policies=[Shuffle()])
+    curriculum.store.begin(epoch=0, step=123)
+    for name in curriculum.store.latest:
+        curriculum.store.write(np.arange(size), {name: rng.lognormal(size=size).astype(np.float32)})
+    weights = rng.uniform(0.5, 1.5, size)
+    curriculum.sampler.set_plan(EpochPlan(indices=rng.permutation(size), weights=weights / weights.mean()))
+    text = json.dumps(curriculum.state_dict())
+    assert len(text) / size < 64
+    restored = bound(ScoredDataset(rows), policies=[Shuffle()])
+    started = time.perf_counter()
+    restored.load_state_dict(json.loads(text))
+    assert time.perf_counter() - started < 5
+    assert restored.sampler.plan == curriculum.sampler.plan
+
+
+# ---- Damage and change ----
+
+
+def test_a_damaged_state_is_refused_wherever_it_is_damaged(dataset: ScoredDataset, model: PreTrainedModel) -> None:
+    curriculum = bound(dataset)
+    curriculum.start_epoch(0, model)
+    state = curriculum.state_dict()
+    data = state["plan"]["indices"]["data"]
+    flipped = data[:-9] + ("A" if data[-9] != "A" else "B") + data[-8:]
+    for damage in (
+        {"epoch": 1},
+        {"plan": None},
+        {"plan": {**state["plan"], "indices": {**state["plan"]["indices"], "data": flipped}}},
+        {"scores": {**state["scores"], "passes": []}},
+        {"digest": None},
+    ):
+        with pytest.raises(ValueError, match=r"state is damaged.*Resume from another checkpoint"):
+            bound(dataset).load_state_dict({**state, **damage})
+
+
+def test_the_history_of_passes_goes_on_after_a_resume(dataset: ScoredDataset, model: PreTrainedModel) -> None:
+    curriculum = bound(dataset)
+    curriculum.start_epoch(0, model, step=0)
+    curriculum.start_epoch(1, model, step=3)
+    restored = bound(dataset)
+    restored.load_state_dict(json.loads(json.dumps(curriculum.state_dict())))
+    restored.start_epoch(2, model, step=6)
+    assert restored.store.passes == [(0, 0), (1, 3), (2, 6)]
+    assert len(restored.store.history) == 1
+
+
+CHANGES = [
+    {"seed": 5},
+    {"policies": [BestOf(RSR, per="prompt_id")]},
+    {"metrics": [RankSurprisalRatio(rank_clip=7)]},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_accepted_change_takes_effect_from_the_next_epoch(
+    change: dict[str, Any], dataset: ScoredDataset, model: PreTrainedModel
+) -> None:
+    curriculum = bound(dataset)
+    begun = curriculum.start_epoch(0, model)
+    state = curriculum.state_dict()
+    with pytest.raises(ValueError, match=r"their (seed|policies|metrics) is .*accept_changes=True: an epoch that was"):
+        bound(dataset, **change).load_state_dict(state)
+    changed = bound(dataset, **change)
+    changed.load_state_dict(state, accept_changes=True)
+    assert changed.start_epoch(0, model) == begun
+    assert changed.start_epoch(1, model, step=3) == bound(dataset, **change).start_epoch(1, model, step=3)
+
+
+def test_other_data_are_accepted_between_epochs_only(
+    dataset: ScoredDataset, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    curriculum = bound(dataset)
+    curriculum.start_epoch(0, model)
+    state = curriculum.state_dict()
+    rows = tiny.tokenised(tiny.candidates().select(range(17, -1, -1)), tokenizer)
+    other = ScoredDataset(rows, end_token_ids=[257])
+    with pytest.raises(ValueError, match=r"their dataset is .*cannot be accepted"):
+        bound(other).load_state_dict(state, accept_changes=True)
+    with pytest.raises(ValueError, match=r"their dataset is .*accept_changes=True"):
+        bound(other).load_state_dict(state, epoch_over=True)
+    changed = bound(other)
+    changed.load_state_dict(state, accept_changes=True, epoch_over=True)
+    assert changed.start_epoch(1, model, step=3) == bound(other).start_epoch(1, model, step=3)
+
+
+def test_a_store_of_other_metrics_is_refused() -> None:
+    store = ScoreStore(3, ["a"], {"metrics": ["A()"]})
+    with pytest.raises(ValueError, match=r"their metrics is \['B\(\)'\], here it is \['A\(\)'\]"):
+        store.load_state_dict({**store.state_dict(), "origin": {"metrics": ["B()"]}})
+
+
+# ---- An interrupted pass ----
+
+
+class Interruption(Exception):
+    pass
+
+
+def forwards(model: PreTrainedModel, limit: int | None = None) -> list[int]:
+    """Counts the rows that the model reads from now on; after `limit` forwards it is interrupted."""
+    original, rows = type(model.model).forward, []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if limit is not None and len(rows) == limit:
+            raise Interruption
+        rows.append(len(kwargs["input_ids"]))
+        return original(model.model, *args, **kwargs)
+
+    model.model.forward = forward
+    return rows
+
+
+def interrupted(dataset: ScoredDataset, journal: Path, limit: int = 18, **changes: Any) -> None:
+    model = tiny.model()
+    forwards(model, limit)
+    with pytest.raises(Interruption):
+        bound(dataset, journal, **changes).start_epoch(0, model)
+
+
+def test_an_interrupted_pass_does_only_the_rest_and_ends_with_the_same_scores(
+    dataset: ScoredDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = tmp_path / "run" / "scoring.journal"
+    whole = bound(dataset)
+    model = tiny.model()
+    all_rows = forwards(model)
+    plan = whole.start_epoch(0, model)
+    interrupted(dataset, journal)
+    rest, model = bound(dataset, journal), tiny.model()
+    rows = forwards(model)
+    assert rest.start_epoch(0, model) == plan
+    assert "of 18 samples were scored before the interruption" in caplog.text
+    assert 1 < len(rows) < len(all_rows) - 8
+    for name, values in whole.store.latest.items():
+        assert rest.store.latest[name].tobytes() == values.tobytes()
+    # and once it is through, a kill before the next checkpoint costs nothing
+    again, model = bound(dataset, journal), tiny.model()
+    rows = forwards(model)
+    assert again.start_epoch(0, model) == plan
+    assert len(rows) <= 4  # what the model does to its logits and to shared prompts is found out anew
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scorer": Scorer(progress=False, batch_tokens=31)},
+        {"metrics": [RankSurprisalRatio(rank_clip=7)]},
+    ],
+)
+def test_a_journal_of_another_pass_is_not_taken_up(
+    change: dict[str, Any], dataset: ScoredDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    interrupted(dataset, tmp_path / "journal")
+    bound(dataset, tmp_path / "journal", **change).start_epoch(0, tiny.model())
+    interrupted(dataset, tmp_path / "journal")
+    bound(dataset, tmp_path / "journal").start_epoch(0, tiny.model(seed=1))
+    interrupted(dataset, tmp_path / "journal")
+    bound(dataset, tmp_path / "journal").start_epoch(1, tiny.model())
+    assert "before the interruption" not in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["cut off", "flipped", "foreign", "empty"])
+def test_a_damaged_journal_gives_the_same_scores(
+    damage: str, dataset: ScoredDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = tmp_path / "journal"
+    whole = bound(dataset)
+    plan = whole.start_epoch(0, tiny.model())
+    interrupted(dataset, journal)
+    content = journal.read_bytes()
+    lines = content.splitlines(keepends=True)
+    assert len(lines) > 3
+    journal.write_bytes(
+        {
+            "cut off": content[:-20],
+            "flipped": b"".join([*lines[:2], lines[2].replace(b"a", b"b"), *lines[3:]]),
+            "foreign": b"\x00\x01 something else\n\xff",
+            "empty": b"",
+        }[damage]
+    )
+    rest = bound(dataset, journal)
+    assert rest.start_epoch(0, tiny.model()) == plan
+    for name, values in whole.store.latest.items():
+        assert rest.store.latest[name].tobytes() == values.tobytes()
+    if damage in ("cut off", "flipped"):
+        assert "ends in the middle of a block" in caplog.text
+
+
+def test_where_nothing_can_be_written_scoring_goes_on_and_says_so(
+    dataset: ScoredDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = bound(dataset).start_epoch(0, tiny.model())
+    (tmp_path / "file").touch()
+    assert bound(dataset, tmp_path / "file" / "journal").start_epoch(0, tiny.model()) == plan
+    write, calls = os.write, iter(range(2))
+
+    def full(file: int, data: bytes) -> int:
+        if data[16:17] == b" " and next(calls, None) is None:
+            write(file, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(file, data)
+
+    monkeypatch.setattr(os, "write", full)
+    assert bound(dataset, tmp_path / "journal").start_epoch(0, tiny.model()) == plan
+    assert caplog.text.count("Scores cannot be kept while they are computed") == 2
+    assert "No space left on device" in caplog.text
+    monkeypatch.undo()
+    assert bound(dataset, tmp_path / "journal").start_epoch(0, tiny.model()) == plan
