@@ -12,7 +12,6 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import nn
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.distributed import Ranks
 from distill_sampler.journal import Journal, weights_identity
+from distill_sampler.metrics._tokenizer import with_tokenizer
 from distill_sampler.policies import apply_policies, trace_policies
 from distill_sampler.sampler import DistillSampler, fit_length
 from distill_sampler.scorer import Scorer, columns_of
@@ -96,9 +96,7 @@ class Curriculum:
 
     def use_tokenizer(self, tokenizer: Any) -> None:
         """Give a tokenizer to the metrics that read text and have none of their own. `attach` does."""
-        for name, metric in self.metrics.items():
-            if is_dataclass(metric) and not isinstance(metric, type) and getattr(metric, "tokenizer", self) is None:
-                self.metrics[name] = replace(metric, tokenizer=tokenizer)
+        self.metrics = {name: with_tokenizer(metric, tokenizer) for name, metric in self.metrics.items()}
 
     def bind(self, dataset: ScoredDataset) -> DistillSampler:
         """Start anew on a data set. Gives the sampler for its data loader.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -63,14 +64,14 @@ def paragraphs(text: str) -> list[int]:
     return [match.end() for match in re.finditer(r"\n\s*\n", text)]
 
 
-def by_pattern(pattern: str) -> Splitter:
+@dataclass(frozen=True)
+class by_pattern:  # lower case: used like the functions above
     """A splitter that begins a step behind each match of a regular expression."""
-    compiled = re.compile(pattern)
 
-    def split(text: str) -> list[int]:
-        return [match.end() for match in compiled.finditer(text) if match.end() > match.start()]
+    pattern: str
 
-    return split
+    def __call__(self, text: str) -> list[int]:
+        return [match.end() for match in re.finditer(self.pattern, text) if match.end() > match.start()]
 
 
 def token_steps(

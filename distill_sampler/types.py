@@ -56,12 +56,25 @@ class View:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenStats:
-    """What the student made of the scored tokens of one view, in the order of the tokens."""
+    """What the student made of the scored tokens of one view, in the order of the tokens.
+
+    The fields that may be None are computed for the metrics that ask for them: a metric that has an attribute
+    `uses_statistics`, a tuple of their names, gets them with the statistics of all of its views.
+    """
 
     surprisal: FloatArray
     """`[tokens]` -log p(token | what precedes it in the view), in nats, float32."""
-    rank: IntArray
-    """`[tokens]` 1 + the number of vocabulary entries with a strictly larger logit. Not clipped."""
+    rank: IntArray | FloatArray
+    """`[tokens]` 1 + the number of vocabulary entries with a strictly larger logit. Not clipped. With `ties="mid"` of
+    the scorer half of `ties` is added, and the ranks are floats."""
+    ties: IntArray | None = None
+    """`[tokens]` how many other vocabulary entries have exactly the token's logit."""
+    entropy: FloatArray | None = None
+    """`[tokens]` entropy of the prediction, in nats."""
+    top1: FloatArray | None = None
+    """`[tokens]` probability of the likeliest token. (The token itself is the likeliest where its rank is 1.)"""
+    sum_p2: FloatArray | None = None
+    """`[tokens]` sum of the squared probabilities."""
 
 
 @runtime_checkable

@@ -12,9 +12,9 @@ import distill_sampler
 PACKAGE = Path(distill_sampler.__file__).parent
 LAYERS = [
     {"types"},
-    {"_hash", "token_stats", "metrics", "policies"},
-    {"dataset", "store", "sampler", "distributed"},
-    {"scorer", "summary"},
+    {"_hash", "steps", "token_stats", "metrics", "policies"},
+    {"dataset", "store", "sampler", "distributed", "journal"},
+    {"student", "scorer", "summary"},
     {"curriculum"},
     {"integrations"},
     {"cli", "report"},

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill_sampler import GlobalNaturalness, LocalNaturalness, ScoredDataset, Scorer
 from distill_sampler.metrics.local_naturalness import response_steps
+from distill_sampler.steps import by_pattern
 from tests import tiny
 
 PROMPT = [{"role": "user", "content": "Why?"}]
@@ -174,3 +175,10 @@ def test_twenty_thousand_steps_are_laid_out_at_once() -> None:
     views = LocalNaturalness(window=1, min_tokens=1, tokenizer=tokenizer).views(sample)
     assert len(views) == 20_000 - 1
     assert sum(len(view.input_ids) for view in views) < 10 * len(ids)
+
+
+def test_its_configuration_reads_the_same_in_every_process(tokenizer: PreTrainedTokenizerBase) -> None:
+    said = repr(LocalNaturalness(window=0.25, splitter=by_pattern(";"), tokenizer=tokenizer))
+    assert "splitter=by_pattern(pattern=';')" in said
+    assert "splitter=sentences" in repr(LocalNaturalness())
+    assert "0x" not in said

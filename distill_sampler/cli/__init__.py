@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +17,58 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="Train a student on the traces that it can learn from.",
 )
+
+
+class OnError(StrEnum):
+    """What to do about a row that cannot be used."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """What users can put right ends a command with one sentence and exit code 1, not with a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        typer.secho(f"Error: {error}", fg="red", err=True)
+        raise typer.Exit(1) from error
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Take a command's options from a YAML file; what is typed wins.
+
+    Raises:
+        typer.BadParameter: it is no such file, or has names that the command does not know.
+    """
+    if path is None:
+        return None
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        told: Any = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise typer.BadParameter(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(told, dict):
+        raise typer.BadParameter(f"{path} must hold 'name: value' lines, with the names of the options.")
+    known = {parameter.name for parameter in context.command.params}
+    settings = {str(name).replace("-", "_"): value for name, value in told.items()}
+    for name in settings:
+        if name not in known:
+            close = difflib.get_close_matches(name, [str(other) for other in known], n=1)
+            hint = f" Did you mean '{close[0]}'?" if close else ""
+            raise typer.BadParameter(f"{path}: there is no option '{name}'.{hint}")
+    context.default_map = {**(context.default_map or {}), **settings}
+    return path
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", is_eager=True, callback=_read_config, help="YAML file with options, by the same names."),
+]
+TeacherColumn = Annotated[str | None, typer.Option(help="Column that says who wrote a response.")]
+GroupColumn = Annotated[str | None, typer.Option(help="Column that says which rows answer the same prompt.")]
 
 
 @app.callback()
@@ -45,3 +101,184 @@ def demo(
     except ValueError as error:
         typer.secho(f"Error: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
+
+
+@app.command()
+def verify(
+    checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoint folders of a run, one or more of each epoch.")],
+    log: Annotated[
+        Path | None, typer.Option(help="Folder of the sample log; left out: distill_sampler/ beside the checkpoint.")
+    ] = None,
+) -> None:
+    """Say whether the samples that a run recorded are those that its checkpoints hold the order of.
+
+    The run records them with attach(trainer, curriculum, sample_log=True). Ends with 0 if they agree, with 1 if not,
+    and with 2 if a checkpoint or the log cannot be read.
+    """
+    from distill_sampler.cli.verify import run
+
+    try:
+        agree = run(checkpoints, log)
+    except ValueError as error:
+        typer.secho(f"Error: {error}", fg="red", err=True)
+        raise typer.Exit(2) from error
+    if not agree:
+        raise typer.Exit(1)
+
+
+@app.command()
+def score(
+    data: Annotated[list[str], typer.Argument(help="JSONL (plain, gz, zst), JSON, Parquet, folders, or a hub name.")],
+    model: Annotated[str, typer.Option(help="The student: a folder, or a name on the hub.")],
+    output: Annotated[Path, typer.Option(help="Parquet file for the scores.")] = Path("scores.parquet"),
+    metrics: Annotated[
+        str, typer.Option(help="Names, or calls such as 'RankSurprisalRatio(rank_clip=50, name=rsr50)'.")
+    ] = "rank_surprisal_ratio,global_naturalness",
+    prompt_column: Annotated[str | None, typer.Option(help="Text or messages of the prompt.")] = None,
+    response_column: Annotated[str | None, typer.Option(help="Text or messages of the response.")] = None,
+    messages_column: Annotated[str | None, typer.Option(help="Whole conversations.")] = None,
+    candidates_column: Annotated[str | None, typer.Option(help="Several responses to the row's prompt.")] = None,
+    group_column: GroupColumn = None,
+    teacher_column: TeacherColumn = None,
+    split: Annotated[str, typer.Option(help="Of a saved data set, or one on the hub.")] = "train",
+    plain: Annotated[bool, typer.Option("--plain", help="No chat template: prompt and response as they are.")] = False,
+    chat_template: Annotated[Path | None, typer.Option(help="File with a chat template to use instead.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens after which a row is cut off.")] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a batch, padding included: 2048 on a CPU, else 16384.")
+    ] = None,
+    rank_clip: Annotated[int | None, typer.Option(help="Ranks above it count as this (RSR; 100 in the paper).")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Of a model on the hub.")] = None,
+    lora: Annotated[Path | None, typer.Option(help="Adapter to put on the model.")] = None,
+    traces: Annotated[
+        int, typer.Option(min=0, help="Prompts (the first ones) whose candidates are kept token by token.")
+    ] = 30,
+    limit: Annotated[int | None, typer.Option(min=1, help="Candidates to read at most.")] = None,
+    on_error: Annotated[OnError, typer.Option(help="What to do about a row that cannot be used.")] = OnError.stop,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over, whatever is there.")] = False,
+    config: Config = None,
+) -> None:
+    """Let a student score every response of a data set.
+
+    Killed at any point, it goes on where it was when run again. Under `accelerate launch` the processes share the work.
+    """
+    with refusals():
+        from distill_sampler.cli.candidates import Layout
+        from distill_sampler.cli.score import Options, run
+
+        run(
+            Options(
+                data=data,
+                model=model,
+                output=output,
+                metrics=metrics,
+                layout=Layout(
+                    prompt=prompt_column,
+                    response=response_column,
+                    messages=messages_column,
+                    candidates=candidates_column,
+                    group=group_column,
+                    teacher=teacher_column,
+                ),
+                split=split,
+                plain=plain,
+                chat_template=chat_template,
+                max_length=max_length,
+                batch_tokens=batch_tokens,
+                rank_clip=rank_clip,
+                dtype=dtype,
+                device=device,
+                revision=revision,
+                lora=lora,
+                traces=traces,
+                limit=limit,
+                on_error=on_error.value,
+                overwrite=overwrite,
+            )
+        )
+
+
+@app.command()
+def teachers(
+    scores: Annotated[Path, typer.Argument(help="What `score` wrote, or a run's folder.")],
+    metric: Annotated[str | None, typer.Option(help="The metric that ranks.")] = None,
+    teacher_column: TeacherColumn = None,
+    group_column: GroupColumn = None,
+    epoch: Annotated[int | None, typer.Option(help="Which pass of a run; the last if left out.")] = None,
+    shared_prompts: Annotated[
+        bool, typer.Option("--shared-prompts", help="Compare on the prompts that all teachers answered.")
+    ] = False,
+    config: Config = None,
+) -> None:
+    """Rank teachers by what the student makes of their responses."""
+    with refusals():
+        from distill_sampler.cli.teachers import run
+
+        run(scores, metric=metric, teacher=teacher_column, group=group_column, epoch=epoch, shared=shared_prompts)
+
+
+@app.command()
+def report(
+    source: Annotated[Path, typer.Argument(help="What `score` wrote, or a run's folder.")],
+    output: Annotated[Path, typer.Option(help="HTML file; it needs no network.")] = Path("report.html"),
+    policy: Annotated[
+        list[str] | None, typer.Option(help="Whose choice is shown; the run's, or the best of each prompt if left out.")
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="The metric that ranks.")] = None,
+    title: Annotated[str | None, typer.Option(help="Of the page.")] = None,
+    teacher_column: TeacherColumn = None,
+    group_column: GroupColumn = None,
+    seed: Annotated[int, typer.Option(help="Of the policies.")] = 0,
+    config: Config = None,
+) -> None:
+    """Draw the scores as one HTML page: teachers, distributions, the choice, traces token by token."""
+    with refusals():
+        from distill_sampler.cli.expressions import parse_policies
+        from distill_sampler.report.page import write_report
+
+        write_report(
+            source,
+            output,
+            title=title,
+            policies=parse_policies(policy or []),
+            seed=seed,
+            metric=metric,
+            teacher=teacher_column,
+            group=group_column,
+        )
+        typer.echo(f"{output} ({output.stat().st_size / 1e6:.1f} MB): open it in a browser.")
+
+
+@app.command()
+def select(
+    scores: Annotated[Path, typer.Argument(help="What `score` wrote.")],
+    policy: Annotated[
+        list[str], typer.Option(help="Such as 'BestOf(rank_surprisal_ratio, per=prompt_id)'; several apply in order.")
+    ],
+    output: Annotated[Path, typer.Option(help="Training set to write: .jsonl or .parquet.")] = Path("selected.jsonl"),
+    data: Annotated[list[str] | None, typer.Option(help="Where the data lies, if not where it was scored.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the policies.")] = 0,
+    epoch: Annotated[int | None, typer.Option(help="Which pass of a run; the last if left out.")] = None,
+    config: Config = None,
+) -> None:
+    """Choose from scored data with the library's policies, and write a training set with the reason for each row."""
+    with refusals():
+        from distill_sampler.cli.select import run
+
+        run(scores, policies=policy, output=output, data=data or [], seed=seed, epoch=epoch)
+
+
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Option(help="Test with this student; a random one of 135M if left out.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    seconds: Annotated[float, typer.Option(min=0, help="How long to measure.")] = 20.0,
+) -> None:
+    """Say what is installed and how fast scoring is here, with the limit beside it."""
+    with refusals():
+        from distill_sampler.cli.doctor import run
+
+        run(model=model, device=device, dtype=dtype, seconds=seconds)

@@ -22,7 +22,7 @@ from trl import SFTConfig, SFTTrainer
 
 from distill_sampler import BestOf, Curriculum, GlobalNaturalness, RankSurprisalRatio, Shuffle, attach
 from distill_sampler.cli.demo_parts import candidates, fastest_dtype, student_folder
-from distill_sampler.report.distributions import write_distributions
+from distill_sampler.report.page import write_report
 from distill_sampler.summary import PREFIX
 
 RSR = "rank_surprisal_ratio"
@@ -114,7 +114,7 @@ def _write(trainer: SFTTrainer, curriculum: Curriculum, rows: Any, output: Path)
         for epoch, plan in enumerate(curriculum.plans)
     ]
     pq.write_table(pa.concat_tables(plans), output / "plans.parquet")
-    write_distributions(scores, RSR, output / "scores.html", first="before training", last="after training")
+    write_report(output, output / "scores.html", title="SmolLM2-135M-Instruct reads four teachers")
 
 
 def _show(say: Console, curriculum: Curriculum, rows: Any) -> None:
@@ -155,6 +155,6 @@ def _figures(say: Console, trainer: SFTTrainer, curriculum: Curriculum, seconds:
     say.print(f"scoring throughput   {tokens / scoring:,.0f} tokens/s")
     say.print(f"scoring share        {', '.join(f'{share:.0%}' for share in shares)} of each epoch's time")
     say.print(
-        "\nLook at [bold]scores.html[/] for the distributions, [bold]scores.parquet[/] and [bold]plans.parquet[/] for "
-        "the numbers, [bold]model/[/] for the student."
+        "\nLook at [bold]scores.html[/] for pictures of the scores before and after, [bold]scores.parquet[/] and "
+        "[bold]plans.parquet[/] for the numbers, [bold]model/[/] for the student."
     )

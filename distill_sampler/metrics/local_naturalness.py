@@ -54,6 +54,14 @@ class LocalNaturalness:
         if self.skip < 0:
             raise ValueError(f"{type(self).__name__}(skip={self.skip}): give 0 or more tokens.")
 
+    def __repr__(self) -> str:
+        """The configuration, the same in every process: a splitter by its name. Scores are known by it."""
+        splitter = getattr(self.splitter, "__qualname__", None) or repr(self.splitter)
+        return (
+            f"LocalNaturalness(window={self.window}, splitter={splitter}, min_tokens={self.min_tokens}, "
+            f"max_tokens={self.max_tokens}, skip={self.skip}, name={self.name!r})"
+        )
+
     @property
     def columns(self) -> tuple[str, ...]:
         prefix = "" if self.name == "local_naturalness" else f"{self.name}_"

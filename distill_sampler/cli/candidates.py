@@ -1,0 +1,263 @@
+"""From a row to candidates: which column is what, one row with several responses, messages of all dialects.
+
+What a column is for is guessed from its name when it is not said, and every guess is printed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from distill_sampler.cli.sources import Bad, Row, Sources
+
+Message = dict[str, Any]
+
+PROMPTS = ("prompt", "question", "instruction", "problem", "query", "input")
+RESPONSES = ("response", "completion", "output", "solution", "generation", "answer", "text", "content")
+MESSAGES = ("messages", "conversations", "conversation")
+NESTED = ("candidates", "responses", "completions", "generations", "solutions", "outputs", "traces")
+GROUPS = ("prompt_id", "group_id", "problem_id", "question_id", "group")
+TEACHERS = ("teacher", "teacher_model", "model", "model_name", "generator")
+
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+"""ShareGPT's names for the roles."""
+_UNSAID = (None, "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What each column is for. None: not said; what is still None after `completed` is not there."""
+
+    prompt: str | None = None
+    response: str | None = None
+    messages: str | None = None
+    candidates: str | None = None
+    """Column with several responses to the row's prompt."""
+    group: str | None = None
+    teacher: str | None = None
+
+    def completed(self, values: Mapping[str, Any]) -> Layout:
+        """With guesses from the columns of a first row.
+
+        Raises:
+            ValueError: a column that was named is not there, or no column can be a response.
+        """
+        columns = ", ".join(f"'{name}'" for name in values)
+
+        def first(names: Sequence[str], fits: Callable[[Any], bool] = lambda value: True) -> str | None:
+            return next((name for name in names if name in values and fits(values[name])), None)
+
+        guess = self
+        if not (self.response or self.messages or self.candidates):
+            messages = first(MESSAGES, _is_conversation)
+            nested = None if messages else first(NESTED, _is_nested)
+            guess = replace(guess, messages=messages, candidates=nested)
+        if not guess.messages:
+            guess = replace(guess, prompt=guess.prompt or first(PROMPTS))
+            if not guess.candidates:
+                names = tuple(name for name in RESPONSES if name != guess.prompt)
+                guess = replace(guess, response=guess.response or first(names))
+        guess = replace(guess, group=guess.group or first(GROUPS), teacher=guess.teacher or first(TEACHERS))
+        for part in fields(self):
+            name = getattr(self, part.name)
+            # a nested candidate may bring its own response and teacher
+            if name and name not in values and not (guess.candidates and part.name in ("response", "teacher")):
+                raise ValueError(f"--{part.name}-column: there is no column '{name}' in the data; it has {columns}.")
+        if not guess.messages and not (guess.prompt and (guess.response or guess.candidates)):
+            raise ValueError(
+                f"None of the columns ({columns}) looks like a prompt with a response, or like messages. Name them "
+                "with --prompt-column and --response-column, or with --messages-column."
+            )
+        return guess
+
+    def describe(self) -> str:
+        parts = (f"{part.name} = '{getattr(self, part.name)}'" for part in fields(self) if getattr(self, part.name))
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """One response to one prompt."""
+
+    where: str
+    messages: list[Message]
+    """The conversation; the prompt as one message of the user if it was given as text."""
+    first: int
+    """Assistant messages from here on are the response."""
+    as_text: bool
+    """Prompt and response were given as text, not as messages."""
+    group: str
+    teacher: str | None
+    tools: Any = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Other single values of the row: domain, correctness, the number of the sample."""
+
+    @property
+    def content_hash(self) -> int:
+        """64 bits of the prompt's and the response's text, the same wherever the row stands."""
+        return _hash([self.messages, self.first])
+
+    @property
+    def prompt_text(self) -> str:
+        """What the user asked first, for a person."""
+        return next((str(message["content"]) for message in self.messages if message["role"] == "user"), "")
+
+
+def read_candidates(
+    sources: Sources, said: Layout, announce: Callable[[Layout], None] = lambda layout: None
+) -> Iterator[Candidate | Bad]:
+    """Every candidate of the data, in order; columns are guessed once, from the first row.
+
+    Raises:
+        ValueError: the columns cannot be made out; there is no row at all.
+    """
+    layout: Layout | None = None
+    empty = True
+    for row in sources:
+        empty = False
+        if isinstance(row, Bad):
+            yield row
+            continue
+        if layout is None:
+            layout = said.completed(row.values)
+            announce(layout)
+        try:
+            found = list(_candidates(row, layout))
+            # half of a surrogate pair can be written in JSON, but is no text: nothing could store or tokenise it
+            json.dumps([[c.messages, c.group, c.teacher, c.extra] for c in found], ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            yield Bad(where=row.where, reason="its text holds half a surrogate pair, which is no character")
+        except ValueError as error:
+            yield Bad(where=row.where, reason=str(error))
+        else:
+            yield from found
+    if empty:
+        raise ValueError(f"There are no rows in {', '.join(sources.data)}.")
+
+
+def _candidates(row: Row, layout: Layout) -> Iterator[Candidate]:
+    values = row.values
+    for part in ("prompt", "response", "messages", "candidates"):
+        name = getattr(layout, part)
+        if name and name not in values and not (layout.candidates and part == "response"):
+            raise ValueError(f"it has no column '{name}' (only {', '.join(values)}), unlike the first row")
+    tools = values.get("tools") or None
+    used = {layout.prompt, layout.response, layout.messages, layout.candidates, layout.group, layout.teacher, "tools"}
+    extra = {k: v for k, v in values.items() if k not in used and isinstance(v, (str, bool, int, float, type(None)))}
+    group, teacher = values.get(layout.group or ""), values.get(layout.teacher or "")
+    if layout.messages:
+        messages = _conversation(values[layout.messages], layout.messages)
+        yield _candidate(row.where, messages, 0, False, group, teacher, tools, extra)
+        return
+    prompt = values[layout.prompt or ""]
+    before = [_user(prompt, layout.prompt)] if not _is_conversation(prompt) else _conversation(prompt, layout.prompt)
+    if not layout.candidates:
+        yield _answered(row.where, prompt, before, values[layout.response or ""], group, teacher, tools, extra)
+        return
+    nested = values[layout.candidates]
+    if not _is_nested(nested):
+        raise ValueError(f"'{layout.candidates}' holds no responses")
+    names: Sequence[str | None] = [None] * len(nested)
+    if isinstance(nested, Mapping):
+        names, nested = list(nested), list(nested.values())
+    for number, (name, response) in enumerate(zip(names, nested, strict=True), 1):
+        who, own = name or teacher, extra
+        if isinstance(response, Mapping):
+            of = [key for key in (layout.response, *RESPONSES) if key in response]
+            by = [key for key in (layout.teacher, *TEACHERS) if key in response]
+            if not of:
+                raise ValueError(f"candidate {number} has no response (only {', '.join(response)})")
+            who = response[by[0]] if by else who
+            scalars = {k: v for k, v in response.items() if isinstance(v, (str, bool, int, float, type(None)))}
+            own = {**extra, **{k: v for k, v in scalars.items() if k not in (of[0], *by[:1])}}
+            response = response[of[0]]
+        where = f"{row.where}, candidate {number}"
+        yield _answered(where, prompt, before, response, group, who, tools, own)
+
+
+def _answered(
+    where: str, prompt: Any, before: list[Message], response: Any, group: Any, teacher: Any, tools: Any, extra: Any
+) -> Candidate:
+    if _is_conversation(response):
+        messages = [*before, *_conversation(response, "response")]
+    elif isinstance(response, str):
+        messages = [*before, {"role": "assistant", "content": response}]
+    else:
+        raise ValueError(f"the response is {_kind(response)}, not text")
+    as_text = isinstance(prompt, str) and isinstance(response, str)
+    return _candidate(where, messages, len(before), as_text, group, teacher, tools, extra)
+
+
+def _candidate(
+    where: str, messages: list[Message], first: int, as_text: bool, group: Any, teacher: Any, tools: Any, extra: Any
+) -> Candidate:
+    said = [message for message in messages[first:] if message["role"] == "assistant"]
+    if not said:
+        raise ValueError("no message is by the assistant, so there is no response")
+    if not any(str(message["content"] or "").strip() for message in said):
+        raise ValueError("the response is empty")
+    asked = next(number for number, m in enumerate(messages) if m["role"] == "assistant")
+    return Candidate(
+        where=where,
+        messages=messages,
+        first=first,
+        as_text=as_text,
+        group=f"{_hash(messages[: first or asked]):016x}" if group in _UNSAID else str(group),
+        teacher=None if teacher in _UNSAID else str(teacher),
+        tools=tools,
+        extra=extra,
+    )
+
+
+def _conversation(value: Any, name: str | None) -> list[Message]:
+    if not _is_conversation(value):
+        raise ValueError(f"'{name}' holds no messages with role and content")
+    messages = []
+    for message in value:
+        # a table fills the keys that other rows have with nulls
+        told = {key: part for key, part in message.items() if part is not None}
+        role = told.pop("role", None) or _ROLES.get(told.pop("from", ""))
+        content = told.pop("content", None) or told.pop("value", None) or ""
+        if role is None:
+            raise ValueError(f"a message of '{name}' has no role")
+        if not isinstance(content, str):
+            raise ValueError(f"a message of '{name}' holds {_kind(content)}, not text")
+        messages.append({"role": role, "content": content, **told})
+    return messages
+
+
+def _user(prompt: Any, name: str | None) -> Message:
+    if not isinstance(prompt, str):
+        raise ValueError(f"'{name}' is {_kind(prompt)}, not text or messages")
+    return {"role": "user", "content": prompt}
+
+
+def _is_conversation(value: Any) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and len(value) > 0
+        and all(isinstance(m, Mapping) and ("role" in m or "from" in m) for m in value)
+    )
+
+
+def _is_nested(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) == 0 or _is_conversation(value):
+        return False
+    return all(isinstance(each, (str, Mapping)) or _is_conversation(each) for each in value)
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "missing"
+    return "a number" if isinstance(value, (bool, int, float)) else f"a {type(value).__name__}"
+
+
+def _hash(value: Any) -> int:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest())

@@ -1,0 +1,132 @@
+"""`distill-sampler doctor`: what is installed, what is fast here, and how close scoring comes to the bare forward."""
+
+from __future__ import annotations
+
+import platform
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from distill_sampler import GlobalNaturalness, RankSurprisalRatio, ScoredDataset, Scorer
+from distill_sampler.cli.student import load_student, pick_device
+from distill_sampler.student import unwrap
+from distill_sampler.token_stats import fastest
+from distill_sampler.types import Metric
+
+PACKAGES = ("distill_sampler", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "deepspeed", "triton")
+LENGTH = 512
+
+
+def run(*, model: str | None, device: str, dtype: str, seconds: float) -> None:
+    """Print it all.
+
+    Raises:
+        ValueError: the device or the model is not there.
+    """
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    say = Console()
+    place = pick_device(device)
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="dim")
+    table.add_column()
+    table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    for name in PACKAGES:
+        table.add_row(name, _version(name))
+    for label, value in _machine(place):
+        table.add_row(label, value)
+    say.print(table)
+    student, what = _student(model, place, dtype)
+    say.print(f"\nThroughput test: {what}, sequences of {LENGTH} tokens, about {seconds:.0f} s", highlight=False)
+    kernel = fastest(place, 2048 * student.config.get_text_config().vocab_size)
+    say.print(f"  statistics of a token: '{kernel}' (long passes on an accelerator compile their own kernel)")
+    bare, scored = _throughput(student, place, seconds)
+    say.print(f"  bare backbone forward   {bare:>12,.0f} tokens/s   (the limit)")
+    say.print(f"  scoring, two metrics    {scored:>12,.0f} tokens/s   ({bare / scored:.2f} x the limit's time)")
+    if scored > bare:
+        say.print("  [yellow]Scoring cannot be faster than the limit: the machine is busy; give more --seconds.[/]")
+    if scored < bare / 1.5:
+        say.print(
+            "  [yellow]Scoring is far from the limit: the output head is a large part of so small a model, or the "
+            "machine is busy.[/]"
+        )
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "[dim]not installed[/]"
+
+
+def _machine(device: torch.device) -> list[tuple[str, str]]:
+    found = [("device", str(device)), ("threads", str(torch.get_num_threads()))]
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found.append(("accelerator", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"))
+        found.append(("bfloat16", "yes" if torch.cuda.is_bf16_supported(False) else "emulated"))
+    else:
+        found.append(("accelerators", str(torch.cuda.device_count())))
+        found.append(("cpu capability", torch.backends.cpu.get_cpu_capability()))
+    return found
+
+
+def _student(model: str | None, device: torch.device, dtype: str) -> tuple[Any, str]:
+    """The user's model, or a random one of the size of SmolLM2-135M: throughput does not depend on the weights."""
+    if model is not None:
+        loaded = load_student(model, revision=None, dtype=dtype, device=device, lora=None, chat_template=None)
+        return loaded.model, f"{Path(model).name} in {loaded.dtype}"
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "float32"
+    shape = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    student: Any = LlamaForCausalLM(shape)
+    student = student.to(device, getattr(torch, dtype)).eval()
+    return student, f"a random Llama of 135 million weights in {dtype}"
+
+
+def _throughput(student: Any, device: torch.device, seconds: float) -> tuple[float, float]:
+    """Tokens a second of the bare backbone and of scoring, in turns, so that both meet the same machine."""
+    budget = 2048 if device.type == "cpu" else 16384
+    vocabulary = student.config.get_text_config().vocab_size
+    input_ids = np.random.default_rng(0).integers(0, vocabulary, (budget // LENGTH, LENGTH))
+    rows = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in input_ids]
+    dataset = ScoredDataset(rows)
+    metrics: list[Metric] = [RankSurprisalRatio(), GlobalNaturalness()]
+    scorer = Scorer(batch_tokens=budget, progress=False)
+    backbone = unwrap(student).base_model
+    tokens = torch.from_numpy(input_ids).to(device)
+
+    def bare() -> None:
+        with torch.no_grad():
+            backbone(input_ids=tokens, use_cache=False)
+
+    def scoring() -> None:
+        for _ in scorer.score(student, dataset, metrics, np.arange(len(dataset))):
+            pass
+
+    times: dict[Any, list[float]] = {bare: [], scoring: []}
+    started = time.perf_counter()
+    while time.perf_counter() - started < seconds or len(times[scoring]) < 2:
+        for work, spent in times.items():
+            begun = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            spent.append(time.perf_counter() - begun)
+    return input_ids.size / min(times[bare]), input_ids.size / min(times[scoring])

@@ -1,0 +1,664 @@
+"""`distill-sampler score`: a data set and a student in, one row of numbers for each candidate out.
+
+The data streams through in chunks of so many tokens. Each chunk is read by the student and written to a file of its
+own in `OUTPUT.parts/`, renamed into place when it is whole; a run that was killed skips the candidates that the parts
+hold and goes on. Chunks depend on the data and the settings alone, so the parts of an interrupted run are those of an
+uninterrupted one, and so is the file that they are joined into. Memory holds one chunk, however long the data is.
+
+Under `accelerate launch` every process walks through the same chunks, reads its share of each (`Ranks`), and the first
+one writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers.utils import logging as transformers_logging
+
+from distill_sampler import Scorer, __version__
+from distill_sampler.cli.candidates import Candidate, Layout, read_candidates
+from distill_sampler.cli.encoding import Encoded, Encoder
+from distill_sampler.cli.expressions import parse_metrics
+from distill_sampler.cli.sources import Bad, Sources
+from distill_sampler.cli.student import Student, load_student, pick_device
+from distill_sampler.dataset import ScoredDataset, response_mask
+from distill_sampler.distributed import Ranks
+from distill_sampler.integrations.transformers import end_token_ids
+from distill_sampler.metrics._response import response_view
+from distill_sampler.metrics._tokenizer import with_tokenizer
+from distill_sampler.scorer import columns_of
+from distill_sampler.token_stats import fastest
+from distill_sampler.types import FloatArray, Metric, Sample, TokenStats, View
+
+METADATA = b"distill_sampler."
+"""Prefix of our entries in the file's metadata, as in `ScoreStore.to_table`."""
+BATCHES_PER_CHUNK = 8
+"""A chunk holds this many batches' tokens, the scorer's own measure: what a kill costs, at most."""
+ROWS_PER_READ = 64
+"""Candidates that are tokenised together; a chunk is a whole number of these."""
+MAX_ROWS = 4096
+ROW_GROUP = 1 << 16
+Read = tuple[Candidate, Encoded, bool]
+"""A candidate, its tokens, and whether what the student makes of each is kept."""
+SHOWN_BAD = 5
+"""Bad rows that are shown one by one; all are counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command was told."""
+
+    data: Sequence[str]
+    model: str
+    output: Path
+    metrics: str = "rank_surprisal_ratio,global_naturalness"
+    layout: Layout = field(default_factory=Layout)
+    split: str = "train"
+    revision: str | None = None
+    lora: Path | None = None
+    chat_template: Path | None = None
+    plain: bool = False
+    """No chat template: prompt and response one after the other."""
+    dtype: str = "auto"
+    device: str = "auto"
+    batch_tokens: int | None = None
+    max_length: int | None = None
+    rank_clip: int | None = None
+    traces: int = 30
+    """Prompts whose candidates are kept token by token, for the report."""
+    on_error: Literal["skip", "stop"] = "stop"
+    overwrite: bool = False
+    limit: int | None = None
+    """Candidates to read at most."""
+
+
+def run(options: Options) -> None:
+    """Score, and leave the numbers in `options.output`.
+
+    Raises:
+        ValueError: one sentence about what is wrong, and the cure.
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries to each other
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    device = pick_device(options.device)
+    ranks = _join(device)
+    say = Console(stderr=True, quiet=ranks.rank > 0)
+    sources = Sources(options.data, split=options.split)
+    metrics = parse_metrics(options.metrics, rank_clip=options.rank_clip)
+    _require_writable(options.output)
+    _require_lengths(options)
+    student = load_student(
+        options.model,
+        revision=options.revision,
+        dtype=options.dtype,
+        device=device,
+        lora=options.lora,
+        chat_template=options.chat_template,
+    )
+    batch_tokens = options.batch_tokens or (2048 if device.type == "cpu" else 16384)
+    settings = {
+        "model": options.model,
+        "revision": student.revision,
+        "lora": str(options.lora) if options.lora else None,
+        "dtype": student.dtype,
+        "metrics": [repr(metric) for metric in metrics],
+        "data": sources.describe(),
+        "columns": _said(options.layout),
+        "template": "plain" if options.plain else _digest(student.tokenizer.chat_template or ""),
+        "max_length": options.max_length,
+        "batch_tokens": batch_tokens,
+        "traces": options.traces,
+        "limit": options.limit,
+    }
+    parts = Parts(options.output, settings, overwrite=options.overwrite, ranks=ranks)
+    if parts.complete:
+        say.print(f"{options.output} already holds the scores of this data by this model; nothing to do.")
+        _show(options.output, say)
+        return
+    job = Job(options, student, metrics, sources, parts, ranks, batch_tokens, say)
+    job.run()
+    if ranks.rank == 0:
+        _show(options.output, say)
+
+
+class Job:
+    """One run of the command: the state that its steps share."""
+
+    def __init__(
+        self,
+        options: Options,
+        student: Student,
+        metrics: list[Metric],
+        sources: Sources,
+        parts: Parts,
+        ranks: Ranks,
+        batch_tokens: int,
+        say: Console,
+    ) -> None:
+        self.options = options
+        self.student = student
+        self.metrics = [with_tokenizer(metric, student.tokenizer) for metric in metrics]
+        self.sources = sources
+        self.parts = parts
+        self.ranks = ranks
+        self.batch_tokens = batch_tokens
+        self.say = say
+        self.layout = Layout()
+        self.encoder: Encoder | None = None
+        # chosen for the whole run (4 bytes a token, roughly), not for each chunk: compilation pays off over all of them
+        vocabulary = student.model.config.get_text_config().vocab_size
+        self.impl = fastest(next(student.model.parameters()).device, sources.size // 4 * vocabulary)
+        self.ends = end_token_ids(student.tokenizer, student.model)
+        self.kept_groups: set[str] = set()
+        self.kinds: dict[str, pa.DataType] | None = None
+        """Of the columns that are carried along; settled by the first chunk."""
+        if parts.schema is not None:
+            own = {*_OWN, *columns_of(metrics)}
+            fields = [field for field in parts.schema if field.name not in own]
+            self.kinds = {field.name: field.type for field in fields[3:]}  # behind sample, group, teacher
+        self.read_before = 0
+        """Bytes of the data that were read before this chunk's."""
+        self.bad = 0
+        self.tokens = 0
+        self.seconds = 0.0
+        self.non_finite = 0
+        self.cut = 0
+        """Candidates without a token to score, because max_length left none."""
+
+    def run(self) -> None:
+        if self.parts.rows:
+            self.say.print(f"Going on after {self.parts.rows:,} candidates that an earlier run has scored.")
+        started = time.perf_counter()
+        try:
+            with self._progress() as (progress, task):
+                for chunk in self._chunks():
+                    begin = self.parts.rows
+                    table = self._score(chunk, begin, lambda share: self._advance(progress, task, share))
+                    self.parts.add(table)
+        except KeyboardInterrupt:
+            raise ValueError(
+                f"Stopped. {self.parts.rows:,} scored candidates are kept; run the same command again to go on."
+            ) from None
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise ValueError(
+                f"Out of memory with batches of {self.batch_tokens} tokens; give a smaller --batch-tokens and "
+                "--overwrite, or a --max-length."
+            ) from error
+        if not self.parts.rows:
+            raise ValueError(f"None of the rows could be used ({self.bad} bad); see the reasons above.")
+        if self.ranks.rank == 0:
+            self.parts.join(self._metadata())
+        self._notes(time.perf_counter() - started)
+
+    # ---- Reading ----
+
+    def _candidates(self) -> Iterator[Candidate]:
+        for item in read_candidates(self.sources, self.options.layout, self._announce):
+            if isinstance(item, Bad):
+                self._refuse(item)
+            elif reason := _misfit(item, self.kinds):
+                self._refuse(Bad(where=item.where, reason=reason))
+            else:
+                yield item
+
+    def _announce(self, layout: Layout) -> None:
+        self.layout = layout
+        self.say.print(f"Columns: {layout.describe()}", markup=False)
+        if layout.teacher is None and layout.candidates is None:
+            self.say.print("  No column says who wrote a response; name it with --teacher-column to compare teachers.")
+        if layout.group is None:
+            self.say.print("  Rows with the same prompt are one group ('prompt_id' is a hash of the prompt).")
+
+    def _refuse(self, bad: Bad) -> None:
+        if self.options.on_error == "stop":
+            raise ValueError(
+                f"{bad.where}: {bad.reason}. Repair it, or leave such rows out with --on-error skip; what is scored so "
+                "far is kept."
+            )
+        self.bad += 1
+        if self.bad <= SHOWN_BAD:
+            self.say.print(f"  left out: {bad.where}: {bad.reason}", markup=False, highlight=False)
+
+    def _chunks(self) -> Iterator[list[Read]]:
+        """Candidates in pieces of about so many tokens."""
+        limit = BATCHES_PER_CHUNK * self.batch_tokens * self.ranks.world_size
+        chunk: list[Read] = []
+        tokens, done, position = 0, self.parts.rows, 0
+        stream = itertools.islice(self._candidates(), self.options.limit)
+        while several := list(itertools.islice(stream, ROWS_PER_READ)):
+            keep = [self._keep(candidate) for candidate in several]
+            skip = min(max(done - position, 0), len(several))
+            position += len(several)
+            if skip == len(several):
+                continue
+            fresh = several[skip:]
+            encoded = self._encode(fresh)
+            chunk += zip(fresh, encoded, keep[skip:], strict=True)
+            tokens += sum(len(each.input_ids) for each in encoded)
+            if tokens >= limit or len(chunk) >= MAX_ROWS:
+                yield chunk
+                chunk, tokens, self.read_before = [], 0, self.sources.position
+        if chunk:
+            yield chunk
+
+    def _keep(self, candidate: Candidate) -> bool:
+        if len(self.kept_groups) < self.options.traces:
+            self.kept_groups.add(candidate.group)
+        return candidate.group in self.kept_groups
+
+    def _encode(self, candidates: Sequence[Candidate]) -> list[Encoded]:
+        if self.encoder is None:
+            template = not self.options.plain
+            as_text = candidates[0].as_text
+            if template and as_text and not self.student.tokenizer.chat_template:
+                template = False
+                self.say.print("Template: none (the tokenizer has no chat template): prompt and response as they are.")
+            elif template:
+                how = "prompt and response wrapped as a conversation" if as_text else "conversations"
+                self.say.print(f"Template: the model's chat template, {how}; the end marker is not scored.")
+            elif not as_text:
+                raise ValueError("--plain reads text, but the data holds messages; leave --plain out.")
+            self.encoder = Encoder(self.student.tokenizer, template=template, max_length=self.options.max_length)
+        return self.encoder(candidates)
+
+    # ---- Scoring ----
+
+    def _score(self, chunk: list[Read], begin: int, advance: Callable[[float], None]) -> pa.Table:
+        """One row for each candidate of a chunk."""
+        size = len(chunk)
+        input_ids = np.concatenate([np.asarray(encoded.input_ids, np.int64) for _, encoded, _ in chunk])
+        labels = np.concatenate([np.asarray(encoded.labels, np.int64) for _, encoded, _ in chunk])
+        offsets = np.r_[0, np.cumsum([len(encoded.input_ids) for _, encoded, _ in chunk])]
+        scored = response_mask(input_ids, labels, offsets, self.ends)
+        counts = np.diff(np.r_[0, np.cumsum(scored)][offsets])
+        usable = np.flatnonzero(counts)
+        self.cut += size - len(usable)
+        columns: dict[str, FloatArray] = {name: np.full(size, np.nan, np.float32) for name in columns_of(self.metrics)}
+        recorder = _Recorder({place for place, row in enumerate(usable.tolist()) if chunk[row][2]})
+        if len(usable):
+            rows = [{"input_ids": chunk[row][1].input_ids, "labels": chunk[row][1].labels} for row in usable.tolist()]
+            dataset = ScoredDataset(rows, end_token_ids=self.ends)
+            scorer = Scorer(batch_tokens=self.batch_tokens, progress=False, impl=self.impl)
+            started, read = time.perf_counter(), 0
+            for block in scorer.score(self.student.model, dataset, [*self.metrics, recorder], np.arange(len(usable))):
+                for name, values in block.columns.items():
+                    columns[name][usable[block.indices]] = values
+                self.tokens += block.tokens
+                self.non_finite += len(block.non_finite)
+                self.seconds += time.perf_counter() - started
+                read += block.tokens
+                advance(read / len(input_ids))
+                started = time.perf_counter()
+        traces = self._gather(recorder)
+        places = {int(row): place for place, row in enumerate(usable.tolist())}
+        table = self._identity([candidate for candidate, _, _ in chunk], begin)
+        numbers = {
+            "num_tokens": pa.array(counts, pa.int32()),
+            "length": pa.array(np.diff(offsets), pa.int32()),
+            "content_hash": pa.array([candidate.content_hash for candidate, _, _ in chunk], pa.uint64()),
+            **{name: pa.array(values, pa.float32()) for name, values in columns.items()},
+        }
+        for name, values in numbers.items():
+            table = table.append_column(name, values)
+        kept = [traces.get(places.get(row, -1)) for row in range(size)]
+        masks = np.split(scored, offsets[1:-1])
+        texts = [
+            None if trace is None else [encoded.token_text(token) for token in np.flatnonzero(mask).tolist()]
+            for (_, encoded, _), trace, mask in zip(chunk, kept, masks, strict=True)
+        ]
+        prompts = [c.prompt_text if trace else None for (c, _, _), trace in zip(chunk, kept, strict=True)]
+        return (
+            table.append_column("prompt_text", pa.array(prompts, pa.large_string()))
+            .append_column("tokens", pa.array(texts, pa.list_(pa.large_string())))
+            .append_column("token_ranks", pa.array([t and t[0] for t in kept], pa.list_(pa.int32())))
+            .append_column("token_surprisals", pa.array([t and t[1] for t in kept], pa.list_(pa.float32())))
+        )
+
+    def _gather(self, recorder: _Recorder) -> dict[int, tuple[Any, Any]]:
+        """The kept tokens of every process."""
+        if self.ranks.world_size == 1:
+            return recorder.kept
+        everyones: list[dict[int, tuple[Any, Any]]] = [{}] * self.ranks.world_size
+        torch.distributed.all_gather_object(everyones, recorder.kept)
+        return {place: trace for one in everyones for place, trace in one.items()}
+
+    def _identity(self, candidates: list[Candidate], begin: int) -> pa.Table:
+        """The identifying columns, then whatever else the rows carry."""
+        group, teacher = self.layout.group or "prompt_id", self.layout.teacher or "teacher"
+        columns = {
+            "sample": pa.array(range(begin, begin + len(candidates)), pa.int64()),
+            group: pa.array([candidate.group for candidate in candidates], pa.string()),
+            teacher: pa.array([candidate.teacher for candidate in candidates], pa.string()),
+        }
+        if self.kinds is None:
+            taken = {*columns, *_OWN, *columns_of(self.metrics)}
+            names = dict.fromkeys(name for candidate in candidates for name in candidate.extra)
+            if clash := [name for name in names if name in taken]:
+                self.say.print(
+                    f"Not carried along, the scores have columns of that name: {', '.join(clash)}", markup=False
+                )
+            self.kinds = {
+                name: _kind(candidate.extra.get(name) for candidate in candidates)
+                for name in names
+                if name not in taken
+            }
+        for name, kind in self.kinds.items():
+            values = [candidate.extra.get(name) for candidate in candidates]
+            if pa.types.is_string(kind):
+                values = [None if value is None else str(value) for value in values]
+            columns[name] = pa.array(values, kind)
+        return pa.table(columns)
+
+    # ---- Telling ----
+
+    def _progress(self) -> Any:
+        if self.ranks.rank or not self.say.is_terminal:
+            return nullcontext((None, None))
+        progress = Progress(
+            TextColumn("Scoring"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=self.say,
+            transient=True,
+        )
+        return _Entered(progress, progress.add_task("", total=self.sources.size or None, rate=""))
+
+    def _advance(self, progress: Progress | None, task: Any, share: float) -> None:
+        """Move the bar to the bytes that are scored, this share of what was read for the chunk among them."""
+        if progress is not None:
+            position = self.read_before + share * (self.sources.position - self.read_before)
+            rate = f"{self.parts.rows:,} rows  {self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
+            progress.update(task, completed=position, rate=rate)
+
+    def _metadata(self) -> dict[str, Any]:
+        layout = {"group": self.layout.group or "prompt_id", "teacher": self.layout.teacher or "teacher"}
+        return {
+            "version": __version__,
+            **self.parts.settings,
+            "columns": layout,
+            "layout": _said(self.layout),
+            "template": "chat" if self.encoder is None or self.encoder.template else "plain",
+            "split": self.options.split,
+            "on_error": self.options.on_error,
+            "paths": [str(Path(name).resolve()) if Path(name).exists() else name for name in self.options.data],
+        }
+
+    def _notes(self, seconds: float) -> None:
+        if self.tokens:
+            self.say.print(
+                f"Scored {self.tokens:,} tokens in {seconds:,.0f} s ({self.tokens / max(self.seconds, 1e-9):,.0f} "
+                f"tokens/s in the student)."
+            )
+        encoder = self.encoder
+        for number, what in (
+            (self.bad, "bad rows were left out"),
+            (self.cut, "candidates have no score: --max-length cut off all of their response"),
+            (self.non_finite, "candidates have no score: the student's logits for them are NaN or infinite"),
+            (
+                encoder.lost_turns if encoder else 0,
+                "earlier turns are not scored: the template rewrites them",
+            ),
+        ):
+            if number:
+                self.say.print(f"[yellow]note:[/] {number:,} {what}.")
+        duplicates = _duplicates(self.options.output) if self.ranks.rank == 0 else 0
+        if duplicates:
+            self.say.print(
+                f"[yellow]note:[/] {duplicates:,} candidates repeat another word for word, prompt and response; "
+                "they count as often as they stand in the data."
+            )
+
+
+_OWN = ("num_tokens", "length", "content_hash", "prompt_text", "tokens", "token_ranks", "token_surprisals")
+"""Columns of ours, which a column of the data cannot be called."""
+
+
+@dataclass(frozen=True)
+class _Recorder:
+    """A metric without numbers: it keeps what the student made of each token of some samples."""
+
+    wanted: set[int]
+    name: str = "tokens"
+    kept: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def higher_is_better(self) -> bool:
+        return True
+
+    def views(self, sample: Sample) -> Sequence[View]:
+        return (response_view(sample),) if sample.index in self.wanted else ()
+
+    def reduce(self, sample: Sample, stats: Sequence[TokenStats]) -> Mapping[str, float]:
+        if stats:
+            self.kept[sample.index] = (stats[0].rank.astype(np.int32), stats[0].surprisal.astype(np.float32))
+        return {}
+
+    def aggregate(self, columns: Mapping[str, FloatArray]) -> float:
+        return float("nan")
+
+
+class _Entered:
+    """A progress bar as a context that gives the bar and its task."""
+
+    def __init__(self, progress: Progress, task: Any) -> None:
+        self.progress, self.task = progress, task
+
+    def __enter__(self) -> tuple[Progress, Any]:
+        self.progress.start()
+        return self.progress, self.task
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+
+class Parts:
+    """The chunks that are done, on disk beside the output, and the settings they were made with.
+
+    Args:
+        output: the file that they are joined into.
+        settings: what decides the numbers.
+        overwrite: throw away what is there.
+        ranks: the first process reads the disk and tells the others.
+
+    Raises:
+        ValueError: what is there was made with other settings.
+    """
+
+    def __init__(self, output: Path, settings: Mapping[str, Any], *, overwrite: bool, ranks: Ranks) -> None:
+        self.output = output
+        self.folder = output.with_name(output.name + ".parts")
+        self.settings = dict(settings)
+        self.rows = 0
+        """Candidates that are scored and written."""
+        self.schema: pa.Schema | None = None
+        self.complete = False
+        self._ranks = ranks
+        self._count = 0
+        failure: str | None = None
+        if ranks.rank == 0:
+            try:
+                self._open(overwrite)
+            except ValueError as error:
+                failure = str(error)
+        if ranks.world_size > 1:
+            state = [(failure, self.rows, self.schema, self.complete, self._count)]
+            torch.distributed.broadcast_object_list(state, src=0)
+            failure, self.rows, self.schema, self.complete, self._count = state[0]
+        if failure:
+            raise ValueError(failure)
+
+    def _open(self, overwrite: bool) -> None:
+        if overwrite:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.output.unlink(missing_ok=True)
+        if self.output.exists():
+            self._compare(_settings_of(self.output), str(self.output))
+            self.complete = True
+            return
+        told = self.folder / "settings.json"
+        if told.exists():
+            self._compare(json.loads(told.read_text(encoding="utf-8")), f"The unfinished {self.output}")
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write_aside(told, json.dumps(self.settings, indent=1).encode())
+        for part in self._paths():
+            written = pq.read_schema(part)
+            self.schema = self.schema or written
+            self.rows += pq.read_metadata(part).num_rows
+            self._count += 1
+
+    def _compare(self, before: Mapping[str, Any], what: str) -> None:
+        for name, now in self.settings.items():
+            if before.get(name) != json.loads(json.dumps(now)):
+                raise ValueError(
+                    f"{what} was made with {name} = {before.get(name)!r}, now it is {now!r}. Run it with the "
+                    "settings it was made with, give another --output, or start over with --overwrite."
+                )
+
+    def _paths(self) -> list[Path]:
+        return sorted(self.folder.glob("[0-9]*.parquet"))
+
+    def add(self, table: pa.Table) -> None:
+        """Keep a chunk for good."""
+        if self._ranks.rank == 0:
+            path = self.folder / f"{self._count:07d}.parquet"
+            unfinished = path.with_suffix(".unfinished")
+            pq.write_table(table, unfinished, compression="zstd")
+            unfinished.rename(path)
+        self._count += 1
+        self.rows += table.num_rows
+
+    def join(self, metadata: Mapping[str, Any]) -> None:
+        """Write the one file, in row groups of a useful size, and clear away the parts."""
+        paths = self._paths()
+        digest = hashlib.blake2b(digest_size=8)
+        for path in paths:
+            digest.update(pq.read_table(path, columns=["content_hash"])["content_hash"].to_numpy().tobytes())
+        told = {**metadata, "dataset": digest.hexdigest(), "settings": self.settings}
+        entries = {METADATA + k.encode(): v if isinstance(v, str) else json.dumps(v) for k, v in told.items()}
+        unfinished = self.output.with_name(self.output.name + ".unfinished")
+        schema = pq.read_schema(paths[0]).with_metadata(entries)
+        with pq.ParquetWriter(unfinished, schema, compression="zstd") as writer:
+            waiting: list[pa.Table] = []
+            for path in paths:
+                waiting.append(pq.read_table(path))
+                if sum(table.num_rows for table in waiting) >= ROW_GROUP or path == paths[-1]:
+                    writer.write_table(pa.concat_tables(waiting).replace_schema_metadata(entries))
+                    waiting = []
+        unfinished.rename(self.output)
+        shutil.rmtree(self.folder)
+
+
+def _settings_of(output: Path) -> dict[str, Any]:
+    try:
+        entries = pq.read_schema(output).metadata or {}
+        found: dict[str, Any] = json.loads(entries[METADATA + b"settings"])
+    except (pa.ArrowException, KeyError, ValueError, OSError):
+        raise ValueError(
+            f"{output} exists and holds no scores of this command; give another --output, or --overwrite."
+        ) from None
+    return found
+
+
+def _write_aside(path: Path, content: bytes) -> None:
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_bytes(content)
+    unfinished.rename(path)
+
+
+def _require_writable(output: Path) -> None:
+    if output.suffix != ".parquet":
+        raise ValueError(f"--output {output}: scores are a Parquet file; give a name that ends in .parquet.")
+    if output.is_dir():
+        raise ValueError(
+            f"--output {output} is a folder; give the name of a file in it, such as {output / 'scores.parquet'}."
+        )
+    probe = output.with_name(f".{output.name}.{os.getpid()}.probe")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--output {output} cannot be written ({error.strerror}); choose another place.") from None
+
+
+def _require_lengths(options: Options) -> None:
+    if options.max_length is not None and options.max_length < 2:
+        raise ValueError(f"--max-length {options.max_length}: a prompt and a response take 2 tokens at least.")
+    if options.batch_tokens is not None and options.batch_tokens < 1:
+        raise ValueError(f"--batch-tokens {options.batch_tokens}: give a positive number, such as 8192.")
+
+
+def _said(layout: Layout) -> dict[str, str]:
+    return {name: value for name, value in vars(layout).items() if value is not None}
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def _kind(values: Iterator[Any]) -> pa.DataType:
+    """What holds all of these: the kind of a carried column is settled by the first chunk."""
+    found = {type(value) for value in values if value is not None}
+    for kinds, arrow in (({bool}, pa.bool_()), ({int}, pa.int64()), ({int, float}, pa.float64())):
+        if found and found <= kinds:
+            return arrow
+    return pa.string()
+
+
+def _misfit(candidate: Candidate, kinds: Mapping[str, pa.DataType] | None) -> str | None:
+    """Why a candidate does not fit the columns that the first chunk settled; None if it does."""
+    for name, kind in (kinds or {}).items():
+        value = candidate.extra.get(name)
+        if value is None or pa.types.is_string(kind):
+            continue
+        fits: Any = {"bool": bool, "int64": int, "double": (int, float)}[str(kind)]
+        if not isinstance(value, fits) or isinstance(value, bool) != (str(kind) == "bool"):
+            return f"'{name}' is {value!r}, while the first rows hold a {kind} there"
+    return None
+
+
+def _duplicates(output: Path) -> int:
+    hashes = np.sort(pq.read_table(output, columns=["content_hash"])["content_hash"].to_numpy())
+    return int((hashes[1:] == hashes[:-1]).sum())
+
+
+def _join(device: torch.device) -> Ranks:
+    """The processes of `accelerate launch`; alone without it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState  # type: ignore[import-untyped]
+
+        PartialState(cpu=device.type == "cpu")
+    return Ranks.current(device)
+
+
+def _show(output: Path, say: Console) -> None:
+    from distill_sampler.cli.teachers import summary
+
+    summary(output, say)

@@ -1,0 +1,212 @@
+"""Where rows come from: JSONL (plain, gz, zst), JSON, Parquet, folders of these, saved data sets, names on the hub.
+
+Rows are read one by one and never kept. What cannot be read becomes a `Bad` with its place and the reason, so that
+one bad line neither stops ten million good ones nor disappears.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".json", ".json.gz", ".json.zst", ".parquet")
+"""What a file must end in to be picked from a folder."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One row as it was read."""
+
+    where: str
+    """For a person: `"candidates.jsonl.gz, line 17"`."""
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bad:
+    """What could not be used, and why."""
+
+    where: str
+    reason: str
+
+
+class Sources:
+    """All the data that a command was given, in the order it was given.
+
+    Args:
+        data: paths and names.
+        split: of a saved data set or one on the hub.
+
+    Raises:
+        ValueError: something is not there; the sentence names it.
+    """
+
+    def __init__(self, data: Sequence[str], *, split: str = "train") -> None:
+        self.data = tuple(data)
+        self.split = split
+        self.files = [file for name in data for file in _files(name)]
+        self.size = sum(file.stat().st_size for file in self.files if isinstance(file, Path) and file.is_file())
+        """Bytes of all files; 0 if there are none."""
+        self.position = 0
+        """Bytes read so far, for a progress bar."""
+
+    def describe(self) -> list[str]:
+        """Names and sizes, to recognise the same data by."""
+        return [
+            f"{file} ({file.stat().st_size} bytes)" if isinstance(file, Path) and file.is_file() else str(file)
+            for file in self.files
+        ]
+
+    def __iter__(self) -> Iterator[Row | Bad]:
+        before = 0
+        for file in self.files:
+            if isinstance(file, str):
+                yield from _hub(file, self.split)
+            elif file.is_dir():
+                yield from _saved(file, self.split)
+            elif file.suffix == ".parquet":
+                for done, item in _parquet(file):
+                    self.position = before + int(done * file.stat().st_size)
+                    yield item
+            else:
+                with file.open("rb") as raw:
+                    for item in _json(file, raw):
+                        self.position = before + raw.tell()
+                        yield item
+            before += file.stat().st_size if isinstance(file, Path) and file.is_file() else 0
+
+
+def _files(name: str) -> list[Path | str]:
+    """A path's files, sorted; a string for what must be a name on the hub."""
+    path = Path(name)
+    if path.is_file():
+        if not path.name.endswith(SUFFIXES):
+            raise ValueError(f"{name} is of a kind that is not read; rename or convert it to {', '.join(SUFFIXES)}.")
+        return [path]
+    if path.is_dir():
+        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            return [path]
+        found: list[Path | str] = [file for file in sorted(path.rglob("*")) if file.name.endswith(SUFFIXES)]
+        if not found:
+            raise ValueError(f"The folder {name} has no file that ends in {', '.join(SUFFIXES)}.")
+        return found
+    if name.endswith(SUFFIXES) or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ValueError(f"There is no file or folder {name}; check the path.")
+    return [name]
+
+
+def _json(file: Path, raw: io.BufferedReader) -> Iterator[Row | Bad]:
+    number = 0
+    try:
+        stream: Any = raw
+        if file.suffix == ".gz":
+            stream = gzip.GzipFile(fileobj=raw)
+        elif file.suffix == ".zst":
+            # a file object of its own: closing Arrow's stream closes what it reads
+            stream = io.BufferedReader(pa.input_stream(str(file), compression="zstd"))
+        if ".json" in file.suffixes:
+            stream = io.BufferedReader(stream) if not isinstance(stream, io.BufferedReader) else stream
+            if not _is_lines(stream):
+                yield from _document(file, stream)
+                return
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                yield _row(f"{file.name}, line {number}", line)
+    except (EOFError, gzip.BadGzipFile, zlib.error, pa.ArrowException, OSError) as error:
+        yield Bad(where=f"{file.name}, after line {number}", reason=f"the file is cut off or damaged ({error})")
+
+
+def _is_lines(stream: io.BufferedReader) -> bool:
+    """Whether a file called JSON holds one object a line, as many do: it starts with an object that is a whole line."""
+    start = stream.peek(1 << 16)[: 1 << 16].lstrip()
+    if not start.startswith(b"{") or b"\n" not in start.rstrip():
+        return False
+    try:
+        json.loads(start.split(b"\n", 1)[0])
+    except ValueError:
+        return False
+    return True
+
+
+def _document(file: Path, stream: io.BufferedReader) -> Iterator[Row | Bad]:
+    try:
+        content = json.load(stream)
+    except (ValueError, RecursionError) as error:
+        yield Bad(where=file.name, reason=f"it is not JSON ({error})")
+        return
+    if isinstance(content, dict):
+        lists = [value for value in content.values() if isinstance(value, list)]
+        content = lists[0] if len(lists) == 1 else [content]
+    if not isinstance(content, list):
+        yield Bad(where=file.name, reason="it holds no list of rows")
+        return
+    for number, values in enumerate(content, 1):
+        where = f"{file.name}, row {number}"
+        yield _checked(where, values)
+
+
+def _row(where: str, line: bytes) -> Row | Bad:
+    try:
+        values = json.loads(line)
+    except UnicodeDecodeError:
+        return Bad(where=where, reason="it is not UTF-8 text")
+    except (ValueError, RecursionError) as error:
+        return Bad(where=where, reason=f"it is not JSON ({error})")
+    return _checked(where, values)
+
+
+def _checked(where: str, values: Any) -> Row | Bad:
+    if isinstance(values, dict):
+        return Row(where=where, values=values)
+    return Bad(where=where, reason=f"it is a {type(values).__name__}, not an object with columns")
+
+
+def _parquet(file: Path) -> Iterator[tuple[float, Row | Bad]]:
+    try:
+        with pq.ParquetFile(file) as table:
+            rows, number = max(table.metadata.num_rows, 1), 0
+            for batch in table.iter_batches(batch_size=256):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield number / rows, Row(where=f"{file.name}, row {number}", values=values)
+    except (pa.ArrowException, OSError) as error:
+        yield 1.0, Bad(where=file.name, reason=f"it is no Parquet file, or a damaged one ({error})")
+
+
+def _saved(folder: Path, split: str) -> Iterator[Row | Bad]:
+    import datasets
+
+    saved = datasets.load_from_disk(str(folder))
+    if isinstance(saved, datasets.DatasetDict):
+        if split not in saved:
+            raise ValueError(f"{folder} has no split '{split}'; choose with --split one of: {', '.join(saved)}.")
+        saved = saved[split]
+    for number, values in enumerate(saved, 1):
+        yield Row(where=f"{folder.name}, row {number}", values=values)
+
+
+def _hub(name: str, split: str) -> Iterator[Row | Bad]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, split=split, streaming=True)
+    except Exception as error:  # the hub's client raises errors of many kinds
+        raise ValueError(
+            f"There is no file or folder {name}, and loading it from the hub failed: {_first_line(error)} Check the "
+            "name, --split and the network."
+        ) from error
+    for number, values in enumerate(rows, 1):
+        yield Row(where=f"{name}, row {number}", values=values)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"

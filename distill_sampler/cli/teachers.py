@@ -1,0 +1,108 @@
+"""`distill-sampler teachers`: the leaderboard in the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from distill_sampler.report.leaderboard import Estimate, Leaderboard, rank_teachers
+from distill_sampler.report.scores import Scores
+
+
+def run(
+    path: Path, *, metric: str | None, teacher: str | None, group: str | None, epoch: int | None, shared: bool
+) -> None:
+    """Print it.
+
+    Raises:
+        ValueError: there is no such file, or no column that says who wrote the responses.
+    """
+    scores = Scores.open(path, teacher=teacher, group=group)
+    board = rank_teachers(scores, metric=metric, epoch=epoch, shared=shared)
+    if board is None:
+        raise ValueError(
+            f"{scores.path} does not say who wrote the responses. Score again with --teacher-column, or name "
+            "the column that does with --teacher-column here."
+        )
+    say = Console()
+    say.print(_table(board, wide=say.width >= 110), _sentences(board), sep="\n")
+
+
+def summary(path: Path, say: Console) -> None:
+    """What `score` ends with: the leaderboard without its intervals, and what to do next."""
+    scores = Scores.open(path)
+    board = rank_teachers(scores, draws=0)
+    if board is not None and len(board.lines) > 1:
+        say.print(_table(board, wide=say.width >= 110))
+    say.print(f"\nScores: {path}. Next: distill-sampler teachers {path}, distill-sampler report {path}", markup=False)
+
+
+def _table(board: Leaderboard, *, wide: bool) -> Table:
+    """The leaderboard; on a narrow terminal only the ranking metric shows its interval."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("")
+    table.add_column("teacher", overflow="fold", min_width=12)
+    first = board.lines[0]
+    # the mean log-probability is the mean surprisal with the other sign
+    others = [name for name in first.scores if name != "global_naturalness" or "mean_surprisal" not in first.parts]
+    with_verdict = any(line.correct is not None for line in board.lines)
+    headings = [
+        "prompts" if wide else "n",
+        "tokens",
+        *first.parts,
+        *others,
+        "best",
+        *(["correct"] if with_verdict else []),
+    ]
+    estimated = {*first.parts, *others}
+    for heading in headings:
+        # headings may wrap where there are many, the numbers under them may not
+        table.add_column(
+            _heading(heading), justify="right", overflow="fold", min_width=6 if heading in estimated else None
+        )
+    for place, line in enumerate(board.lines, 1):
+        estimates = {**line.parts, **{name: line.scores[name] for name in others}}
+        table.add_row(
+            f"{'=' if line.tied else ''}{place}",
+            Text(line.teacher, style="bold" if place == 1 else ""),
+            f"{line.prompts:,}",
+            f"{line.tokens:,.0f}",
+            *(_told(e, board.draws > 0 and (wide or name == board.metric)) for name, e in estimates.items()),
+            f"{100 * line.chosen.value:.0f}"
+            + (f" ±{100 * line.chosen.half:.0f}" if board.draws and wide else "")
+            + " %",
+            *(["" if line.correct is None else f"{line.correct:.0%}"] if with_verdict else []),
+        )
+    return table
+
+
+def _told(estimate: Estimate, interval: bool) -> str:
+    return f"{estimate.value:.3f}" + (f" ±{estimate.half:.3f}" if interval else "")
+
+
+def _heading(name: str) -> str:
+    return {
+        "mean_rank": "rank",
+        "mean_surprisal": "surprisal",
+        "rank_surprisal_ratio": "RSR ↓",
+        "global_naturalness": "global nat. ↑",
+        "local_naturalness": "local nat. ↑",
+    }.get(name, name.replace("_", " "))
+
+
+def _sentences(board: Leaderboard) -> Text:
+    better = "higher" if board.higher_is_better else "lower"
+    text = Text(f"Ranked by {board.metric.replace('_', ' ')}, {better} is better; ± is half of the 95 % interval over ")
+    text.append(
+        f"prompts ({board.draws} bootstrap draws); = cannot be told apart from the first; "
+        "n: prompts; best: share of them whose best response it has.\n"
+    )
+    text.stylize("dim")
+    for sentence in board.verdict:
+        text.append(f"\n{sentence}")
+    for sentence in board.warnings:
+        text.append(f"\nwarning: {sentence}", style="yellow")
+    return text

@@ -1,0 +1,371 @@
+"""Which teacher suits the student, and how sure that is: group scores with a bootstrap over prompts.
+
+Prompts are drawn, not samples: the responses to one prompt rise and fall together, and every teacher gets the same
+draw, so that two teachers are compared on the prompts that they share (Efron, 1979; paired as in Koehn, 2004).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from distill_sampler.policies._keys import best_first, starts
+from distill_sampler.report.scores import Scores
+from distill_sampler.types import BoolArray, Column, FloatArray, HashArray, IntArray, Metric
+
+FEW_PROMPTS = 100
+"""Below this a teacher's score is worth a warning; the paper of RSR takes 200 (arXiv:2601.14249)."""
+TOLD_TIES = 2
+"""Teachers that cannot be told apart from the first are explained one by one up to this many, then named."""
+_CONFIDENCE = 1.96
+_DRAWS = 1000
+_WORK = 300_000_000
+"""Samples that are looked at in all draws together: very large data gets fewer draws, and needs fewer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A number and where it would lie, in 95 of 100 cases, for other prompts of the same kind."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def half(self) -> float:
+        return (self.high - self.low) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherLine:
+    """One line of the leaderboard."""
+
+    teacher: str
+    samples: int
+    prompts: int
+    tokens: float
+    """Mean number of response tokens."""
+    scores: Mapping[str, Estimate]
+    """By metric: the metric's own group score."""
+    parts: Mapping[str, Estimate]
+    """By column: the mean of the numbers that the ranking metric is made of (rank and surprisal)."""
+    chosen: Estimate
+    """Share of the prompts for which this teacher's response is the best."""
+    correct: float | None
+    """Share of its responses with a verdict that are correct."""
+    tied: bool
+    """It cannot be told apart from the first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leaderboard:
+    """Teachers, best first, and what can be said about that order."""
+
+    metric: str
+    higher_is_better: bool
+    lines: Sequence[TeacherLine]
+    prompts: int
+    verdict: Sequence[str]
+    """Sentences: who is first, why, and from whom the first cannot be told apart."""
+    warnings: Sequence[str]
+    draws: int
+
+
+def leaderboard(
+    *,
+    metrics: Mapping[str, Metric],
+    metric: str,
+    numbers: Mapping[str, FloatArray],
+    teachers: Column,
+    groups: IntArray,
+    num_tokens: IntArray,
+    content_hash: HashArray | None = None,
+    correct: Column | None = None,
+    shared_only: bool = False,
+    draws: int | None = None,
+    seed: int = 0,
+) -> Leaderboard:
+    """Rank teachers by a metric's group score.
+
+    Args:
+        metrics: what is shown, by name.
+        metric: the one that ranks.
+        numbers: every column of the metrics, `[samples]` each.
+        teachers: who wrote each sample.
+        groups: `[samples]` which prompt each answers.
+        num_tokens: `[samples]` response tokens.
+        content_hash: `[samples]` breaks ties of the choice; left out: the sample's place does.
+        correct: verdicts, if there are any.
+        shared_only: compare on the prompts that every teacher answered.
+        draws: of the bootstrap; None: 1000, fewer for very large data. 0: no intervals.
+        seed: of the draws.
+
+    Raises:
+        ValueError: no sample has a score, or no prompt is shared.
+    """
+    ranking = metrics[metric]
+    every = dict.fromkeys(name for item in metrics.values() for name in item.columns)
+    usable: BoolArray = np.all([np.isfinite(numbers[name]) for name in every], axis=0)
+    codes, places = teachers.codes, np.flatnonzero(usable)
+    if not len(places):
+        raise ValueError("No sample has a score: there is nothing to rank.")
+    if shared_only:
+        places = places[_shared(codes[places], groups[places])]
+        if not len(places):
+            raise ValueError("No prompt was answered by every teacher; leave --shared-prompts out.")
+    if content_hash is None:
+        content_hash = np.arange(len(codes), dtype=np.uint64)
+
+    # rows in order of teacher, so that a teacher is a slice; prompts numbered from 0 among those that are left
+    order = places[np.argsort(codes[places], kind="stable")]
+    codes, rows = codes[order], {name: numbers[name][order] for name in every}
+    _, groups = np.unique(groups[order], return_inverse=True)
+    num_prompts = int(groups.max()) + 1
+    goodness = rows[metric] if ranking.higher_is_better else -rows[metric]
+    winners = best_first(goodness, content_hash[order], groups)
+    chosen = np.zeros(len(order))
+    chosen[winners[starts(groups[winners])]] = 1.0
+    bounds = np.flatnonzero(np.r_[True, codes[1:] != codes[:-1], True])
+    slices = [slice(start, stop) for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)]
+    part_names = [name for name in ranking.columns if name != metric]
+
+    def figures(part: slice, picked: IntArray | None) -> list[float]:
+        """Every number of a line, for a teacher's rows, or for those drawn among them."""
+        if picked is not None and not len(picked):
+            return [math.nan] * (len(metrics) + len(part_names) + 1)
+        taken = {name: values[part] if picked is None else values[part][picked] for name, values in rows.items()}
+        wins = chosen[part] if picked is None else chosen[part][picked]
+        return [
+            *(item.aggregate({name: taken[name] for name in item.columns}) for item in metrics.values()),
+            *(float(taken[name].mean(dtype=float)) for name in part_names),
+            float(wins.sum()) / num_prompts,
+        ]
+
+    if draws is None:
+        draws = int(np.clip(_WORK // len(order), 50, _DRAWS))
+    values = np.array([figures(part, None) for part in slices])  # [teachers, figures]
+    drawn = _bootstrap(slices, groups, num_prompts, draws, seed, figures)  # [draws, teachers, figures]
+    with np.errstate(invalid="ignore"):
+        low, high = np.nanquantile(drawn, [0.025, 0.975], axis=0) if draws else (values, values)
+
+    place = list(metrics).index(metric)
+    sign = -1 if ranking.higher_is_better else 1
+    ranked = np.argsort(sign * values[:, place], kind="stable")
+    names = [str(teachers.values[code]) for code in codes[bounds[:-1]]]
+    ties = _ties(sign * drawn[:, :, place], ranked)
+    verdicts = None if correct is None else _verdicts(correct, order)
+    lines = []
+    for t in ranked.tolist():
+        estimates = [Estimate(value=v, low=a, high=b) for v, a, b in zip(values[t], low[t], high[t], strict=True)]
+        own = slices[t]
+        known = verdicts[own][~np.isnan(verdicts[own])] if verdicts is not None else np.empty(0)
+        lines.append(
+            TeacherLine(
+                teacher=names[t],
+                samples=own.stop - own.start,
+                prompts=len(np.unique(groups[own])),
+                tokens=float(num_tokens[order][own].mean()),
+                scores=dict(zip(metrics, estimates, strict=False)),
+                parts=dict(zip(part_names, estimates[len(metrics) :], strict=False)),
+                chosen=estimates[-1],
+                correct=float(known.mean()) if len(known) else None,
+                tied=t in ties,
+            )
+        )
+    tokens = num_tokens[order]
+    return Leaderboard(
+        metric=metric,
+        higher_is_better=ranking.higher_is_better,
+        lines=lines,
+        prompts=num_prompts,
+        verdict=_verdict(lines, metric, part_names, drawn[:, :, place], values[:, place], ranked, num_prompts),
+        warnings=_warnings(lines, rows[metric], tokens, num_prompts, metric),
+        draws=draws,
+    )
+
+
+def rank_teachers(
+    scores: Scores,
+    *,
+    metric: str | None = None,
+    epoch: int | None = None,
+    shared: bool = False,
+    draws: int | None = None,
+) -> Leaderboard | None:
+    """The leaderboard of a scores file; None if it does not name teachers."""
+    teachers = scores.column(scores.teacher, epoch=epoch)
+    if teachers is None:
+        return None
+    groups = scores.codes(scores.group, epoch=epoch)
+    samples = scores.integers("sample", epoch=epoch)
+    tokens = scores.integers("num_tokens", epoch=epoch)
+    assert samples is not None
+    return leaderboard(
+        metrics=scores.metrics,
+        metric=scores.metric(metric).name,
+        numbers=scores.numbers(epoch=epoch),
+        teachers=teachers,
+        groups=samples if groups is None else groups,
+        num_tokens=samples * 0 if tokens is None else tokens,
+        content_hash=scores.hashes(epoch=epoch),
+        correct=scores.column(scores.correct, epoch=epoch),
+        shared_only=shared,
+        draws=draws,
+    )
+
+
+def spearman(left: npt.ArrayLike, right: npt.ArrayLike) -> float:
+    """Rank correlation, ties sharing their mean rank; NaN if one side is constant."""
+    a, b = _mid_ranks(np.asarray(left)), _mid_ranks(np.asarray(right))
+    if a.std() == 0 or b.std() == 0:
+        return math.nan
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def _mid_ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    result: npt.NDArray[np.float64] = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    return result
+
+
+def _shared(codes: IntArray, groups: IntArray) -> BoolArray:
+    """`[n]` whether the row's prompt was answered by every teacher."""
+    _, codes = np.unique(codes, return_inverse=True)
+    _, groups = np.unique(groups, return_inverse=True)
+    num_teachers = int(codes.max()) + 1
+    pairs = np.unique(groups.astype(np.int64) * num_teachers + codes)
+    answered = np.bincount(pairs // num_teachers, minlength=int(groups.max()) + 1)
+    result: BoolArray = (answered == num_teachers)[groups]
+    return result
+
+
+def _bootstrap(
+    slices: Sequence[slice],
+    groups: IntArray,
+    num_prompts: int,
+    draws: int,
+    seed: int,
+    figures: Callable[[slice, IntArray | None], list[float]],
+) -> npt.NDArray[np.float64]:
+    rng = np.random.default_rng(seed)
+    places = [np.arange(part.stop - part.start) for part in slices]
+    result = []
+    for _ in range(draws):
+        times = np.bincount(rng.integers(num_prompts, size=num_prompts), minlength=num_prompts)
+        result.append([figures(p, np.repeat(at, times[groups[p]])) for p, at in zip(slices, places, strict=True)])
+    return np.array(result).reshape(draws, len(slices), len(figures(slices[0], None)))
+
+
+def _ties(badness: npt.NDArray[np.float64], ranked: IntArray) -> set[int]:
+    """Teachers whose difference to the first has an interval that holds 0. `badness` is `[draws, teachers]`."""
+    if not len(badness):
+        return set()
+    apart = badness - badness[:, ranked[:1]]
+    return {t for t in ranked[1:].tolist() if not np.nanquantile(apart[:, t], 0.025) > 0}
+
+
+def _verdict(
+    lines: Sequence[TeacherLine],
+    metric: str,
+    parts: Sequence[str],
+    drawn: npt.NDArray[np.float64],
+    values: npt.NDArray[np.float64],
+    ranked: IntArray,
+    num_prompts: int,
+) -> list[str]:
+    title = metric.replace("_", " ")
+    first, *others = lines
+    if not others:
+        return [f"There is one teacher, {first.teacher}; a second one gives something to compare."]
+    said = [f"{first.teacher} is first by {title}: {_told(first.scores[metric])}."]
+    if len(parts) == 2:
+        said.append(_because(first, others, *parts))
+    tied = [(place, line) for place, line in enumerate(others, 1) if line.tied]
+    for place, line in tied[:TOLD_TIES]:
+        apart = drawn[:, ranked[place]] - drawn[:, ranked[0]]
+        difference = values[ranked[place]] - values[ranked[0]]
+        low, high = np.nanquantile(apart, [0.025, 0.975])
+        said.append(
+            f"{first.teacher} and {line.teacher} cannot be told apart on these {num_prompts:,} prompts (difference "
+            f"{difference:+.3f}, 95 % from {low:+.3f} to {high:+.3f}); {_more(difference, apart, num_prompts)}"
+        )
+    if len(tied) > TOLD_TIES:
+        more = ", ".join(line.teacher for _, line in tied[TOLD_TIES:])
+        said.append(f"Nor can {first.teacher} be told apart from {more}.")
+    if not any(line.tied for line in others) and len(drawn):
+        said.append(f"Every other teacher is behind by more than chance explains (95 %, {num_prompts:,} prompts).")
+    return said
+
+
+def _told(estimate: Estimate) -> str:
+    return f"{estimate.value:.3f} (95 %: {estimate.low:.3f} to {estimate.high:.3f})"
+
+
+def _more(difference: float, apart: npt.NDArray[np.float64], num_prompts: int) -> str:
+    """How many more prompts would tell two teachers apart, if the difference is what it looks like."""
+    spread = float(np.nanstd(apart))
+    needed = num_prompts * (_CONFIDENCE * spread / max(abs(difference), 1e-12)) ** 2 - num_prompts
+    if needed > 1000 * num_prompts:
+        return "for practical purposes they are equal."
+    digits = 10 ** max(math.floor(math.log10(max(needed, 1))) - 1, 0)
+    return f"about {max(math.ceil(needed / digits) * digits, 1):,} more prompts would, if that difference is real."
+
+
+def _because(first: TeacherLine, others: Sequence[TeacherLine], rank: str, surprisal: str) -> str:
+    """Which half of the ratio puts the first teacher first, against the mean of the others."""
+    own_rank, own_surprisal = first.parts[rank].value, first.parts[surprisal].value
+    rest_rank = float(np.mean([line.parts[rank].value for line in others]))
+    rest_surprisal = float(np.mean([line.parts[surprisal].value for line in others]))
+    by_rank, by_surprisal = math.log(rest_rank / own_rank), math.log(own_surprisal / max(rest_surprisal, 1e-12))
+    facts = (
+        f"mean rank {own_rank:.2f} where the others have {rest_rank:.2f}, mean surprisal {own_surprisal:.3f} nats "
+        f"where they have {rest_surprisal:.3f}"
+    )
+    if by_rank > 0 and by_surprisal > 0:
+        why = "its tokens are both more surprising and ranked better"
+    elif by_rank >= by_surprisal:
+        why = "its tokens are ranked better by the student, by more than they are less surprising"
+    else:
+        why = "its tokens surprise the student more, by more than they are ranked worse"
+    return f"Why: {why} ({facts})."
+
+
+def _warnings(
+    lines: Sequence[TeacherLine], scores: FloatArray, tokens: IntArray, num_prompts: int, metric: str
+) -> list[str]:
+    said = []
+    few = [line for line in lines if line.prompts < FEW_PROMPTS]
+    if few:
+        counts = sorted({line.prompts for line in few})
+        which = f"{counts[0]} for every teacher" if len(few) == len(lines) and len(counts) == 1 else None
+        which = which or ", ".join(f"{line.teacher} ({line.prompts})" for line in few)
+        said.append(f"Few prompts: {which}. The paper ranks teachers on 200; below {FEW_PROMPTS} the order is a guess.")
+    counts = [line.prompts for line in lines]
+    if min(counts) < 0.9 * max(counts):
+        said.append(
+            f"Teachers answered different prompts (from {min(counts):,} to {max(counts):,} of {num_prompts:,}), and "
+            "prompts differ in difficulty; --shared-prompts compares on those that all answered."
+        )
+    if len(np.unique(tokens)) > 1:
+        across = spearman(scores, tokens)
+        if abs(across) > 0.5:
+            said.append(
+                f"Length confound: the score goes with the response's length (Spearman {across:+.2f} over samples), so "
+                "part of the order may be length alone."
+            )
+    if len(lines) >= 4:
+        order = spearman(range(len(lines)), [line.tokens for line in lines])
+        if abs(order) > 0.9:
+            which = "longest" if order < 0 else "shortest"
+            said.append(f"Length confound: ranking teachers by the {which} responses gives nearly the same order.")
+    return said
+
+
+def _verdicts(correct: Column, order: IntArray) -> npt.NDArray[np.float64]:
+    """`[samples]` 1, 0, or NaN without a verdict."""
+    values = [float(v) if isinstance(v, (bool, int, float)) and v in (0, 1) else math.nan for v in correct.values]
+    return np.array(values)[correct.codes[order]]

@@ -1,0 +1,95 @@
+"""`distill-sampler report`: scores as one HTML file that needs no network and runs nothing of the data's.
+
+Text of the data set reaches the page by two ways only: through Jinja, which escapes it, and as JSON in a block that is
+no script, with `<`, `>` and `&` written as escapes; the page's script puts it into text nodes. On top of that a content
+security policy names the page's own scripts by their hashes, so that nothing else could run if it got in.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from distill_sampler.report.payload import payload
+from distill_sampler.report.scores import Scores
+from distill_sampler.types import Policy
+
+_HERE = Path(__file__).parent
+
+
+def write_report(
+    source: Path,
+    output: Path,
+    *,
+    title: str | None = None,
+    policies: Sequence[Policy] = (),
+    seed: int = 0,
+    metric: str | None = None,
+    teacher: str | None = None,
+    group: str | None = None,
+) -> Path:
+    """Write the page of a scores file, or of a run's folder (`scores.parquet`, and `plans.parquet` if there is one).
+
+    Args:
+        source: what `score` wrote, or the folder.
+        output: HTML file to write.
+        title: of the page; left out, it says what was scored by whom.
+        policies: whose choice is shown; left out, the run's own, or the best response of each prompt.
+        seed: of the policies.
+        metric: what ranks teachers; left out, the Rank-Surprisal Ratio if it is there.
+        teacher: column that says who wrote a response.
+        group: column that says which rows answer the same prompt.
+
+    Returns:
+        `output`.
+
+    Raises:
+        ValueError: there are no scores there, or the page cannot be written.
+    """
+    scores = Scores.open(source, teacher=teacher, group=group)
+    data = payload(scores, policies=policies, seed=seed, metric=metric)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(render(data, title=title), encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--output {output} cannot be written ({error.strerror}); choose another place.") from None
+    return output
+
+
+def render(data: dict[str, Any], *, title: str | None = None) -> str:
+    """The page's HTML."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    environment.lstrip_blocks = True
+    scripts = [get_plotlyjs(), (_HERE / "page.js").read_text(encoding="utf-8")]
+    for script in scripts:
+        assert "</script" not in script.lower()
+    hashes = " ".join(f"'sha256-{_hash(script)}'" for script in scripts)
+    return environment.get_template("page.html.j2").render(
+        title=title or "Distillation report",
+        data=data,
+        json=Markup(_escaped(json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")))),
+        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
+        scripts=[Markup(script) for script in scripts],
+        hashes=Markup(hashes),
+    )
+
+
+def _escaped(text: str) -> str:
+    """JSON that is the same JSON and holds no character that HTML knows."""
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _hash(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

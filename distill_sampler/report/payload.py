@@ -1,0 +1,354 @@
+"""What the page shows, as plain values: figures of the whole data, points of a part of it, some traces in full.
+
+Text of the data set is hostile. Here it loses what could mislead a reader (control characters, direction marks) and
+what could drown a browser (length); escaping it is the page's business.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from distill_sampler.cli.expressions import parse_policies
+from distill_sampler.policies import BestOf
+from distill_sampler.report.leaderboard import Estimate, Leaderboard, rank_teachers
+from distill_sampler.report.scores import TRACE_COLUMNS, Scores
+from distill_sampler.report.selection import Selection, select, short
+from distill_sampler.types import Column, FloatArray, IntArray, Policy
+
+MAX_POINTS = 4000
+"""Samples in the pictures; more are drawn from at random (figures in tables are of all)."""
+MAX_TRACES = 300
+MAX_TRACE_TOKENS = 2000
+MAX_TOKENS = 200_000
+"""Tokens of all traces together: what a phone can hold."""
+MAX_TEXT = 4000
+MAX_NAMES = 60
+"""Teachers and domains with a name of their own; the rest are one."""
+
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff]")
+
+
+def payload(
+    scores: Scores, *, policies: Sequence[Policy] = (), seed: int = 0, metric: str | None = None
+) -> dict[str, Any]:
+    """Everything the page needs, ready for JSON.
+
+    Raises:
+        ValueError: there is nothing to show, or a policy does not fit the scores.
+    """
+    ranking = scores.metric(metric)
+    samples = scores.integers("sample")
+    assert samples is not None
+    numbers = scores.numbers()
+    if not np.isfinite(numbers[ranking.name]).any():
+        raise ValueError(f"{scores.path} has no finite {ranking.name}: there is nothing to show.")
+    teachers, domains = scores.column(scores.teacher), scores.column(scores.domain)
+    groups, correct = scores.column(scores.group), scores.column(scores.correct)
+    board = rank_teachers(scores, metric=ranking.name)
+    plans = _plans(scores)
+    selection = _selection(scores, policies, seed, ranking.name, groups, None if plans is None else max(plans))
+    chosen = np.zeros(len(samples), bool)
+    if plans is not None:
+        chosen[np.isin(samples, plans[max(plans)])] = True
+    elif selection is not None:
+        chosen[selection.plan.indices] = True
+
+    teacher_codes, teacher_names = _named(teachers, len(samples), board)
+    domain_codes, domain_names = _named(domains, len(samples), None)
+    finite = np.flatnonzero(np.isfinite(numbers[ranking.name]))
+    shown = finite
+    if len(finite) > MAX_POINTS:
+        shown = np.sort(np.random.default_rng(seed).choice(finite, MAX_POINTS, replace=False))
+    tokens = scores.integers("num_tokens")
+    return {
+        "about": {name: value and visible(value) for name, value in scores.about().items()},
+        "file": scores.path.name,
+        "metric": ranking.name,
+        "better": "higher" if ranking.higher_is_better else "lower",
+        "ratio": list(ranking.columns[:2]) if ranking.name == "rank_surprisal_ratio" else None,
+        "metrics": [name for item in scores.metrics.values() for name in item.columns],
+        "samples": len(samples),
+        "scored": len(finite),
+        "prompts": len(samples) if groups is None else len(groups.values),
+        "teachers": teacher_names,
+        "domains": domain_names,
+        "domain": scores.domain,
+        "board": None if board is None else _board(board),
+        "points": {
+            "sample": samples[shown].tolist(),
+            "group": [] if groups is None else [visible(str(groups.values[c]), 60) for c in groups.codes[shown]],
+            "teacher": teacher_codes[shown].tolist(),
+            "domain": domain_codes[shown].tolist(),
+            "correct": _verdicts(correct, len(samples))[shown].tolist(),
+            "tokens": [] if tokens is None else tokens[shown].tolist(),
+            "chosen": chosen[shown].astype(int).tolist(),
+            "reason": [_reason(selection, row, plans, bool(chosen[row])) for row in shown.tolist()],
+            "scores": {name: _rounded(values[shown]) for name, values in numbers.items()},
+        },
+        "composition": _composition(samples, teacher_codes, len(teacher_names), finite, plans, selection),
+        "chosen": int(chosen.sum()) if plans or selection else None,
+        "policies": [] if selection is None else [short(policy) for policy in selection.policies],
+        "passes": _passes(scores, ranking.name, samples, teacher_codes, shown),
+        "traces": _traces(scores, ranking.columns, numbers, selection, plans, chosen, teacher_codes, correct),
+    }
+
+
+def visible(text: str, limit: int = MAX_TEXT) -> str:
+    """Text that shows what it is: control characters and direction marks by name, cut off at `limit`."""
+    cut = text[:limit]
+    told = _CONTROLS.sub(lambda found: _mark(found.group()), cut)
+    return told + (f"… ({len(text) - limit:,} more characters)" if len(text) > limit else "")
+
+
+def _mark(character: str) -> str:
+    code = ord(character)
+    if character == "\r":
+        return ""
+    return chr(0x2400 + code) if code < 0x20 else f"⟦U+{code:04X}⟧"
+
+
+def _selection(
+    scores: Scores, policies: Sequence[Policy], seed: int, metric: str, groups: Column | None, epoch: int | None
+) -> Selection | None:
+    """By the policies that were given, those of the run, or the best of each prompt where there is a choice."""
+    if not policies:
+        try:
+            policies = parse_policies(scores.policies)
+        except ValueError:
+            policies = []
+    given = bool(policies)
+    if not policies and scores.group is not None and groups is not None and len(groups.values) < len(groups.codes):
+        policies = [BestOf(metric, per=scores.group)]
+    if not policies:
+        return None
+    try:
+        return select(scores, policies, seed=seed, epoch=epoch if epoch in scores.epochs else None)
+    except ValueError:
+        if given and not scores.plans:
+            raise
+        return None
+
+
+def _plans(scores: Scores) -> dict[int, IntArray] | None:
+    """By epoch the samples of its plan, for a run's folder."""
+    if scores.plans is None:
+        return None
+    table = pq.read_table(scores.plans, columns=["epoch", "sample"])
+    found = {
+        int(epoch): np.asarray(table.filter(pc.equal(table["epoch"], epoch))["sample"].to_numpy(), np.int64)
+        for epoch in sorted(pc.unique(table["epoch"]).to_pylist())
+    }
+    return found or None
+
+
+def _named(column: Column | None, size: int, board: Leaderboard | None) -> tuple[IntArray, list[str]]:
+    """Codes and names in the order of the leaderboard, or of frequency; a column of too many values is cut off."""
+    if column is None:
+        return np.zeros(size, np.int64), []
+    counts = np.bincount(column.codes, minlength=len(column.values))
+    order = np.argsort(-counts, kind="stable")
+    if board is not None:
+        place = {line.teacher: number for number, line in enumerate(board.lines)}
+        order = np.array(sorted(range(len(column.values)), key=lambda c: place.get(str(column.values[c]), 1 << 30)))
+    names = ["none" if column.values[code] is None else visible(str(column.values[code]), 60) for code in order]
+    new = np.empty(len(order), np.int64)
+    new[order] = np.arange(len(order))
+    if len(names) > MAX_NAMES:
+        new = np.minimum(new, MAX_NAMES)
+        names = [*names[:MAX_NAMES], f"{len(names) - MAX_NAMES} others"]
+    return new[column.codes], names
+
+
+def _verdicts(correct: Column | None, size: int) -> IntArray:
+    """`[samples]` 1 correct, 0 not, -1 nobody says."""
+    if correct is None:
+        return np.full(size, -1)
+    return np.array([int(v) if v in (0, 1, True, False) and v is not None else -1 for v in correct.values])[
+        correct.codes
+    ]
+
+
+def _reason(selection: Selection | None, row: int, plans: dict[int, IntArray] | None, chosen: bool) -> str:
+    why = ""
+    if selection is not None and (selection.left_out_by[row] < 0) == chosen:
+        why = visible(selection.reason(row), 400)
+    if plans is None:
+        return why
+    return f"{'in' if chosen else 'not in'} the plan of epoch {max(plans)}{why and ', '}{why}"
+
+
+def _board(board: Leaderboard) -> dict[str, Any]:
+    """The leaderboard for the page's table; ranges as shares of the widest."""
+    estimates = [line.scores[board.metric] for line in board.lines]
+    low, high = min(e.low for e in estimates), max(e.high for e in estimates)
+    width = (high - low) or 1.0
+
+    def numbers(estimate: Estimate) -> dict[str, float]:
+        return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "half": estimate.half}
+
+    return {
+        "metric": board.metric,
+        "verdict": [visible(sentence, 1000) for sentence in board.verdict],
+        "warnings": [visible(sentence, 1000) for sentence in board.warnings],
+        "draws": board.draws,
+        "prompts": board.prompts,
+        "low": low,
+        "high": high,
+        "lines": [
+            {
+                "teacher": visible(line.teacher, 60),
+                "samples": line.samples,
+                "prompts": line.prompts,
+                "tokens": line.tokens,
+                "score": numbers(line.scores[board.metric]),
+                "others": {
+                    n: numbers(e) for n, e in line.scores.items() if n not in (board.metric, *_redundant(line.parts))
+                },
+                "parts": {name: numbers(estimate) for name, estimate in line.parts.items()},
+                "chosen": numbers(line.chosen),
+                "correct": line.correct,
+                "tied": line.tied,
+                "left": 100 * (line.scores[board.metric].low - low) / width,
+                "width": 100 * (line.scores[board.metric].high - line.scores[board.metric].low) / width,
+                "place": 100 * (line.scores[board.metric].value - low) / width,
+            }
+            for line in board.lines
+        ],
+    }
+
+
+def _redundant(parts: Mapping[str, Estimate]) -> tuple[str, ...]:
+    """The mean log-probability is the mean surprisal with the other sign."""
+    return ("global_naturalness",) if "mean_surprisal" in parts else ()
+
+
+def _composition(
+    samples: IntArray,
+    teachers: IntArray,
+    num_teachers: int,
+    finite: IntArray,
+    plans: dict[int, IntArray] | None,
+    selection: Selection | None,
+) -> list[dict[str, Any]]:
+    """Bars of how many samples each teacher has: among the candidates, and in each epoch or in the choice."""
+    if num_teachers < 2:
+        return []
+
+    def bar(label: str, codes: IntArray) -> dict[str, Any]:
+        return {"label": label, "counts": np.bincount(codes, minlength=num_teachers).tolist()}
+
+    bars = [bar("candidates", teachers[finite])]
+    if plans is not None:
+        place = {int(sample): row for row, sample in enumerate(samples.tolist())}
+        for epoch, plan in plans.items():
+            bars.append(bar(f"epoch {epoch}", teachers[[place[s] for s in plan.tolist() if s in place]]))
+    elif selection is not None:
+        bars.append(bar("chosen", teachers[selection.plan.indices]))
+    return bars if len(bars) > 1 else []
+
+
+def _passes(
+    scores: Scores, metric: str, samples: IntArray, teachers: IntArray, shown: IntArray
+) -> dict[str, Any] | None:
+    """Group scores of the teachers in every pass, and each sample's mean and spread over the passes."""
+    if len(scores.epochs) < 2:
+        return None
+    item = scores.metrics[metric]
+    history, lines = [], []
+    num_teachers = int(teachers.max()) + 1
+    for epoch in scores.epochs:
+        order = scores.integers("sample", epoch=epoch)
+        numbers = scores.numbers(epoch=epoch)
+        if order is None or not np.array_equal(order, samples):
+            return None
+        history.append(numbers[metric][shown])
+        finite = np.all([np.isfinite(numbers[name]) for name in item.columns], axis=0)
+        parts = [np.flatnonzero(finite & (teachers == code)) for code in range(num_teachers)]
+        lines.append([item.aggregate({n: numbers[n][p] for n in item.columns}) if len(p) else math.nan for p in parts])
+    stacked = np.stack(history)
+    return {
+        "epochs": scores.epochs,
+        "teachers": [_rounded(np.array(line)) for line in np.array(lines).T],
+        "mean": _rounded(stacked.mean(axis=0)),
+        "spread": _rounded(stacked.std(axis=0)),
+    }
+
+
+def _traces(
+    scores: Scores,
+    columns: Sequence[str],
+    numbers: dict[str, FloatArray],
+    selection: Selection | None,
+    plans: dict[int, IntArray] | None,
+    chosen: Any,
+    teachers: IntArray,
+    correct: Column | None,
+) -> list[dict[str, Any]]:
+    """Prompts with their responses, token by token, as many as fit."""
+    if not set(TRACE_COLUMNS) <= set(scores.names):
+        return []
+    prompts: dict[str, dict[str, Any]] = {}
+    verdicts = _verdicts(correct, len(teachers))
+    position, budget, count = 0, MAX_TOKENS, 0
+    names = [*TRACE_COLUMNS, *([scores.group] if scores.group else [])]
+    with pq.ParquetFile(scores.path) as file:
+        for batch in file.iter_batches(batch_size=512, columns=names):
+            begin, position = position, position + batch.num_rows
+            kept = np.flatnonzero(np.asarray(pc.is_valid(batch["tokens"])))
+            for offset in kept.tolist():
+                row = begin + offset
+                texts = batch["tokens"][offset]
+                length = len(texts)
+                stop = min(length, MAX_TRACE_TOKENS, budget)
+                if stop == 0 or count == MAX_TRACES:
+                    break
+                budget, count = budget - stop, count + 1
+                group = str(batch[scores.group][offset].as_py()) if scores.group else str(row)
+                prompt = prompts.setdefault(
+                    group,
+                    {
+                        "group": visible(group, 60),
+                        "prompt": visible(batch["prompt_text"][offset].as_py() or ""),
+                        "items": [],
+                    },
+                )
+                prompt["items"].append(
+                    {
+                        "sample": row,
+                        "teacher": int(teachers[row]),
+                        "correct": int(verdicts[row]),
+                        "chosen": int(chosen[row]),
+                        "reason": _reason(selection, row, plans, bool(chosen[row])),
+                        "scores": {name: _rounded(numbers[name][row : row + 1])[0] for name in columns},
+                        "tokens": [visible(text or "", 400) for text in _first(texts, stop)],
+                        "ranks": _first(batch["token_ranks"][offset], stop),
+                        "surprisals": [
+                            round(value, 3) if math.isfinite(value) else None
+                            for value in _first(batch["token_surprisals"][offset], stop)
+                        ],
+                        "more": length - stop,
+                    }
+                )
+    sign = -1 if scores.metrics[columns[-1]].higher_is_better else 1
+    for prompt in prompts.values():
+        prompt["items"].sort(key=lambda item: sign * (item["scores"][columns[-1]] or math.inf * sign))
+    return list(prompts.values())
+
+
+def _first(values: pa.ListScalar, stop: int) -> list[Any]:
+    """The first elements, without making Python objects of the others."""
+    found: list[Any] = values.values.slice(0, stop).to_pylist()
+    return found
+
+
+def _rounded(values: Any) -> list[float | None]:
+    """Four significant digits are what a picture shows; JSON knows no NaN."""
+    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values.tolist()]

@@ -1,0 +1,75 @@
+"""SFT with a curriculum, by TRL, on one process or many.
+
+    python recipes/sft.py --config recipes/configs/best_of_n.yaml --data candidates.jsonl
+    accelerate launch --config_file accelerate_configs/zero3.yaml recipes/sft.py \\
+        --config recipes/configs/best_of_n.yaml --data candidates.jsonl
+
+Every field of TRL's `SFTConfig` and `ModelConfig` is an option, on the command line or in the YAML file; `--help` lists
+them. Metrics and policies are given by name with arguments, or all at once as a Python factory `module:function` that
+returns a `Curriculum`. Run it again with `--resume_from_checkpoint true` after an interruption.
+"""
+
+import importlib
+from dataclasses import dataclass, field
+
+import torch
+from datasets import load_dataset
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
+
+from distill_sampler import Curriculum, attach
+from distill_sampler.cli.expressions import parse_metrics, parse_policies
+
+
+@dataclass
+class CurriculumArguments:
+    """What the student's epochs are made of."""
+
+    data: str = field(metadata={"help": "Candidates: a JSONL or Parquet file, or a data set's name on the hub."})
+    metrics: str = field(default="rank_surprisal_ratio", metadata={"help": "What to score, with commas between."})
+    policy: list[str] = field(
+        default_factory=lambda: ["BestOf(rank_surprisal_ratio, per=prompt_id)", "Shuffle()"],
+        metadata={"help": "Policies, applied in this order."},
+    )
+    num_samples: int | None = field(default=None, metadata={"help": "Length of an epoch, if it should not be found."})
+    curriculum: str | None = field(
+        default=None, metadata={"help": "module:function that returns a Curriculum, instead of metrics and policies."}
+    )
+
+
+def make_curriculum(chosen: CurriculumArguments, seed: int) -> Curriculum:
+    if chosen.curriculum:
+        name, _, function = chosen.curriculum.partition(":")
+        return getattr(importlib.import_module(name), function)()
+    return Curriculum(
+        metrics=parse_metrics(chosen.metrics),
+        policies=parse_policies(chosen.policy),
+        num_samples=chosen.num_samples,
+        seed=seed,
+    )
+
+
+def main() -> None:
+    chosen, args, model = TrlParser((CurriculumArguments, SFTConfig, ModelConfig)).parse_args_and_config()
+    kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+    kind = next((kinds[ending] for ending in kinds if chosen.data.endswith(ending)), None)
+    rows = (
+        load_dataset(kind, data_files=chosen.data, split="train") if kind else load_dataset(chosen.data, split="train")
+    )
+
+    if model.dtype is not None:
+        args.model_init_kwargs = {**(args.model_init_kwargs or {}), "dtype": model.dtype}
+    trainer = SFTTrainer(
+        model=model.model_name_or_path, args=args, train_dataset=rows, peft_config=get_peft_config(model)
+    )
+    attach(trainer, make_curriculum(chosen, args.seed))
+    # "true" resumes the output folder's last checkpoint, a path that one
+    resume = {None: None, "true": True, "false": None}.get(args.resume_from_checkpoint, args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    if torch.distributed.is_initialized():
+        trainer.accelerator.wait_for_everyone()
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Ranking teachers: the paper's order comes out, intervals are honest, confounds are named."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distill_sampler.metrics import RankSurprisalRatio
+from distill_sampler.report.leaderboard import Leaderboard, leaderboard, spearman
+from distill_sampler.types import Column
+
+RSR = "rank_surprisal_ratio"
+
+
+def board(
+    rank: list[float] | np.ndarray,
+    surprisal: list[float] | np.ndarray,
+    teachers: list[int],
+    groups: list[int],
+    **more: object,
+) -> Leaderboard:
+    rank, surprisal = np.asarray(rank, np.float32), np.asarray(surprisal, np.float32)
+    names = [f"t{code}" for code in range(max(teachers) + 1)]
+    settings = {"num_tokens": np.full(len(rank), 10), **more}
+    return leaderboard(
+        metrics={RSR: RankSurprisalRatio()},
+        metric=RSR,
+        numbers={"mean_rank": rank, "mean_surprisal": surprisal, RSR: rank / surprisal},
+        teachers=Column(codes=np.asarray(teachers), values=names),
+        groups=np.asarray(groups),
+        **settings,
+    )
+
+
+def simulated(apart: float, num_prompts: int, seed: int = 0, **more: object) -> Leaderboard:
+    """Two teachers on the same prompts; the second ranks worse by this much on average."""
+    rng = np.random.default_rng(seed)
+    hardness = rng.normal(0, 0.4, num_prompts)
+    rank = np.concatenate([2 + hardness + rng.normal(0, 0.3, num_prompts) + shift for shift in (0, apart)])
+    return board(
+        rank, np.ones(2 * num_prompts), [0] * num_prompts + [1] * num_prompts, [*range(num_prompts)] * 2, **more
+    )
+
+
+def test_the_papers_ranking_of_teachers_is_reproduced(shared: Path) -> None:
+    with (shared / "reference" / "rsr_paper_teachers.csv").open(encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    correlations = []
+    for student in dict.fromkeys(row["student"] for row in table):
+        rows = [row for row in table if row["student"] == student]
+        ranked = board(
+            [float(row["avg_rank_clipped"]) for row in rows],
+            [float(row["avg_surprisal"]) for row in rows],
+            list(range(len(rows))),
+            [0] * len(rows),
+            draws=0,
+        )
+        for line in ranked.lines:
+            row = rows[int(line.teacher[1:])]
+            assert line.scores[RSR].value == pytest.approx(float(row["rsr"]), rel=4e-3)  # from rounded columns
+        accuracy = [float(rows[int(line.teacher[1:])]["post_training_accuracy"]) for line in ranked.lines]
+        correlations.append(abs(spearman([line.scores[RSR].value for line in ranked.lines], accuracy)))
+    assert len(correlations) == 5
+    assert np.mean(correlations) == pytest.approx(0.847, abs=2e-3)
+
+
+def test_a_group_score_is_a_ratio_of_sums_not_a_mean_of_ratios() -> None:
+    ranked = board([1.0, 9.0], [1.0, 3.0], [0, 0], [0, 1], draws=0)
+    assert ranked.lines[0].scores[RSR].value == pytest.approx(10 / 4)
+
+
+def test_teachers_far_apart_are_told_apart_and_close_ones_are_not() -> None:
+    far, close = simulated(0.5, 300), simulated(0.005, 300)
+    assert not far.lines[1].tied
+    assert "more than chance explains" in " ".join(far.verdict)
+    assert close.lines[1].tied
+    assert "cannot be told apart on these 300 prompts" in " ".join(close.verdict)
+
+
+def test_the_prompts_that_are_said_to_be_needed_are_enough() -> None:
+    """Differences near 0.03 with spread 0.42 need about (1.96 · 0.42 / 0.03)² = 770 prompts."""
+    few = simulated(0.03, 100, seed=7)
+    assert few.lines[1].tied
+    assert "more prompts would" in " ".join(few.verdict)
+    needed = np.mean([not simulated(0.03, 1500, seed=seed, draws=200).lines[1].tied for seed in range(10)])
+    assert needed >= 0.7
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+    held = []
+    for seed in range(60):
+        score = next(line for line in simulated(0.5, 80, seed=seed, draws=200).lines if line.teacher == "t0").scores[
+            RSR
+        ]
+        held.append(score.low <= 2.0 <= score.high)
+    assert 0.85 <= np.mean(held) <= 1.0
+
+
+def test_a_large_common_hardness_does_not_blur_paired_teachers() -> None:
+    """Prompts vary far more than teachers differ; the same draw for both cancels it."""
+    assert not simulated(0.15, 150).lines[1].tied
+
+
+def test_the_first_is_explained_by_rank_or_by_surprisal() -> None:
+    by_rank = board([2, 3] * 200, [1, 1] * 200, [0, 1] * 200, np.repeat(range(200), 2), draws=50)
+    assert "ranked better by the student" in by_rank.verdict[1]
+    by_surprisal = board([2, 2] * 200, [1.2, 1] * 200, [0, 1] * 200, np.repeat(range(200), 2), draws=50)
+    assert "surprise the student more" in by_surprisal.verdict[1]
+
+
+def test_few_prompts_different_prompts_and_length_are_warned_of() -> None:
+    rng = np.random.default_rng(0)
+    rank = rng.uniform(1, 5, 90)
+    ranked = board(
+        rank, np.ones(90), [0] * 60 + [1] * 30, [*range(60), *range(30)], num_tokens=(100 * rank).astype(int)
+    )
+    said = " ".join(ranked.warnings)
+    assert "Few prompts" in said
+    assert "different prompts (from 30 to 60 of 60)" in said
+    assert "Length confound: the score goes with the response's length (Spearman +1.00" in said
+    shared_only = board(rank, np.ones(90), [0] * 60 + [1] * 30, [*range(60), *range(30)], shared_only=True)
+    assert [line.prompts for line in shared_only.lines] == [30, 30]
+
+
+def test_samples_without_a_score_do_not_count_and_shares_chosen_add_up() -> None:
+    ranked = board([2, 3, np.nan, 2], [1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 1, 1], draws=20)
+    assert {line.teacher: line.samples for line in ranked.lines} == {"t0": 1, "t1": 2}
+    assert sum(line.chosen.value for line in ranked.lines) == pytest.approx(1)
+
+
+def test_spearman_shares_ranks_among_ties() -> None:
+    assert spearman([1, 2, 2, 3], [1, 2, 2, 3]) == pytest.approx(1)
+    assert spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert np.isnan(spearman([1, 1], [1, 2]))
+
+
+def test_one_teacher_and_no_score_are_said() -> None:
+    assert "one teacher" in board([2, 3], [1, 1], [0, 0], [0, 1]).verdict[0]
+    with pytest.raises(ValueError, match="No sample has a score"):
+        board([np.nan], [1], [0], [0])

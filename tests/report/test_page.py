@@ -1,0 +1,265 @@
+"""The page: hostile text stays text, everything on it is there, and it works in a browser."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from distill_sampler.report.page import render, write_report
+from distill_sampler.report.payload import MAX_POINTS, MAX_TRACE_TOKENS, payload, visible
+from distill_sampler.report.scores import Scores
+from tests.cli.conftest import call, write_lines
+
+HOSTILE = [
+    "<script>document.documentElement.dataset.owned = 'script'</script>",
+    "</script><script>document.documentElement.dataset.owned = 'closed'</script>",
+    "<img src=x onerror=\"document.documentElement.dataset.owned = 'image'\">",
+    "<a href=\"javascript:document.documentElement.dataset.owned = 'link'\">look</a>",
+    "{{ 7 * 7 }} {% raw %} ${7*7} <!-- --> ]]> &lt;b&gt; \u2028 \u2029",
+    "admin\u202egpj.exe\u2066hidden\u2069 \x00\x07\x1b[31m",
+]
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A scores file whose every text is hostile: names, prompts, tokens; one trace of 5 MB."""
+    folder = tmp_path_factory.mktemp("hostile")
+    rng = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    for number in range(24):
+        text = HOSTILE[number % len(HOSTILE)]
+        tokens = ["x" * 50] * 100_000 if number == 7 else [text, *text]
+        surprisal = rng.uniform(0.1, 3)
+        rank = rng.uniform(1, 9)
+        rows.append(
+            {
+                "sample": number,
+                "prompt_id": f"{number // 4} {HOSTILE[(number // 4) % len(HOSTILE)]}",
+                "teacher": HOSTILE[number % 4],
+                "domain": HOSTILE[number % 3],
+                "correct": [True, False, None][number % 3],
+                "num_tokens": len(tokens),
+                "mean_rank": rank,
+                "mean_surprisal": surprisal,
+                "rank_surprisal_ratio": rank / surprisal,
+                "prompt_text": text,
+                "tokens": tokens,
+                "token_ranks": [1 + place % 300 for place in range(len(tokens))],
+                "token_surprisals": [float(place % 9) for place in range(len(tokens))],
+            }
+        )
+    table = pa.Table.from_pylist(rows).replace_schema_metadata({"distill_sampler.model": HOSTILE[0]})
+    pq.write_table(table, folder / "scores.parquet")
+    return folder / "scores.parquet"
+
+
+class Outline(HTMLParser):
+    """The tags of a page, with their attributes, and what stands in its scripts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+
+def test_hostile_text_adds_no_tag_no_script_and_no_address(hostile: Path, tmp_path: Path) -> None:
+    page = write_report(hostile, tmp_path / "report.html").read_text(encoding="utf-8")
+    outline = Outline()
+    outline.feed(page)
+    assert [tag for tag, _ in outline.tags].count("script") == 3  # data, plotly, the page's own
+    assert not [tag for tag, _ in outline.tags if tag in ("img", "a", "iframe", "object", "link")]
+    assert not [name for _, attributes in outline.tags for name in attributes if name.startswith("on") or name == "src"]
+    own = re.sub(r"<script>.*?</script>", "", page, flags=re.S)  # without plotly, which names addresses in its text
+    assert "http://" not in own.replace("http-equiv", "")
+    assert "https://" not in own
+    assert not re.search("[\x00-\x08\x0b-\x1f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]", own)
+    (policy,) = (a["content"] for tag, a in outline.tags if tag == "meta" and a.get("http-equiv"))
+    assert policy is not None
+    assert "default-src 'none'" in policy
+    assert "unsafe-inline" not in policy.split("script-src")[1].split(";")[0]
+
+
+def test_text_shows_what_it_is() -> None:
+    assert visible("a\x00b\u202ec") == "a␀b⟦U+202E⟧c"
+    assert visible("line\nand\ttab") == "line\nand\ttab"
+    assert visible("x" * 10, 4) == "xxxx… (6 more characters)"
+
+
+def test_long_traces_are_cut_and_say_so(hostile: Path) -> None:
+    data = payload(Scores.open(hostile))
+    (long,) = (item for prompt in data["traces"] for item in prompt["items"] if item["more"])
+    assert len(long["tokens"]) == MAX_TRACE_TOKENS
+    assert long["more"] == 100_000 - MAX_TRACE_TOKENS
+    assert len(json.dumps(data)) < 2_000_000
+
+
+def test_large_data_is_drawn_from_and_the_page_stays_small(tmp_path: Path) -> None:
+    size = 3 * MAX_POINTS
+    rng = np.random.default_rng(0)
+    rank, surprisal = rng.uniform(1, 9, size), rng.uniform(0.1, 3, size)
+    columns = {
+        "sample": np.arange(size),
+        "prompt_id": [f"p{number // 3}" for number in range(size)],
+        "teacher": [f"t{number % 3}" for number in range(size)],
+        "mean_rank": rank,
+        "mean_surprisal": surprisal,
+        "rank_surprisal_ratio": rank / surprisal,
+    }
+    pq.write_table(pa.table(columns), tmp_path / "scores.parquet")
+    data = payload(Scores.open(tmp_path / "scores.parquet"))
+    assert len(data["points"]["sample"]) == MAX_POINTS
+    assert data["chosen"] == size // 3  # of all, not of those drawn
+    assert data["traces"] == []
+    assert len(json.dumps(data)) < 2_000_000
+
+
+def test_a_run_shows_its_passes_and_its_plans(tmp_path: Path) -> None:
+    passes = []
+    for epoch in range(3):
+        rank = np.array([1.0, 2.0, 3.0, 4.0]) + epoch
+        passes.append(
+            pa.table(
+                {
+                    "sample": [0, 1, 2, 3],
+                    "prompt_id": ["a", "a", "b", "b"],
+                    "teacher": ["x", "y", "x", "y"],
+                    "epoch": [epoch] * 4,
+                    "mean_rank": rank,
+                    "mean_surprisal": np.ones(4),
+                    "rank_surprisal_ratio": rank,
+                }
+            )
+        )
+    pq.write_table(pa.concat_tables(passes), tmp_path / "scores.parquet")
+    pq.write_table(pa.table({"epoch": [0, 0, 1, 1], "sample": [0, 2, 1, 2]}), tmp_path / "plans.parquet")
+    data = payload(Scores.open(tmp_path))
+    assert data["passes"]["epochs"] == [0, 1, 2]
+    assert data["passes"]["teachers"] == [[2, 3, 4], [3, 4, 5]]
+    assert data["passes"]["spread"] == pytest.approx([np.std([0, 1, 2])] * 4, rel=1e-3)
+    assert [(bar["label"], bar["counts"]) for bar in data["composition"]] == [
+        ("candidates", [2, 2]),
+        ("epoch 0", [2, 0]),
+        ("epoch 1", [1, 1]),
+    ]
+    assert data["points"]["chosen"] == [0, 1, 1, 0]
+    assert render(data, title="run").count("<h1>run</h1>") == 1
+
+
+def test_scores_without_teachers_groups_or_tokens_still_make_a_page(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"sample": [0, 1], "global_naturalness": [-1.0, -2.0]}), tmp_path / "scores.parquet")
+    page = write_report(tmp_path / "scores.parquet", tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Which teacher suits" not in page
+
+
+def test_every_sample_has_its_reason(scored: Path, tmp_path: Path) -> None:
+    data = payload(Scores.open(scored))
+    reasons = data["points"]["reason"]
+    assert sum("kept by BestOf" in reason for reason in reasons) == 6
+    assert all("of 3 with prompt_id" in reason for reason in reasons)
+    ended = call("report", scored, "--output", tmp_path / "r.html", "--policy", "WithinLength(max_tokens=70)")
+    assert ended.code == 0, ended.said
+    assert "left out by WithinLength(max_tokens=70)" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests import tiny
+    from tests.cli.conftest import rows
+
+    folder = tmp_path_factory.mktemp("report")
+    tiny.model().save_pretrained(folder / "student")
+    tiny.tokenizer().save_pretrained(folder / "student")
+    data = write_lines(folder / "candidates.jsonl", rows())
+    call("score", data, "--model", folder / "student", "--output", folder / "scores.parquet")
+    return folder / "scores.parquet"
+
+
+def opened(page: Path, profile: Path) -> str:
+    """The document after its scripts have run."""
+    browser = next(
+        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    )
+    if browser is None:
+        pytest.skip("no Chromium is installed")
+    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", *quiet, f"--user-data-dir={profile}"]
+    command += ["--virtual-time-budget=20000", "--dump-dom", page.as_uri()]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=180).stdout
+
+
+DRIVER = """
+<script>
+addEventListener("load", () => {
+  const told = {};
+  const all = (selector) => [...document.querySelectorAll(selector)];
+  told.ready = document.documentElement.dataset.ready;
+  told.plots = all(".plot .main-svg").length > 0;
+  told.points = all("#plane-plot .scatterlayer .point").length;
+  const before = document.getElementById("count").textContent;
+  all("#teachers button")[0].click();
+  told.filtered = before !== document.getElementById("count").textContent;
+  all("#teachers button")[0].click();
+  const domain = document.getElementById("domain");
+  domain.value = "1";
+  domain.dispatchEvent(new Event("change"));
+  told.domain = all("#rows tbody tr").length;
+  domain.value = "";
+  domain.dispatchEvent(new Event("change"));
+  document.getElementById("next").click();
+  told.traces = all("#traces article").length;
+  told.tokens = all("#traces bdi").length;
+  all("#traces bdi")[1].click();
+  told.tip = document.getElementById("tip").textContent;
+  told.painted = all("#traces bdi").filter((node) => node.style.background).length > 0;
+  document.querySelector("input[value=none]").click();
+  told.unpainted = all("#traces bdi").filter((node) => node.style.background).length;
+  all("#rows thead th")[1].click();
+  told.sorted = all("#rows thead th")[1].textContent.includes("↑");
+  told.strays = all("#traces script, #traces img, #traces a, #rows a, #rows img, .plot a, blockquote *").length;
+  told.owned = document.documentElement.dataset.owned || null;
+  document.documentElement.dataset.told = JSON.stringify(told);
+});
+</script>
+"""
+
+
+@pytest.mark.slow
+def test_nothing_of_the_data_runs_and_the_page_works(hostile: Path, tmp_path: Path) -> None:
+    page = write_report(hostile, tmp_path / "report.html")
+    document = opened(page, tmp_path / "profile")
+    head = document[: document.index("<head")]
+    assert 'data-ready="yes"' in head, "the page's own scripts run under its policy"
+    assert "data-owned" not in head
+
+    # without the policy, escaping alone has to hold; and somebody uses the page
+    text = page.read_text(encoding="utf-8")
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
+    driven = tmp_path / "driven.html"
+    driven.write_text(text.replace("</body>\n</html>", DRIVER + "</body>\n</html>"), encoding="utf-8")
+    document = opened(driven, tmp_path / "profile")
+    told = re.search(r'data-told="([^"]*)"', document)
+    assert told is not None
+    found = json.loads(told.group(1).replace("&quot;", '"'))
+    assert found["owned"] is None
+    assert found["strays"] == 0
+    assert found["ready"] == "yes"
+    assert found["plots"]
+    assert found["points"] >= 24
+    assert found["filtered"]
+    assert found["domain"] == 8
+    assert found["traces"] == 4
+    assert found["tokens"] > 100
+    assert found["tip"].startswith("rank ")
+    assert found["painted"]
+    assert found["unpainted"] == 0
+    assert found["sorted"]
