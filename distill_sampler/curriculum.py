@@ -186,6 +186,7 @@ class Curriculum:
     def score(self, model: nn.Module, *, epoch: int, step: int) -> tuple[int, IntArray]:
         """Score every candidate into `store`. Gives the tokens read and the samples with non-finite logits."""
         self.store.begin(epoch=epoch, step=step)
+        self.store.numerics = self.scorer.numerics(model)
         metrics = list(self.metrics.values())
         tokens = 0
         with self._pass_journal(model, epoch, step) as journal:

@@ -156,7 +156,7 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
         """The row's tokens and which of them count."""
         return self.samples([index])[0]
 
-    def samples(self, indices: Sequence[int]) -> list[Sample]:
+    def samples(self, indices: Sequence[int] | IntArray) -> list[Sample]:
         """Several rows at once, which is far quicker than one by one."""
         if len(indices) == 0:
             return []

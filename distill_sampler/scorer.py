@@ -1,36 +1,42 @@
-"""Running the student: samples → views → token-budget batches → statistics → numbers. Training does not notice.
+"""Running the student over samples: samples → views → token-budget batches → statistics → numbers.
 
-Three things make a forward for scoring cheap and safe:
+1. *Batches hold tokens, not rows*: sorted by length, the longest first (running out of memory or time shows at once),
+   up to `batch_tokens` of them, padding included.
+2. *Candidates of one prompt are read together*, their prompt once: samples that begin with the same unscored tokens
+   form a unit, found by comparing tokens, where that saves at least an eighth of the unit's tokens. A batch of prompts
+   is read first, then the batches of what follows them, sorted by length again: a wave.
+3. *Memory is found, not asked for*: the budget starts from what is free, and halves when that was not enough.
 
-1. *Only response positions reach the output head.* For the length of a pass the head's `forward` is one that reduces
-   the hidden states to statistics (`token_stats`) and returns an empty row of logits. The model is called through its
-   root, as the trainer calls it, so wrappers and adapters work as they do in training.
-2. *Batches hold tokens, not rows*: sorted by length, the longest first (running out of memory or time shows at once),
-   up to `batch_tokens` of them, padding included. Padding goes to the right, where causal attention never looks, so
-   no mask is needed.
-3. *The student is left as it was*: mode of every module, random state, gradients, the head itself.
+How the student reads a batch is in `student.py`, who reads which in `distributed.py`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import chain
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.distributed import Ranks
-from distill_sampler.token_stats import LogitTransform, linear, module, token_stats
-from distill_sampler.types import FloatArray, IntArray, Metric, TokenStats, View
+from distill_sampler.student import Forward, reading, unwrap
+from distill_sampler.token_stats import EXTRAS, Impl, available, fastest
+from distill_sampler.types import BoolArray, FloatArray, IntArray, Metric, Sample, TokenStats, View
 
 logger = logging.getLogger(__name__)
+
+_WORTH_SHARING = 8
+"""A prompt is read once for several candidates if that saves at least one in so many of their tokens."""
+
+_BLOCK_BATCHES = 4
+"""Batches whose samples are read, sorted and reported together. More would pad a little less where prompts are shared
+(2 % from 4 to 8) and report, and keep for an interrupted pass, more rarely."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,7 +58,15 @@ class Scorer:
     """How the student is run over the samples."""
 
     batch_tokens: int | None = None
-    """Tokens in a batch, padding included; a longer sample gets a batch of its own. None: 2048 on a CPU, else 16384."""
+    """Tokens in a batch, padding included; a longer sample gets a batch of its own. None: 2048 on a CPU, else a power
+    of two that fits in half of the free memory. Halved when memory runs out (with one process)."""
+    ties: Literal["strict", "mid"] = "strict"
+    """How other tokens with exactly the same logit count in a rank: not at all, as in the authors' code, or half each,
+    which is unbiased. Matters where logits are rounded to bfloat16: there one token in ten is tied."""
+    share_prompts: bool = True
+    """Read the prompt that several candidates have in common once, where that pays and gives the same numbers."""
+    impl: Literal["auto", "reference", "chunked", "compiled"] = "auto"
+    """How logits become statistics (see `token_stats`). Auto: compiled for passes so long that compiling pays."""
     progress: bool = True
     """Show a bar with tokens a second and the remaining time once a pass takes longer than two seconds, and a table of
     each epoch's plan in the trainer's output."""
@@ -62,9 +76,21 @@ class Scorer:
             raise ValueError(
                 f"Scorer(batch_tokens={self.batch_tokens}): give a positive number of tokens, such as 8192."
             )
+        for argument, value, known in (
+            ("ties", self.ties, ("strict", "mid")),
+            ("impl", self.impl, ("auto", "reference", "chunked", "compiled")),
+        ):
+            if value not in known:
+                raise ValueError(f"Scorer({argument}={value!r}): choose one of {', '.join(map(repr, known))}.")
 
     def score(
-        self, model: nn.Module, dataset: ScoredDataset, metrics: Sequence[Metric], indices: IntArray
+        self,
+        model: nn.Module,
+        dataset: ScoredDataset,
+        metrics: Sequence[Metric],
+        indices: IntArray,
+        *,
+        done: BoolArray | None = None,
     ) -> Iterator[Scored]:
         """Score samples, longest first, and give them out in blocks as they are done.
 
@@ -74,14 +100,20 @@ class Scorer:
             metrics: what to compute; equal views of several metrics share one forward.
             indices: `[n]` which samples, in any order. With several processes each must ask for the same; the work is
                 shared and every process gets all numbers.
+            done: `[samples of the data set]` True where an interrupted pass has given numbers already. Blocks that are
+                all done are left out; the others are what they were.
 
         Raises:
             ValueError: the model has no output head to score with.
         """
-        order = indices[np.argsort(-dataset.lengths[indices], kind="stable")]
-        ranks = Ranks.current(next(model.parameters()).device)
+        if len(indices) == 0:
+            return
+        device = next(model.parameters()).device
+        ranks = Ranks.current(device)
+        vocab = unwrap(model).config.get_text_config().vocab_size
+        impl = self._impl(device, int(dataset.num_scored[indices].sum()) * vocab)
         bar = tqdm(
-            total=int(dataset.lengths[order].sum()),
+            total=int(dataset.lengths[indices].sum()),
             desc="Scoring",
             unit="tok",
             unit_scale=True,
@@ -90,69 +122,264 @@ class Scorer:
             dynamic_ncols=True,
             disable=not self.progress or ranks.rank > 0,
         )
-        with bar, reading(model) as forward:
-            budget = self.batch_tokens or (2048 if forward.device.type == "cpu" else 16384)
-            for block in _blocks(order, dataset.lengths, 8 * budget * ranks.world_size):
-                yield _score_block(forward, dataset, metrics, block, budget, ranks, bar)
+        with bar, reading(model, extras=extras_of(metrics), impl=impl, mid_ranks=self.ties == "mid") as forward:
+            # the smallest of the processes' budgets: all must cut the same blocks
+            budget = self.batch_tokens or -ranks.most(-_affordable_tokens(model, device))
+            units = _units(dataset, indices, budget) if self.share_prompts else np.arange(len(indices))
+            # the unit with the longest sample first, and in each unit the longest first
+            longest = np.zeros(units.max() + 1, np.int64)
+            np.maximum.at(longest, units, dataset.lengths[indices])
+            order = np.lexsort((-dataset.lengths[indices], units, -longest[units]))
+            indices, units = indices[order], units[order]
+            work = _Pass(
+                forward=forward,
+                dataset=dataset,
+                metrics=metrics,
+                ranks=ranks,
+                bar=bar,
+                budget=budget,
+                sharing=self.share_prompts and _can_share(forward, dataset, indices, units),
+            )
+            for block in _blocks(dataset.lengths[indices], units, _BLOCK_BATCHES * budget * ranks.world_size):
+                if done is not None and done[indices[block]].all():
+                    bar.update(int(dataset.lengths[indices[block]].sum()))
+                    continue
+                yield work.score(indices[block], units[block])
+
+    def numerics(self, model: nn.Module) -> dict[str, str]:
+        """What, besides the weights, decides the scores beyond rounding in the last bits: scores that differ in it
+        must not be compared or mixed.
+
+        Found out with one forward of two tokens: with several processes all must ask.
+
+        Returns:
+            `dtype` (what the student computes in, autocast included), `head` (how the product with the output head is
+            made), `ties` (the rule), and `quantization` where there is one.
+        """
+        with reading(model, mid_ranks=self.ties == "mid") as forward:
+            return forward.numerics
+
+    def _impl(self, device: torch.device, logits: int) -> Impl:
+        return fastest(device, logits) if self.impl == "auto" else available(self.impl, device)
 
 
-def _score_block(
-    forward: Forward,
-    dataset: ScoredDataset,
-    metrics: Sequence[Metric],
-    block: IntArray,
-    budget: int,
-    ranks: Ranks,
-    bar: Any,
-) -> Scored:
-    """Read some samples: their views, each once, in batches; then every metric's numbers."""
-    share = ranks.share(block)
-    samples = [dataset.sample(index) for index in block[share].tolist()]
-    # wanted[s][m] lists the places in `views` of what metric m needs of sample s
-    views: list[View] = []
-    wanted: list[list[list[int]]] = []
-    for sample in samples:
-        places: dict[tuple[bytes, bytes], int] = {}
-        wanted.append([])
-        for metric in metrics:
-            needed = metric.views(sample)
-            for view in needed:
-                if view.identity not in places:
-                    places[view.identity] = len(views)
-                    views.append(view)
-            wanted[-1].append([places[view.identity] for view in needed])
+@dataclass(kw_only=True, eq=False)
+class _Pass:
+    """One pass over samples: what stays the same from block to block, and the budget, which may shrink."""
 
-    lengths = np.array([len(view.input_ids) for view in views], np.int64)
-    stats: dict[int, TokenStats] = {}
-    batches = list(token_batches(lengths, budget))
-    for batch in batches:
-        stats.update(zip(batch, forward([views[place] for place in batch]), strict=True))
-        bar.update(int(lengths[batch].sum()) * ranks.world_size)
-    for _ in range(ranks.most(len(batches)) - len(batches)):
-        forward([_IDLE])
+    forward: Forward
+    dataset: ScoredDataset
+    metrics: Sequence[Metric]
+    ranks: Ranks
+    bar: Any
+    budget: int
+    """Tokens in a batch, from here on."""
+    sharing: bool
+    """Whether prompts may be shared."""
 
-    # one row for each sample of the block; a row is filled by the process that read the sample, zero elsewhere
-    names = columns_of(metrics)
-    rows = np.zeros((len(block), len(names) + 1))
-    rows[share, -1] = [sum(lengths[place] for place in {*chain(*places)}) for places in wanted]
-    for row, sample, places_of_metrics in zip(share.tolist(), samples, wanted, strict=True):
-        numbers: dict[str, float] = {}
-        for metric, needed_places in zip(metrics, places_of_metrics, strict=True):
-            results = [stats[place] for place in needed_places]
-            if all(np.isfinite(stat.surprisal).all() for stat in results):
-                numbers.update(metric.reduce(sample, results))
-        rows[row, :-1] = [numbers.get(name, np.nan) for name in names]
-    rows = ranks.total(rows)
-    return Scored(
-        indices=block,
-        columns={name: rows[:, place].astype(np.float32) for place, name in enumerate(names)},
-        non_finite=block[np.isnan(rows[:, :-1]).any(axis=1)],
-        tokens=int(rows[:, -1].sum()),
-    )
+    def score(self, block: IntArray, units: IntArray) -> Scored:
+        """Read some samples: their views, each once, in batches; then every metric's numbers.
+
+        Args:
+            block: which samples.
+            units: `[samples]` the number of each sample's unit; the samples of a unit are read by one process.
+        """
+        numbers, unit = np.unique(units, return_inverse=True)
+        share = np.flatnonzero(np.isin(unit, self.ranks.share(numbers)))
+        samples = self.dataset.samples(block[share])
+        # wanted[s][m] lists the places in `views` of what metric m needs of sample s
+        views: list[View] = []
+        prompts: list[IntArray | None] = []
+        wanted: list[list[list[int]]] = []
+        for sample in samples:
+            places: dict[tuple[bytes, bytes], int] = {}
+            wanted.append([])
+            for metric in self.metrics:
+                needed = metric.views(sample)
+                for view in needed:
+                    if view.identity not in places:
+                        places[view.identity] = len(views)
+                        views.append(view)
+                        prompts.append(_prompt_of(view, sample) if self.sharing else None)
+                wanted[-1].append([places[view.identity] for view in needed])
+        stats, tokens = self._read(views, prompts)
+
+        # one row for each sample of the block; a row is filled by the process that read the sample, zero elsewhere
+        names = columns_of(self.metrics)
+        rows = np.zeros((len(block), len(names) + 1))
+        rows[share[:1], -1] = tokens
+        for row, sample, places_of_metrics in zip(share.tolist(), samples, wanted, strict=True):
+            numbers_of_sample: dict[str, float] = {}
+            for metric, needed_places in zip(self.metrics, places_of_metrics, strict=True):
+                results = [stats[place] for place in needed_places]
+                if all(np.isfinite(stat.surprisal).all() for stat in results):
+                    numbers_of_sample.update(metric.reduce(sample, results))
+            rows[row, :-1] = [numbers_of_sample.get(name, np.nan) for name in names]
+        rows = self.ranks.total(rows)
+        return Scored(
+            indices=block,
+            columns={name: rows[:, place].astype(np.float32) for place, name in enumerate(names)},
+            non_finite=block[np.isnan(rows[:, :-1]).any(axis=1)],
+            tokens=int(rows[:, -1].sum()),
+        )
+
+    def _read(self, views: Sequence[View], prompts: Sequence[IntArray | None]) -> tuple[dict[int, TokenStats], int]:
+        """The statistics of all views, by their places, and how many tokens went through the student."""
+        stats: dict[int, TokenStats] = {}
+        waves = list(_waves(views, prompts, self.budget))
+        # agreed on before the first forward: afterwards, others may still wait for this process inside one
+        forwards = sum(len(wave.batches) + bool(wave.prompts) for wave in waves)
+        idle = self.ranks.most(forwards) - forwards
+        tokens = 0
+        while waves:
+            wave = waves.pop(0)
+            try:
+                prefix = self.forward.prefix(wave.prompts) if wave.prompts else None
+                tokens += sum(len(prompt) for prompt in wave.prompts)
+                for batch in wave.batches:
+                    rows = [wave.row[place] for place in batch] if prefix else ()
+                    stats.update(zip(batch, self.forward([views[p] for p in batch], prefix, rows), strict=True))
+                    read = sum(len(views[place].input_ids) for place in batch)
+                    tokens += read - sum(len(wave.prompts[row]) for row in rows)
+                    self.bar.update(read * self.ranks.world_size)
+            except torch.OutOfMemoryError:
+                left = [place for place in range(len(views)) if place not in stats]
+                if self.ranks.world_size > 1 or self.budget <= max(len(views[place].input_ids) for place in left):
+                    raise  # others wait inside their forwards; or this was a single sequence already
+                self.budget //= 2
+                logger.warning("Out of memory: batches are at most %d tokens from here on.", self.budget)
+            else:
+                continue
+            # outside of the handler, where the traceback does not hold the failed forward's tensors any more
+            prefix = None
+            if self.forward.device.type == "cuda":
+                torch.cuda.empty_cache()
+            places = np.array(left)
+            waves = [
+                wave.renumbered(places)
+                for wave in _waves([views[p] for p in left], [prompts[p] for p in left], self.budget)
+            ]
+        for _ in range(idle):
+            self.forward([_IDLE])
+        return stats, tokens
 
 
 _IDLE = View(input_ids=np.zeros(2, np.int64), scored=np.array([False, True]))
 """What a process reads while others still have batches, so that all take part in every forward."""
+
+
+# ---- Who is read with whom ----
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Wave:
+    """A batch of prompts, and the batches that continue them. Without prompts: batches of whole sequences."""
+
+    prompts: Sequence[IntArray] = ()
+    row: Mapping[int, int] = field(default_factory=dict)
+    """For each view, by its place, the number of its prompt."""
+    batches: Sequence[Sequence[int]]
+    """Places of views."""
+
+    def renumbered(self, places: IntArray) -> _Wave:
+        """The same for views that lie at other places: `places[old] = new`."""
+        return _Wave(
+            prompts=self.prompts,
+            row={int(places[old]): row for old, row in self.row.items()},
+            batches=[places[batch].tolist() for batch in self.batches],
+        )
+
+
+def _waves(views: Sequence[View], prompts: Sequence[IntArray | None], budget: int) -> Iterator[_Wave]:
+    """Whole sequences first; then, if it saves as much as a forward costs, those that share prompts."""
+    members: dict[bytes, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        if prompt is not None:
+            members.setdefault(prompt.tobytes(), []).append(place)
+    groups: list[tuple[IntArray, list[int]]] = []
+    saved = 0
+    for key, places_of_group in members.items():
+        prompt = np.frombuffer(key, np.int64)
+        saves = (len(places_of_group) - 1) * len(prompt)
+        if saves and saves * _WORTH_SHARING >= sum(len(views[place].input_ids) for place in places_of_group):
+            groups.append((prompt, places_of_group))
+            saved += saves
+    if saved * _WORTH_SHARING < budget:  # a forward more costs about as much as an eighth of a batch
+        groups = []
+    alone = np.array(sorted(set(range(len(views))) - {place for _, group in groups for place in group}), np.int64)
+    if len(alone):
+        lengths = np.array([len(views[place].input_ids) for place in alone])
+        yield _Wave(batches=[alone[batch].tolist() for batch in token_batches(lengths, budget)])
+    starts = np.array([len(prompt) for prompt, _ in groups], np.int64)
+    for some in token_batches(starts, budget):
+        row = {place: number for number, group in enumerate(some) for place in groups[group][1]}
+        places = np.array(list(row), np.int64)
+        start = np.array([starts[some[number]] for number in row.values()])
+        # keys and values of a prompt take memory in each row that continues it, less than a token that is read
+        lengths = np.array([len(views[place].input_ids) for place in row]) - start + start // 4
+        yield _Wave(
+            prompts=[groups[group][0] for group in some],
+            row=row,
+            batches=[places[batch].tolist() for batch in token_batches(lengths, budget)],
+        )
+
+
+def _prompt_of(view: View, sample: Sample) -> IntArray | None:
+    """What the view may share: the beginning of its sample, if the view has it too and nothing in it is scored."""
+    prompt = _beginning(sample)
+    begins = view.input_ids[: len(prompt)]
+    if len(prompt) == 0 or view.scored[: len(prompt) + 1].any() or not np.array_equal(begins, prompt):
+        return None
+    return prompt
+
+
+def _units(dataset: ScoredDataset, indices: IntArray, budget: int) -> IntArray:
+    """`[n]` numbers that are equal where samples should be read together: those that share a prompt worth sharing.
+
+    Units of more tokens than a few batches are cut, so that several processes find work in one block.
+    """
+    group, prompt = _prompts(dataset, indices)
+    lengths = dataset.lengths[indices]
+    members, tokens = np.bincount(group)[group], np.bincount(group, lengths)[group]
+    shares = (members > 1) & ((members - 1) * prompt * _WORTH_SHARING >= tokens)
+    by_group = np.argsort(group, kind="stable")
+    before = np.cumsum(lengths[by_group]) - lengths[by_group]
+    first = np.r_[True, np.diff(group[by_group]) != 0]
+    before -= np.maximum.accumulate(np.where(first, before, 0))  # tokens before it in its group
+    piece = np.empty_like(group)
+    piece[by_group] = before // (_BLOCK_BATCHES * budget)
+    keys = np.stack([group, piece, np.where(shares, -1, np.arange(len(indices)))])
+    units: IntArray = np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1)
+    return units
+
+
+def _prompts(dataset: ScoredDataset, indices: IntArray) -> tuple[IntArray, IntArray]:
+    """`[n]` numbers that are equal for equal prompts, and `[n]` how many of their tokens can be read in advance: all
+    but the last, which predicts the first scored token."""
+    numbers: dict[bytes, int] = {}
+    group, length = np.empty((2, len(indices)), np.int64)
+    for start in range(0, len(indices), 1024):
+        for place, sample in enumerate(dataset.samples(indices[start : start + 1024]), start):
+            prompt = _beginning(sample)
+            key = hashlib.blake2b(prompt.tobytes(), digest_size=16).digest()
+            group[place], length[place] = numbers.setdefault(key, len(numbers)), len(prompt)
+    return group, length
+
+
+def _beginning(sample: Sample) -> IntArray:
+    """The tokens before the one that predicts the first scored token."""
+    return sample.input_ids[: max(0, int(sample.scored.argmax()) - 1)]
+
+
+def _can_share(forward: Forward, dataset: ScoredDataset, indices: IntArray, units: IntArray) -> bool:
+    """Try it on the last, shortest two units that share a prompt. The same two on every process."""
+    together = np.flatnonzero(np.r_[False, np.diff(units) == 0])
+    if len(together) == 0:
+        return False
+    chosen = {int(units[place]): place for place in together[-8:]}  # of each unit one sample
+    samples = dataset.samples(indices[list(chosen.values())[-2:]])
+    views = [View(input_ids=sample.input_ids, scored=sample.scored) for sample in samples]
+    return forward.can_share(views, [int(sample.scored.argmax()) - 1 for sample in samples])
 
 
 def token_batches(lengths: IntArray, batch_tokens: int) -> Iterator[list[int]]:
@@ -170,148 +397,46 @@ def token_batches(lengths: IntArray, batch_tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _blocks(order: IntArray, lengths: IntArray, block_tokens: int) -> Iterator[IntArray]:
-    """Consecutive pieces of `order` of about `block_tokens` tokens: what is read, batched and reported together."""
-    block = np.cumsum(lengths[order]) // block_tokens
-    yield from np.split(order, np.flatnonzero(np.diff(block)) + 1)
+def _blocks(lengths: IntArray, units: IntArray, block_tokens: int) -> Iterator[slice]:
+    """Consecutive pieces of about `block_tokens` tokens that cut no unit: what is read and reported together."""
+    begins = np.r_[True, np.diff(units) != 0]
+    block = (np.cumsum(lengths) - lengths) // block_tokens
+    block = np.maximum.accumulate(np.where(begins, block, 0))
+    bounds = np.r_[0, np.flatnonzero(np.diff(block)) + 1, len(block)]
+    for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        yield slice(start, stop)
 
 
-# ---- The student ----
-
-
-class Forward:
-    """Reads views with a student whose output head is swapped for one that gives statistics. Made by `reading`."""
-
-    def __init__(self, model: nn.Module, head: nn.Module) -> None:
-        self._model = model
-        self._head = head
-        self.device = next(model.parameters()).device
-        self._transform = self._probe()
-
-    def __call__(self, views: Sequence[View]) -> list[TokenStats]:
-        """The statistics of each view's scored tokens. One forward of the student."""
-        longest = max(len(view.input_ids) for view in views)
-        input_ids = np.empty((len(views), longest), np.int64)
-        for row, view in enumerate(views):
-            input_ids[row, : len(view.input_ids)] = view.input_ids
-            input_ids[row, len(view.input_ids) :] = view.input_ids[0]  # never looked at
-        # the state at place t predicts token t + 1, so token (row, t) is predicted at flat place row * longest + t - 1
-        targets = np.concatenate([row * longest + np.flatnonzero(view.scored) for row, view in enumerate(views)])
-        tokens = torch.from_numpy(input_ids).to(self.device)
-        flat = torch.from_numpy(targets).to(self.device)
-        surprisal, rank = self._run(tokens, flat)
-        counts = [int(view.scored.sum()) for view in views]
-        bounds = np.cumsum(counts)[:-1]
-        return [
-            TokenStats(surprisal=s, rank=r)
-            for s, r in zip(
-                np.split(surprisal.cpu().numpy(), bounds), np.split(rank.cpu().numpy(), bounds), strict=True
-            )
-        ]
-
-    def _run(self, tokens: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
-        if self._transform is None:  # the model's own logits; the head is the original
-            logits = self._model(input_ids=tokens, use_cache=False).logits
-            return token_stats(logits.flatten(0, 1)[flat - 1], tokens.flatten()[flat], _own_logits)
-        transform = self._transform
-        result: list[tuple[Tensor, Tensor]] = []
-        original = self._head.forward
-
-        def reduce(hidden: Tensor) -> Tensor:
-            with torch.autocast(hidden.device.type, enabled=False):
-                if type(self._head) is nn.Linear:
-                    project = linear(self._head.weight, self._head.bias, transform)
-                else:
-                    project = module(original, transform)
-                result.append(token_stats(hidden.flatten(0, 1)[flat - 1], tokens.flatten()[flat], project))
-            return hidden.new_zeros(*hidden.shape[:-1], 1)
-
-        with _forward_of(self._head, reduce):
-            self._model(input_ids=tokens, use_cache=False)
-        (stats,) = result
-        return stats
-
-    def _probe(self) -> LogitTransform | None:
-        """Find out what the model does to its logits after the head, by showing it logits of our own.
-
-        Nothing is read from names in a configuration: the answer is fitted to what comes out, and checked. None if
-        it is nothing that `LogitTransform` describes; then the model's own logits are used.
-        """
-        shown = torch.tensor([-1e6, -60.0, -5.0, -1e-3, 0.0, 1e-3, 0.5, 20.0, 1e6], device=self.device)
-        with _forward_of(self._head, lambda hidden: shown.expand(*hidden.shape[:-1], -1)):
-            # two tokens, because a model may drop or treat the last position specially
-            seen = self._model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.device), use_cache=False)
-        seen = seen.logits[0, 0].float()
-        if seen.shape == shown.shape:
-            scale = float(seen[5] / shown[5])
-            cap = float(seen[-1])
-            capped = abs(cap) < 0.5 * abs(scale) * 1e6
-            fitted = LogitTransform(scale=scale, softcap=cap if capped else None)
-            if torch.allclose(fitted.apply_(shown.clone()[None])[0], seen, rtol=1e-3, atol=1e-5):
-                return fitted
-        logger.warning(
-            "%s changes its logits in a way that is not a scale or a soft cap; scoring goes through its full logits "
-            "and needs more memory.",
-            type(unwrap(self._model)).__name__,
-        )
-        return None
-
-
-@contextmanager
-def reading(model: nn.Module) -> Iterator[Forward]:
-    """The student, ready to read views: in evaluation mode, without gradients. Everything is as before afterwards."""
-    unwrapped = unwrap(model)
-    modes = [(part, part.training) for part in model.modules()]
-    device = next(model.parameters()).device
-    forked = [device] if device.type == "cuda" else []
-    try:
-        model.eval()
-        with torch.random.fork_rng(devices=forked), torch.no_grad():
-            yield Forward(model, unwrapped.get_output_embeddings())
-    finally:
-        for part, training in modes:
-            part.training = training
-
-
-def unwrap(model: nn.Module) -> Any:
-    """The language model inside DDP, DeepSpeed and `torch.compile` wrappers.
-
-    Raises:
-        ValueError: there is none with an output head.
-    """
-    inner: Any = model
-    while not callable(getattr(inner, "get_output_embeddings", None)):
-        inner = getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
-        if inner is None:
-            raise ValueError(
-                f"{type(model).__name__} is not a causal language model of transformers: it has no output head "
-                "(get_output_embeddings), so there is nothing to score with."
-            )
-    if inner.get_output_embeddings() is None:
-        raise ValueError(
-            f"{type(inner).__name__} has no output head. Load the student with AutoModelForCausalLM, not AutoModel."
-        )
-    return inner
-
-
-@contextmanager
-def _forward_of(head: nn.Module, forward: Any) -> Iterator[None]:
-    """Swap a module's `forward` on the instance: hooks that gather sharded weights still run."""
-    before = head.__dict__.get("forward")
-    head.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del head.forward
-        else:
-            head.forward = before
-
-
-def _own_logits(logits: Tensor) -> Tensor:
-    return logits.to(torch.float32, copy=True)
+def _affordable_tokens(model: nn.Module, device: torch.device) -> int:
+    """Tokens in a batch that half of the free memory should hold: a power of two, so that it seldom changes."""
+    if device.type != "cuda":
+        return 2048 if device.type == "cpu" else 16384
+    # without gradients a token takes the activations of about one layer, and some for keys, values and masks
+    hidden = int(unwrap(model).config.get_text_config().hidden_size)
+    free, _ = torch.cuda.mem_get_info(device)
+    tokens = free // 2 // (64 * hidden * next(model.parameters()).element_size())
+    return int(2 ** np.clip(np.floor(np.log2(max(tokens, 1))), 10, 16))
 
 
 def columns_of(metrics: Iterable[Metric]) -> list[str]:
     """Every number that the metrics give, once each, in their order."""
     return list(dict.fromkeys(name for metric in metrics for name in metric.columns))
+
+
+def extras_of(metrics: Iterable[Metric]) -> list[str]:
+    """The statistics that metrics ask for beside surprisal, rank and ties: `uses_statistics`, if they have it.
+
+    Raises:
+        ValueError: one asks for something that there is not.
+    """
+    names: list[str] = []
+    for metric in metrics:
+        for name in getattr(metric, "uses_statistics", ()):
+            if name in EXTRAS:
+                names.append(name)
+            elif name not in ("surprisal", "rank", "ties"):
+                raise ValueError(
+                    f"{type(metric).__name__} uses the statistic '{name}'; there are surprisal, rank, ties, "
+                    f"{', '.join(EXTRAS)}."
+                )
+    return sorted(set(names))

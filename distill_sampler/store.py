@@ -48,6 +48,8 @@ class ScoreStore:
         """`[samples]` optimizer step of the latest score; -1: never scored."""
         self.history: list[ScorePass] = []
         """The passes of this process; of those before a resume the latest numbers are in `latest`."""
+        self.numerics: dict[str, str] = {}
+        """What decided the latest scores besides weights and data (`Scorer.numerics`): dtype, tie rule and so on."""
         self.passes: list[tuple[int, int]] = []
         """`(epoch, step)` of every pass of the run, those before a resume included: where the history stands."""
 
@@ -78,6 +80,7 @@ class ScoreStore:
         """Latest scores, their steps and the passes so far, as plain JSON values; see `load_state_dict`."""
         return {
             "origin": self.origin,
+            "numerics": self.numerics,
             "passes": [list(taken) for taken in self.passes],
             "step": pack(self.step),
             "latest": {name: pack(values) for name, values in self.latest.items()},
@@ -94,6 +97,7 @@ class ScoreStore:
                 f"These scores belong to another run: {differing}. Use the data set and settings they were made with, "
                 "or start without them."
             )
+        self.numerics = dict(state["numerics"])
         self.passes = [(epoch, step) for epoch, step in state["passes"]]
         self.step = unpack(state["step"]).astype(np.int64)
         self.latest = {name: unpack(state["latest"][name]) for name in self.latest}
@@ -118,7 +122,8 @@ class ScoreStore:
                     }
                 )
             )
-        metadata = {f"distill_sampler.{name}": str(value) for name, value in self.origin.items()}
+        described = {**self.origin, **self.numerics}
+        metadata = {f"distill_sampler.{name}": str(value) for name, value in described.items()}
         return pa.concat_tables(parts).replace_schema_metadata(metadata)
 
 

@@ -160,6 +160,8 @@ def test_scores_come_out_as_a_table_with_their_origin(dataset: ScoredDataset, mo
     assert table["step"].to_pylist() == [0] * 18 + [3] * 18
     assert table.schema.metadata[b"distill_sampler.dataset"].decode() == dataset.fingerprint
     assert b"RankSurprisalRatio" in table.schema.metadata[b"distill_sampler.metrics"]
+    assert b"float32" in table.schema.metadata[b"distill_sampler.dtype"]
+    assert table.schema.metadata[b"distill_sampler.ties"] == b"strict"
 
 
 def test_scores_already_computed_survive_an_interruption(dataset: ScoredDataset, model: PreTrainedModel) -> None:

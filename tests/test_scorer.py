@@ -1,28 +1,19 @@
 """Running the student: scores equal full logits whatever the batches, and training does not notice."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    CohereConfig,
-    Gemma2Config,
-    GPT2Config,
-    GPTNeoXConfig,
-    GraniteConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Qwen2Config,
-    Qwen3MoeConfig,
-)
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from distill_sampler import GlobalNaturalness, RankSurprisalRatio, ScoredDataset, Scorer
-from distill_sampler.scorer import token_batches, unwrap
+from distill_sampler.scorer import token_batches
+from distill_sampler.student import unwrap
+from distill_sampler.types import Sample, TokenStats, View
 from tests import tiny
 
 METRICS = [RankSurprisalRatio(), GlobalNaturalness()]
@@ -94,48 +85,168 @@ def test_scores_do_not_depend_on_order_or_on_what_else_is_scored(
     assert np.isnan(np.delete(alone["mean_rank"], 4)).all()
 
 
+def test_scores_do_not_depend_on_whether_prompts_are_shared(model: PreTrainedModel, dataset: ScoredDataset) -> None:
+    read = {}
+    for share in (True, False):
+        scorer = Scorer(progress=False, batch_tokens=300, share_prompts=share)
+        read[share] = sum(scored.tokens for scored in scorer.score(model, dataset, METRICS, np.arange(len(dataset))))
+    # of each prompt, all tokens but the last are read once instead of three times
+    saved = sum(2 * (int(dataset.sample(index).scored.argmax()) - 1) for index in range(0, len(dataset), 3))
+    assert read == {True: dataset.lengths.sum() - saved, False: dataset.lengths.sum()}
+    assert_same(scores(model, dataset, batch_tokens=300), scores(model, dataset, batch_tokens=300, share_prompts=False))
+
+
+def test_a_student_that_goes_on_from_a_prompt_wrongly_reads_whole_sequences(
+    model: PreTrainedModel, dataset: ScoredDataset
+) -> None:
+    expected = reference(model, dataset)
+    forward = model.model.forward
+
+    def forgetful(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        if past_key_values is not None:
+            kwargs["attention_mask"] = None
+        return forward(*args, **kwargs)
+
+    model.model.forward = forgetful
+    assert_same(scores(model, dataset, batch_tokens=300), expected)
+
+
+def test_what_is_done_is_left_out_and_the_rest_is_as_before(model: PreTrainedModel, dataset: ScoredDataset) -> None:
+    scorer = Scorer(progress=False, batch_tokens=100)
+    blocks = list(scorer.score(model, dataset, METRICS, np.arange(len(dataset))))
+    done = np.zeros(len(dataset), bool)
+    done[blocks[0].indices] = True
+    rest = list(scorer.score(model, dataset, METRICS, np.arange(len(dataset)), done=done))
+    assert len(blocks) > 1
+    assert len(rest) == len(blocks) - 1
+    for before, after in zip(blocks[1:], rest, strict=True):
+        assert np.array_equal(before.indices, after.indices)
+        assert all(np.array_equal(before.columns[name], after.columns[name]) for name in before.columns)
+
+
+def rows(*lengths: tuple[int, int], vocab: int = 258) -> ScoredDataset:
+    """Random tokens: so many of a prompt, and so many of a response."""
+    rng = np.random.default_rng(0)
+    return ScoredDataset(
+        [
+            {"input_ids": rng.integers(vocab, size=prompt + response), "labels": [-100] * prompt + [1] * response}
+            for prompt, response in lengths
+        ]
+    )
+
+
+def test_a_response_of_one_token_and_a_prompt_of_none(model: PreTrainedModel) -> None:
+    dataset = rows((5, 1), (1, 1), (0, 2), (0, 30), (40, 3))
+    assert_same(scores(model, dataset), reference(model, dataset))
+
+
+def test_a_response_of_16k_tokens() -> None:
+    model = tiny.model(num_hidden_layers=1, max_position_embeddings=2**15, hidden_size=16, num_attention_heads=2)
+    dataset = rows((100, 16_384), (3, 10))
+    assert_same(scores(model, dataset), reference(model, dataset), rtol=1e-4)
+
+
+def test_running_out_of_memory_halves_the_batches_and_loses_nothing(
+    model: PreTrainedModel, dataset: ScoredDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = scores(model, dataset)
+    largest: list[int] = []
+
+    def small_machine(module: Any, args: Any, kwargs: Any) -> None:
+        if kwargs["input_ids"].numel() > 200:
+            raise torch.OutOfMemoryError("too much")
+        largest.append(kwargs["input_ids"].numel())
+
+    model.model.register_forward_pre_hook(small_machine, with_kwargs=True)
+    assert_same(scores(model, dataset, batch_tokens=1500), expected)
+    assert max(largest) <= 200
+    assert caplog.text.count("Out of memory") == 3  # 1500, 750, 375, 187
+
+
+def test_memory_that_does_not_hold_a_single_sequence_is_an_error(
+    model: PreTrainedModel, dataset: ScoredDataset
+) -> None:
+    def tiny_machine(module: Any, args: Any, kwargs: Any) -> None:
+        if kwargs["input_ids"].numel() > 40:
+            raise torch.OutOfMemoryError("too much")
+
+    model.model.register_forward_pre_hook(tiny_machine, with_kwargs=True)
+    with pytest.raises(torch.OutOfMemoryError):
+        scores(model, dataset, batch_tokens=1500, share_prompts=False)
+
+
+@dataclass(frozen=True)
+class Certainty:
+    """A metric that asks for more than surprisal and rank."""
+
+    name: str = "certainty"
+    columns: tuple[str, ...] = ("certainty", "entropy", "sum_p2", "ties")
+    higher_is_better: bool = True
+    uses_statistics: tuple[str, ...] = ("entropy", "top1", "sum_p2")
+
+    def views(self, sample: Sample) -> list[View]:
+        return [View(input_ids=sample.input_ids, scored=sample.scored)]
+
+    def reduce(self, sample: Sample, stats: Sequence[TokenStats]) -> dict[str, float]:
+        (tokens,) = stats
+        assert tokens.top1 is not None
+        assert tokens.entropy is not None
+        assert tokens.sum_p2 is not None
+        assert tokens.ties is not None
+        assert tokens.top1[tokens.rank == 1] == pytest.approx(np.exp(-tokens.surprisal[tokens.rank == 1]), rel=1e-5)
+        return {
+            "certainty": float(tokens.top1.mean()),
+            "entropy": float(tokens.entropy.mean()),
+            "sum_p2": float(tokens.sum_p2.mean()),
+            "ties": float(tokens.ties.mean()),
+        }
+
+    def aggregate(self, columns: Mapping[str, Any]) -> float:
+        return float(columns["certainty"].mean())
+
+
+def test_a_metric_gets_the_statistics_that_it_asks_for(model: PreTrainedModel, dataset: ScoredDataset) -> None:
+    (scored,) = Scorer(progress=False).score(model, dataset, [Certainty(), *METRICS], np.array([3]))
+    sample = dataset.sample(3)
+    model.eval()
+    with torch.no_grad():
+        logp = model(input_ids=torch.from_numpy(sample.input_ids)[None]).logits[0, :-1].double().log_softmax(1)
+    logp = logp[torch.from_numpy(sample.scored[1:])]
+    assert scored.columns["certainty"][0] == pytest.approx(logp.exp().amax(1).mean().item(), rel=1e-5)
+    assert scored.columns["entropy"][0] == pytest.approx(-(logp.exp() * logp).sum(1).mean().item(), rel=1e-5)
+    assert scored.columns["sum_p2"][0] == pytest.approx(logp.exp().square().sum(1).mean().item(), rel=1e-5)
+    with pytest.raises(ValueError, match="Certainty uses the statistic 'kurtosis'"):
+        next(Scorer(progress=False).score(model, dataset, [Certainty(uses_statistics=("kurtosis",))], np.arange(1)))
+
+
+def test_tied_tokens_count_half_with_mid_ranks(dataset: ScoredDataset) -> None:
+    model = tiny.model()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # all 258 tokens are tied
+    assert scores(model, dataset, ties="strict")["mean_rank"] == pytest.approx(np.ones(18))
+    unclipped = RankSurprisalRatio(rank_clip=1000)
+    (scored,) = Scorer(progress=False, ties="mid").score(model, dataset, [unclipped], np.arange(2))
+    assert scored.columns["mean_rank"] == pytest.approx(np.full(2, 1 + 257 / 2))
+    with pytest.raises(ValueError, match="'strict', 'mid'"):
+        Scorer(ties="worst")  # type: ignore[arg-type]
+
+
+def test_numerics_name_what_scores_depend_on(model: PreTrainedModel) -> None:
+    assert Scorer().numerics(model) == {"dtype": "float32", "head": "float32 product", "ties": "strict"}
+    assert Scorer(ties="mid").numerics(model.bfloat16())["dtype"] == "bfloat16"
+    assert Scorer(ties="mid").numerics(model)["ties"] == "mid"
+
+
+def test_bfloat16_students_score_close_to_float32_with_and_without_shared_prompts(dataset: ScoredDataset) -> None:
+    exact = scores(tiny.model(), dataset)["mean_surprisal"]
+    for share in (True, False):
+        rounded = scores(tiny.model().bfloat16(), dataset, batch_tokens=300, share_prompts=share)["mean_surprisal"]
+        np.testing.assert_allclose(rounded, exact, rtol=0.02)
+
+
 def test_scoring_twice_gives_the_same_bits(model: PreTrainedModel, dataset: ScoredDataset) -> None:
     first, second = scores(model, dataset), scores(model, dataset)
     assert all(np.array_equal(first[name], second[name]) for name in first)
-
-
-ARCHITECTURES = {
-    "gemma2 soft cap": Gemma2Config(
-        vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, final_logit_softcapping=2.0, initializer_range=0.3, sliding_window=64,
-    ),
-    "cohere logit scale": CohereConfig(
-        vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, logit_scale=0.0625, initializer_range=0.5,
-    ),
-    "granite logits scaling": GraniteConfig(
-        vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, logits_scaling=3.0, initializer_range=0.3,
-    ),
-    "qwen2": Qwen2Config(
-        vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.3,
-    ),
-    "qwen3 moe": Qwen3MoeConfig(
-        vocab_size=258, hidden_size=32, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2,
-        initializer_range=0.3,
-    ),
-    "gpt2": GPT2Config(vocab_size=258, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3),
-    "gpt-neox": GPTNeoXConfig(
-        vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        initializer_range=0.3,
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_architecture_scores_as_its_own_logits(name: str, dataset: ScoredDataset) -> None:
-    torch.manual_seed(0)
-    config = ARCHITECTURES[name]
-    config.pad_token_id = config.bos_token_id = config.eos_token_id = 257
-    model = AutoModelForCausalLM.from_config(config)
-    assert_same(scores(model, dataset, batch_tokens=400), reference(model, dataset), rtol=1e-4)
 
 
 def test_an_unknown_change_of_logits_falls_back_to_the_models_own(
@@ -150,15 +261,6 @@ def test_an_unknown_change_of_logits_falls_back_to_the_models_own(
     model.__class__ = Odd
     assert_same(scores(model, dataset), reference(model, dataset))
     assert "full logits" in caplog.text
-
-
-def test_a_lora_student_is_scored_with_its_adapter(model: PreTrainedModel, dataset: ScoredDataset) -> None:
-    peft = pytest.importorskip("peft", reason="the extra 'demo' is not installed")
-    plain = scores(model, dataset)
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
-    adapted = peft.get_peft_model(model, config)
-    assert_same(scores(adapted, dataset), reference(adapted, dataset))
-    assert not np.allclose(scores(adapted, dataset)["mean_surprisal"], plain["mean_surprisal"])
 
 
 def test_scoring_leaves_no_trace_in_training(model: PreTrainedModel, dataset: ScoredDataset) -> None:
@@ -213,6 +315,17 @@ def test_samples_with_non_finite_logits_are_named_and_have_no_score(dataset: Sco
             assert finite == [index not in hit] * len(finite)
     assert sorted(named) == hit
     assert 7 in hit
+
+
+def test_an_infinite_weight_is_reported_for_every_sample(model: PreTrainedModel, dataset: ScoredDataset) -> None:
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = float("inf")
+    (scored,) = Scorer(progress=False).score(model, dataset, METRICS, np.arange(5))
+    assert sorted(scored.non_finite.tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_nothing_to_score_gives_nothing(model: PreTrainedModel, dataset: ScoredDataset) -> None:
+    assert list(Scorer(progress=False).score(model, dataset, METRICS, np.empty(0, np.int64))) == []
 
 
 def test_equal_views_of_two_metrics_share_one_forward(model: PreTrainedModel, dataset: ScoredDataset) -> None:

@@ -1,4 +1,8 @@
-"""The kernel against eight lines of full float32 logits."""
+"""The kernel against eight lines of full logits."""
+
+import importlib
+import logging
+from typing import Any
 
 import pytest
 import torch
@@ -6,14 +10,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distill_sampler.token_stats import LogitTransform, linear, module, token_stats
+from distill_sampler import token_stats as kernel
+from distill_sampler.token_stats import EXTRAS, LogitTransform, Project, linear, module, token_stats
+
+AS_IT_IS = LogitTransform()
 
 
-def reference(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Surprisal and rank, written down as in the paper."""
+def reference(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Written down as in the paper."""
     logits = logits.double()
     target = logits.gather(1, targets[:, None])
-    return -logits.log_softmax(1).gather(1, targets[:, None])[:, 0], 1 + (logits > target).sum(1)
+    logp = logits.log_softmax(1)
+    return {
+        "surprisal": -logp.gather(1, targets[:, None])[:, 0],
+        "rank": 1 + (logits > target).sum(1),
+        "ties": (logits == target).sum(1) - 1,
+        "entropy": -(logp.exp() * logp.clamp(min=-1e9)).sum(1),
+        "top1": logp.exp().amax(1),
+        "sum_p2": logp.exp().square().sum(1),
+    }
 
 
 def random_head(seed: int, tokens: int, vocab: int, hidden: int = 16) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,87 +40,165 @@ def random_head(seed: int, tokens: int, vocab: int, hidden: int = 16) -> tuple[T
     )
 
 
+def given_logits(logits: Tensor) -> Project:
+    return module(lambda _: logits, AS_IT_IS)
+
+
+def assert_close(stats: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 1e-5) -> None:
+    for name in stats:
+        if name in ("rank", "ties"):
+            # a near tie may fall either way in the last bit
+            assert (stats[name] != expected[name]).float().mean() <= 0.05, name
+        else:
+            torch.testing.assert_close(stats[name].double(), expected[name], atol=atol, rtol=1e-5, msg=name)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**16), tokens=st.integers(1, 40), vocab=st.integers(2, 300), chunk=st.integers(1, 50)
 )  # fmt: skip
 def test_statistics_equal_full_logits_for_any_chunk(seed: int, tokens: int, vocab: int, chunk: int) -> None:
     hidden, targets, weight = random_head(seed, tokens, vocab)
-    surprisal, rank = token_stats(hidden, targets, linear(weight, None, LogitTransform()), chunk=chunk)
-    expected_surprisal, expected_rank = reference(hidden @ weight.T, targets)
-    torch.testing.assert_close(surprisal.double(), expected_surprisal, atol=1e-5, rtol=1e-5)
-    assert (rank != expected_rank).float().mean() <= 0.05  # a near tie may fall either way in the last bit
+    stats = token_stats(hidden, targets, linear(weight, None, AS_IT_IS), chunk=chunk, extras=EXTRAS)
+    assert_close(stats, reference(hidden @ weight.T, targets))
 
 
-def test_a_tie_takes_the_best_rank_and_a_token_never_outranks_itself() -> None:
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_implementations_agree(impl: Any) -> None:
+    hidden, targets, weight = random_head(0, 333, 5003)
+    project = linear(weight, None, AS_IT_IS)
+    stats = token_stats(hidden, targets, project, chunk=100, extras=EXTRAS, impl=impl)
+    assert_close(stats, reference(hidden @ weight.T, targets))
+
+
+@pytest.mark.slow
+def test_the_compiled_implementation_agrees_and_compiles_a_few_times_only() -> None:
+    if kernel.available("compiled", torch.device("cpu")) != "compiled":
+        pytest.skip("torch.compile does not work on this machine")
+    counters = importlib.import_module("torch._dynamo.utils").counters
+    for vocab in (211, 5003, 50_000):
+        for tokens in (1, 2, 255, 256, 300, 513):
+            hidden, targets, weight = random_head(tokens, tokens, vocab)
+            stats = token_stats(hidden, targets, linear(weight, None, AS_IT_IS), extras=EXTRAS, impl="compiled")
+            assert_close(stats, reference(hidden @ weight.T, targets))
+    assert counters["stats"]["unique_graphs"] <= 6  # of 18 shapes: one row or several, with extras or without
+
+
+def test_without_a_working_compiler_there_is_one_line_and_the_other_implementation(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_compiler(*_: object) -> None:
+        raise RuntimeError("no C++ compiler found\nand much more")
+
+    monkeypatch.setattr(kernel, "_reduce_compiled", no_compiler)
+    kernel.available.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert kernel.available("compiled", torch.device("cpu")) == "chunked"
+        assert kernel.available("compiled", torch.device("cpu")) == "chunked"
+    kernel.available.cache_clear()
+    assert len(caplog.records) == 1
+    assert "no C++ compiler found" in caplog.text
+    assert "much more" not in caplog.text
+
+
+def test_only_passes_that_are_long_enough_compile() -> None:
+    assert kernel.fastest(torch.device("cpu"), logits=10**9) == "chunked"
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_a_tie_takes_the_best_rank_and_a_token_never_outranks_itself(impl: Any) -> None:
     hidden = torch.ones(3, 1)
     weight = torch.tensor([[2.0], [2.0], [1.0], [3.0]])
-    _, rank = token_stats(hidden, torch.tensor([0, 2, 3]), linear(weight, None, LogitTransform()))
-    assert rank.tolist() == [2, 4, 1]  # two share rank 2; the next has three above it
+    stats = token_stats(hidden, torch.tensor([0, 2, 3]), linear(weight, None, AS_IT_IS), impl=impl)
+    assert stats["rank"].tolist() == [2, 4, 1]  # two share rank 2; the next has three above it
+    assert stats["ties"].tolist() == [1, 0, 0]
 
 
 def test_ranks_are_not_clipped_here() -> None:
     weight = torch.arange(5000.0)[:, None] / 1000
-    _, rank = token_stats(torch.ones(1, 1), torch.tensor([0]), linear(weight, None, LogitTransform()))
-    assert rank.item() == 5000
+    stats = token_stats(torch.ones(1, 1), torch.tensor([0]), linear(weight, None, AS_IT_IS))
+    assert stats["rank"].item() == 5000
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_heads_give_float32_products(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("upcast", ["once", "in pieces"])
+def test_low_precision_heads_give_float32_products(
+    dtype: torch.dtype, upcast: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "_UPCAST_BYTES", 64 * 4 * 100)  # 100 of the 997 columns at a time
     hidden, targets, weight = (t.to(dtype) if t.is_floating_point() else t for t in random_head(1, 200, 997, 64))
-    surprisal, rank = token_stats(hidden, targets, linear(weight, None, LogitTransform()))
-    expected_surprisal, expected_rank = reference(hidden.double() @ weight.double().T, targets)
-    torch.testing.assert_close(surprisal.double(), expected_surprisal, atol=1e-4, rtol=1e-5)
-    assert (rank == expected_rank).float().mean() > 0.99
+    copy = kernel.float32_copy(weight) if upcast == "once" else None
+    stats = token_stats(hidden, targets, linear(weight, None, AS_IT_IS, upcast=copy))
+    exact = hidden.double() @ weight.double().T
+    expected = reference(exact, targets)
+    torch.testing.assert_close(stats["surprisal"].double(), expected["surprisal"], atol=1e-4, rtol=1e-5)
+    assert (stats["rank"] == expected["rank"]).float().mean() > 0.99
     # the product rounded to bfloat16 would be far off that budget
-    rounded, _ = reference((hidden.double() @ weight.double().T).to(torch.bfloat16), targets)
-    assert (rounded - expected_surprisal).abs().max() > 1e-2
+    rounded = reference(exact.to(torch.bfloat16), targets)
+    assert (rounded["surprisal"] - expected["surprisal"]).abs().max() > 1e-2
+
+
+def test_a_large_head_is_never_copied_whole() -> None:
+    assert kernel.float32_copy(torch.empty(2**14, 2**13, dtype=torch.bfloat16, device="meta")) is None
+    assert kernel.float32_copy(torch.zeros(4, 4)) is None
 
 
 def test_the_precision_setting_of_the_process_is_put_back() -> None:
     before = torch.backends.mkldnn.matmul.fp32_precision
     hidden, targets, weight = (t.to(torch.bfloat16) if t.is_floating_point() else t for t in random_head(2, 4, 32))
-    token_stats(hidden, targets, linear(weight, None, LogitTransform()))
+    token_stats(hidden, targets, linear(weight, None, AS_IT_IS))
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
 def test_bias_scale_and_soft_cap_are_applied_in_the_models_order() -> None:
     hidden, targets, weight = random_head(3, 30, 101)
     bias = torch.linspace(-1, 1, 101)
-    transform = LogitTransform(scale=0.25, softcap=3.0)
-    surprisal, rank = token_stats(hidden, targets, linear(weight, bias, transform))
-    expected_surprisal, expected_rank = reference(
-        3 * torch.tanh(0.25 * (hidden @ weight.T + bias).double() / 3), targets
-    )
-    torch.testing.assert_close(surprisal.double(), expected_surprisal, atol=1e-5, rtol=1e-5)
-    assert rank.tolist() == expected_rank.tolist()
+    stats = token_stats(hidden, targets, linear(weight, bias, LogitTransform(scale=0.25, softcap=3.0)))
+    expected = reference(3 * torch.tanh(0.25 * (hidden @ weight.T + bias).double() / 3), targets)
+    assert_close(stats, expected)
+    assert stats["rank"].tolist() == expected["rank"].tolist()
 
 
 def test_any_module_as_head_gives_the_same_and_keeps_its_output() -> None:
     hidden, targets, weight = random_head(4, 30, 101)
     logits = hidden @ weight.T
     kept = logits.clone()
-    surprisal, rank = token_stats(hidden, targets, module(lambda _: logits, LogitTransform()), chunk=30)
-    direct = token_stats(hidden, targets, linear(weight, None, LogitTransform()))
-    torch.testing.assert_close(surprisal, direct[0], atol=1e-5, rtol=1e-5)
-    assert rank.tolist() == direct[1].tolist()
+    stats = token_stats(hidden, targets, given_logits(logits), chunk=30)
+    direct = token_stats(hidden, targets, linear(weight, None, AS_IT_IS))
+    torch.testing.assert_close(stats["surprisal"], direct["surprisal"], atol=1e-5, rtol=1e-5)
+    assert stats["rank"].tolist() == direct["rank"].tolist()
     assert torch.equal(logits, kept)
 
 
-def test_nan_and_infinite_logits_show_and_minus_infinity_is_an_impossible_token() -> None:
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_nan_and_infinite_logits_show_and_minus_infinity_is_an_impossible_token(impl: Any) -> None:
     logits = torch.zeros(3, 5)
     logits[0, 3], logits[1, 3], logits[2, 3] = float("nan"), float("inf"), float("-inf")
-    surprisal, rank = token_stats(
-        torch.zeros(3, 1), torch.tensor([1, 1, 1]), module(lambda _: logits, LogitTransform())
+    stats = token_stats(
+        torch.zeros(3, 1), torch.tensor([1, 1, 1]), given_logits(logits), extras=EXTRAS, impl=impl, chunk=3
     )
-    assert surprisal.isfinite().tolist() == [False, False, True]
-    assert surprisal[2].item() == pytest.approx(torch.tensor(4.0).log().item())
-    assert rank[2].item() == 1
+    assert stats["surprisal"].isfinite().tolist() == [False, False, True]
+    for name, value in (("surprisal", 4.0), ("entropy", 4.0)):
+        assert stats[name][2].item() == pytest.approx(torch.tensor(value).log().item())
+    assert stats["sum_p2"][2].item() == pytest.approx(0.25)
+    assert stats["rank"][2].item() == 1
+    assert stats["ties"][2].item() == 3
 
 
-def test_no_tokens_give_no_statistics() -> None:
+def test_columns_that_only_pad_the_vocabulary_count_as_in_the_models_softmax() -> None:
+    hidden, targets, weight = random_head(6, 20, 100)
+    padded = torch.cat([weight, torch.zeros(28, 16)])
+    stats = token_stats(hidden, targets, linear(padded, None, AS_IT_IS))
+    assert_close(stats, reference(hidden @ padded.T, targets))
+    assert (stats["surprisal"] > reference(hidden @ weight.T, targets)["surprisal"]).all()
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_no_tokens_give_no_statistics(impl: Any) -> None:
     _, _, weight = random_head(5, 1, 7)
-    surprisal, rank = token_stats(
-        torch.empty(0, 16), torch.empty(0, dtype=torch.long), linear(weight, None, LogitTransform())
+    stats = token_stats(
+        torch.empty(0, 16), torch.empty(0, dtype=torch.long), linear(weight, None, AS_IT_IS), extras=EXTRAS, impl=impl
     )
-    assert (surprisal.shape, rank.shape) == ((0,), (0,))
+    assert {name: tuple(values.shape) for name, values in stats.items()} == dict.fromkeys(
+        ("surprisal", "rank", "ties", *EXTRAS), (0,)
+    )

@@ -1,0 +1,341 @@
+"""What scoring costs, as ratios within one run: `python recipes/benchmarks/scoring.py WHAT [options]`.
+
+| WHAT | question |
+|---|---|
+| `forward` | a scoring pass against the bare backbone, and against batches of 4 with full logits and top-100 |
+| `kernel` | from hidden states to statistics: time against the matrix product alone, and peak memory |
+| `scaling` | cost per sample at 10², 10³, 10⁴ samples of a tiny model, and the library's own share of a pass |
+| `numerics` | what bfloat16, with a float32 product and without, does to scores and to the best of a group |
+
+The student is the demo's, the traces too (`pip install "distill_sampler[demo]"` and the two wheels that the demo
+names); `--model` and `--data` take others. Traces are lines of JSON with `prompt` and `response`, gzipped or not;
+responses to the same prompt form a group. Variants take turns, and medians of per-round ratios are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import gzip
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, disable_progress_bars
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from distill_sampler import GlobalNaturalness, RankSurprisalRatio, ScoredDataset, Scorer
+from distill_sampler.cli import demo_parts
+from distill_sampler.token_stats import LogitTransform, chunk_for, linear, token_stats
+
+METRICS = [RankSurprisalRatio(), GlobalNaturalness()]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Scores = dict[str, np.ndarray[Any, Any]]
+
+
+# ---- Student and traces ----
+
+
+def load(options: argparse.Namespace) -> tuple[Any, ScoredDataset, list[str]]:
+    """Student, prepared traces of whole groups, and the prompt of each."""
+    disable_progress_bars()
+    folder = options.model or demo_parts.student_folder()
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[options.dtype]).eval()
+    rows: list[dict[str, Any]]
+    if options.data:
+        rows = traces(options.data, options.prompts, options.max_length)
+    else:
+        rows = demo_parts.candidates(tokenizer, prompts=options.prompts, max_length=options.max_length).to_list()
+    prepared, prompts = [], []
+    for row in rows:
+        begin = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+        whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=True)["input_ids"]
+        whole = whole[: options.max_length]
+        if len(whole) > len(begin):
+            prepared.append({"input_ids": whole, "labels": [-100] * len(begin) + whole[len(begin) :]})
+            prompts.append(json.dumps(row["prompt"]))
+    dataset = ScoredDataset(Dataset.from_list(prepared), end_token_ids=[tokenizer.eos_token_id])
+    response = dataset.num_scored.sum() / dataset.lengths.sum()
+    print(
+        f"{len(dataset)} traces of {len(set(prompts))} prompts, {dataset.lengths.sum():,} tokens "
+        f"({dataset.lengths.min()} to {dataset.lengths.max()}), {response:.0%} of them response; "
+        f"{options.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    return model, dataset, prompts
+
+
+def traces(path: Path, prompts: int, max_length: int) -> list[dict[str, Any]]:
+    """The first groups of a file, in the order of the file. Responses far longer than can be used are cut early."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
+        for line in lines:
+            row = json.loads(line)
+            if row["prompt"] in groups or len(groups) < prompts:
+                groups.setdefault(row["prompt"], []).append(
+                    {
+                        "prompt": [{"role": "user", "content": row["prompt"]}],
+                        "completion": [{"role": "assistant", "content": row["response"][: 8 * max_length]}],
+                    }
+                )
+    return [row for group in groups.values() for row in group]
+
+
+def score(model: Any, dataset: ScoredDataset, **scorer: Any) -> Scores:
+    columns = {name: np.full(len(dataset), np.nan) for metric in METRICS for name in metric.columns}
+    for scored in Scorer(progress=False, **scorer).score(model, dataset, METRICS, np.arange(len(dataset))):
+        for name, values in scored.columns.items():
+            columns[name][scored.indices] = values
+    return columns
+
+
+def bare_backbone(model: Any, dataset: ScoredDataset) -> None:
+    """Every token once through the body: row by row, so without padding; no head."""
+    with torch.no_grad():
+        for index in range(len(dataset)):
+            model.base_model(input_ids=torch.from_numpy(dataset.sample(index).input_ids)[None], use_cache=False)
+
+
+def plain_reference(model: Any, dataset: ScoredDataset, batch: int = 4) -> Scores:
+    """As in the paper's script: data order, right-padded, all logits, log-sum-exp in float32, top-100 for the ranks."""
+    mean_rank, mean_surprisal = [], []
+    for start in range(0, len(dataset), batch):
+        samples = [dataset.sample(index) for index in range(start, min(start + batch, len(dataset)))]
+        longest = max(len(sample.input_ids) for sample in samples)
+        tokens = torch.zeros(len(samples), longest, dtype=torch.long)
+        mask = torch.zeros_like(tokens)
+        for row, sample in enumerate(samples):
+            tokens[row, : len(sample.input_ids)] = torch.from_numpy(sample.input_ids)
+            mask[row, : len(sample.input_ids)] = 1
+        with torch.no_grad():
+            logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+        for row, sample in enumerate(samples):
+            places = torch.from_numpy(np.flatnonzero(sample.scored))
+            predictions = logits[row, places - 1]
+            target = predictions.gather(1, tokens[row, places, None])
+            surprisal = predictions.float().logsumexp(1) - target[:, 0].float()
+            rank = 1 + (predictions.topk(100).values > target).sum(1)
+            mean_rank.append(rank.clamp(max=100).double().mean().item())
+            mean_surprisal.append(surprisal.double().mean().item())
+    ranks, surprisals = np.array(mean_rank), np.array(mean_surprisal)
+    return {"mean_rank": ranks, "mean_surprisal": surprisals, "rank_surprisal_ratio": ranks / surprisals}
+
+
+# ---- Measuring ----
+
+
+def take_turns(variants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each variant in each round. One round more is run first, for nothing.
+
+    With one thread it is processor time, which neighbours on the machine disturb least.
+    """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(rounds + 1):
+        for name, run in variants.items():
+            gc.collect()
+            started = clock()
+            run()
+            if number:
+                seconds[name].append(clock() - started)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, Sequence[float]], of: str, to: str) -> float:
+    """Median over rounds of the ratio within a round."""
+    return statistics.median(a / b for a, b in zip(seconds[of], seconds[to], strict=True))
+
+
+def peak_megabytes() -> float:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+# ---- The commands ----
+
+
+def forward(options: argparse.Namespace) -> None:
+    model, dataset, _ = load(options)
+    variants = {
+        "bare backbone, row by row, no head": lambda: bare_backbone(model, dataset),
+        "scoring pass": lambda: score(model, dataset),
+        "scoring pass, prompts not shared": lambda: score(model, dataset, share_prompts=False),
+        "batches of 4, all logits, top-100": lambda: plain_reference(model, dataset),
+    }
+    seconds = take_turns(variants, options.rounds)
+    bare, _, _, reference = variants
+    print("| | tokens/s | time / bare backbone | throughput / batches of 4 |\n|---|---:|---:|---:|")
+    for name in variants:
+        speed = dataset.lengths.sum() / statistics.median(seconds[name])
+        print(f"| {name} | {speed:,.0f} | {ratio(seconds, name, bare):.2f} | {ratio(seconds, reference, name):.2f} |")
+
+
+def kernel(options: argparse.Namespace) -> None:
+    print("| columns × hidden | dtype | impl | kernel / product | MB above weight and states, 16k positions |")
+    print("|---|---|---|---:|---:|")
+    for vocab, hidden in ((49_152, 576), (151_936, 896)):
+        for dtype in DTYPES:
+            for impl in ("chunked", "compiled"):
+                command = [sys.executable, __file__, "kernel", "--one", f"{vocab},{hidden},{dtype},{impl}"]
+                command += ["--threads", str(options.threads), "--rounds", str(options.rounds)]
+                row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+                print(f"| {vocab:,} × {hidden} | {dtype} | {impl} | {row['ratio']:.2f} | {row['MB']:.0f} |", flush=True)
+
+
+def kernel_once(vocab: int, hidden: int, dtype: torch.dtype, impl: Any, rounds: int) -> dict[str, float]:
+    """In a process of its own: memory is a high-water mark, so what comes first must be the small thing."""
+    torch.manual_seed(0)
+    weight = torch.randn(vocab, hidden, dtype=dtype) / hidden**0.5
+    states = torch.randn(16_384, hidden, dtype=dtype)
+    targets = torch.randint(vocab, (16_384,))
+    chunk = chunk_for(vocab)
+
+    def run(positions: int) -> None:
+        project = linear(weight, None, LogitTransform())
+        token_stats(states[:positions], targets[:positions], project, chunk=chunk, impl=impl)
+
+    small = 64
+    run(small)  # libraries and compilation take memory too, but not more of it for more positions
+    before = peak_megabytes()
+    run(len(states))
+    result = {"MB": peak_megabytes() - before + small * vocab * 4 / 1e6}
+
+    product = linear(weight, None, LogitTransform())
+
+    def multiply() -> None:
+        for start in range(0, 4 * chunk, chunk):
+            product(states[start : start + chunk])
+
+    seconds = take_turns({"kernel": lambda: run(4 * chunk), "product": multiply}, rounds)
+    return {**result, "ratio": ratio(seconds, "kernel", "product")}
+
+
+def scaling(options: argparse.Namespace) -> None:
+    disable_progress_bars()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=512,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    rng = np.random.default_rng(0)
+    print("| samples (tiny model, about 200 tokens each) | µs a sample | thereof in the model |\n|---:|---:|---:|")
+    for size in options.sizes:
+        prompts = [rng.integers(512, size=80).tolist() for _ in range(max(1, size // 4))]
+        rows = []
+        for number in range(size):
+            begin = prompts[number % len(prompts)]
+            response = rng.integers(512, size=int(rng.integers(60, 180))).tolist()
+            rows.append({"input_ids": begin + response, "labels": [-100] * len(begin) + response})
+        dataset = ScoredDataset(Dataset.from_list(rows))
+        inside = 0.0
+        plain = type(model).forward
+
+        def timed(*arguments: Any, plain: Any = plain, **more: Any) -> Any:
+            nonlocal inside
+            started = time.perf_counter()
+            output = plain(model, *arguments, **more)
+            inside += time.perf_counter() - started
+            return output
+
+        model.forward = timed
+        started = time.perf_counter()
+        score(model, dataset)
+        seconds = time.perf_counter() - started
+        del model.forward
+        print(f"| {size:,} | {1e6 * seconds / size:.0f} | {1e6 * inside / size:.0f} |", flush=True)
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """How a variant's RSR differs from float32's."""
+
+    bias: float
+    error: float
+    spearman: float
+    same_best: float
+
+
+def compare(scores: Scores, truth: Scores, prompts: Sequence[str]) -> Numerics:
+    ours, theirs = scores["rank_surprisal_ratio"], truth["rank_surprisal_ratio"]
+    relative = ours / theirs - 1
+    groups: dict[str, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(place)
+    several = [np.array(group) for group in groups.values() if len(group) > 1]
+    order = [np.argsort(np.argsort(values)) for values in (ours, theirs)]
+    return Numerics(
+        bias=float(relative.mean()),
+        error=float(np.abs(relative).mean()),
+        spearman=float(np.corrcoef(*order)[0, 1]),
+        same_best=float(np.mean([ours[group].argmin() == theirs[group].argmin() for group in several])),
+    )
+
+
+def numerics(options: argparse.Namespace) -> None:
+    options.dtype = "float32"
+    model, dataset, prompts = load(options)
+    truth = score(model, dataset)
+    variants = {"float32, prompts not shared": score(model, dataset, share_prompts=False)}
+    # the same rounded weights in both: what differs is the arithmetic
+    rounded = model.to(torch.bfloat16)
+    variants["bfloat16 body, float32 product"] = score(rounded, dataset)
+    variants["bfloat16 body, float32 product, prompts not shared"] = score(rounded, dataset, share_prompts=False)
+    head = rounded.get_output_embeddings()
+    rounded.set_output_embeddings(RoundedHead(head))
+    variants["bfloat16 logits, ties strict (the authors')"] = score(rounded, dataset)
+    variants["bfloat16 logits, ties mid"] = score(rounded, dataset, ties="mid")
+    print("| against float32 | RSR bias | mean error | Spearman | same best of a group |\n|---|---:|---:|---:|---:|")
+    for name, scores in variants.items():
+        row = compare(scores, truth, prompts)
+        print(f"| {name} | {row.bias:+.2%} | {row.error:.2%} | {row.spearman:.4f} | {row.same_best:.0%} |")
+
+
+class RoundedHead(torch.nn.Module):
+    """An output head whose logits are rounded to its own dtype, as a plain call gives them."""
+
+    def __init__(self, head: torch.nn.Linear) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.head(hidden)  # type: ignore[no-any-return]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    for name in ("forward", "kernel", "scaling", "numerics"):
+        command = commands.add_parser(name)
+        command.add_argument("--rounds", type=int, default=3, help="interleaved repeats")
+        command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="1: processor time is taken")
+        if name in ("forward", "numerics"):
+            command.add_argument("--model", type=Path, help="a folder with a student (default: the demo's)")
+            command.add_argument("--data", type=Path, help="traces, .jsonl or .jsonl.gz (default: the demo's)")
+            command.add_argument("--prompts", type=int, default=12, help="groups to use")
+            command.add_argument("--max-length", type=int, default=1024, help="tokens of a trace that are read")
+            command.add_argument("--dtype", choices=DTYPES, default="float32")
+        if name == "kernel":
+            command.add_argument("--one", help=argparse.SUPPRESS)  # what the subprocess is asked for
+        if name == "scaling":
+            command.add_argument("--sizes", type=int, nargs="+", default=[10**2, 10**3, 10**4])
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.what == "kernel" and options.one:
+        vocab, hidden, dtype, impl = options.one.split(",")
+        print(json.dumps(kernel_once(int(vocab), int(hidden), DTYPES[dtype], impl, options.rounds)))
+        return
+    {"forward": forward, "kernel": kernel, "scaling": scaling, "numerics": numerics}[options.what](options)
+
+
+if __name__ == "__main__":
+    main()
