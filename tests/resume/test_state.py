@@ -198,7 +198,7 @@ def test_an_interrupted_pass_does_only_the_rest_and_ends_with_the_same_scores(
     again, model = bound(dataset, journal), tiny.model()
     rows = forwards(model)
     assert again.start_epoch(0, model) == plan
-    assert len(rows) <= 4  # what the model does to its logits and to shared prompts is found out anew
+    assert len(rows) <= 6  # what the model does to its logits and to shared prompts is found out anew
 
 
 @pytest.mark.parametrize(
