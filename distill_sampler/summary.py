@@ -88,9 +88,10 @@ class EpochSummary:
                 style="dim",
             )
         table = Table(box=None, pad_edge=False, header_style="dim")
-        table.add_column("teacher")
+        table.add_column("teacher", no_wrap=True)
         for heading in ("candidates", "tokens", *self.mean_scores, "chosen", "share"):
-            table.add_column(heading, justify="right")
+            # between words a heading may wrap, so that several metrics fit a terminal of 80 columns
+            table.add_column(heading.replace("_", " "), justify="right", min_width=6)
         for row in self.teachers:
             table.add_row(
                 Text(row.teacher),
