@@ -3,7 +3,7 @@
 1. *Batches hold tokens, not rows*: sorted by length, the longest first (running out of memory or time shows at once),
    up to `batch_tokens` of them, padding included.
 2. *Candidates of one prompt are read together*, their prompt once: samples that begin with the same unscored tokens
-   form a unit, found by comparing tokens, where that saves at least an eighth of the unit's tokens. A batch of prompts
+   form a unit, found by comparing tokens, where that saves at least a fifth of the unit's tokens. A batch of prompts
    is read first, then the batches of what follows them, sorted by length again: a wave.
 3. *Memory is found, not asked for*: the budget starts from what is free, and halves when that was not enough.
 
@@ -31,8 +31,10 @@ from distill_sampler.types import BoolArray, FloatArray, IntArray, Metric, Sampl
 
 logger = logging.getLogger(__name__)
 
-_WORTH_SHARING = 8
-"""A prompt is read once for several candidates if that saves at least one in so many of their tokens."""
+_WORTH_SHARING = 5
+"""A prompt is read once for several candidates if that saves at least one in so many of their tokens. Going on from keys
+and values costs more than reading on: on a CPU, saving 13 % of the tokens made a pass 11 % slower, 18 % made it 6 %
+faster."""
 
 _BLOCK_BATCHES = 4
 """Batches whose samples are read, sorted and reported together. More would pad a little less where prompts are shared
@@ -304,7 +306,7 @@ def _waves(views: Sequence[View], prompts: Sequence[IntArray | None], budget: in
         if saves and saves * _WORTH_SHARING >= sum(len(views[place].input_ids) for place in places_of_group):
             groups.append((prompt, places_of_group))
             saved += saves
-    if saved * _WORTH_SHARING < budget:  # a forward more costs about as much as an eighth of a batch
+    if saved * 8 < budget:  # a forward more costs about as much as an eighth of a batch
         groups = []
     alone = np.array(sorted(set(range(len(views))) - {place for _, group in groups for place in group}), np.int64)
     if len(alone):
