@@ -305,13 +305,18 @@ def unwrap(model: nn.Module) -> Any:
         ValueError: there is none with an output head.
     """
     inner: Any = model
-    while not callable(getattr(inner, "get_output_embeddings", None)):
-        inner = getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
-        if inner is None:
-            raise ValueError(
-                f"{type(model).__name__} is not a causal language model of transformers: it has no output head "
-                "(get_output_embeddings), so there is nothing to score with."
-            )
+    # wrappers are peeled off by their class: some, DeepSpeed's engine for one, pass attributes on to what they wrap
+    while not hasattr(type(inner), "get_output_embeddings"):
+        parts = dict(inner.named_children())
+        wrapped = parts.get("module", parts.get("_orig_mod"))
+        if wrapped is None:
+            break
+        inner = wrapped
+    if not callable(getattr(inner, "get_output_embeddings", None)):  # adapters of peft pass it on
+        raise ValueError(
+            f"{type(model).__name__} is not a causal language model of transformers: it has no output head "
+            "(get_output_embeddings), so there is nothing to score with."
+        )
     if inner.get_output_embeddings() is None:
         raise ValueError(
             f"{type(inner).__name__} has no output head. Load the student with AutoModelForCausalLM, not AutoModel."

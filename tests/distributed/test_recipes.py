@@ -27,10 +27,11 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(stage: Path, recipe: str, *options: str, config: str | None = None) -> str:
-    launcher = (
-        [str(ROOT / "accelerate_configs" / config) if part == "CONFIG" else part for part in TWO] if config else []
-    )
-    command = [sys.executable, *launcher, str(ROOT / "recipes" / recipe), *options]
+    command = [sys.executable]
+    if config:
+        path = ROOT / "accelerate_configs" / config
+        command += ["-m", "accelerate.commands.launch", "--config_file", str(path), "--main_process_port", "0"]
+    command += [str(ROOT / "recipes" / recipe), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=stage)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout + done.stderr
