@@ -482,7 +482,7 @@ def test_a_sample_with_nan_logits_is_never_chosen_and_said(
     attach(trainer, attached)
     trainer.train()
     assert all(4 not in plan.indices and len(plan) == 6 for plan in attached.plans)
-    assert [summary.non_finite for summary in attached.summaries] == [1, 1]
+    assert [len(summary.scoring.non_finite) for summary in attached.summaries] == [1, 1]
     assert "NaN or infinite for 1 samples (first: sample 4)" in " ".join(capsys.readouterr().err.split())
 
 
