@@ -247,7 +247,7 @@ class Curriculum:
             self.store.settle()
             seconds = self._tick() - started
             if tokens:
-                self.spent.tokens_per_second = tokens / seconds
+                self.spent.tokens_per_second = float(self.dataset.lengths[which].sum()) / seconds
             if first:
                 self.spent.run = 0.0
             else:

@@ -25,10 +25,10 @@ class Spent:
     scoring: float = 0.0
     """Seconds of them."""
     tokens_per_second: float = 0.0
-    """Of scoring, the last pass."""
+    """Tokens of samples in a second of scoring, in the last pass."""
 
     def affords(self, max_share: float) -> int:
-        """Tokens that can be scored now so that scoring stays within its share of the run's time."""
+        """Tokens of samples that can be scored now so that scoring stays within its share of the run's time."""
         seconds = (max_share * self.run - self.scoring) / max(1 - max_share, 1e-9)
         return int(max(0.0, seconds) * self.tokens_per_second)
 

@@ -97,8 +97,8 @@ class ScoreStore:
         self.change: FloatArray = np.full(num_samples, np.nan, np.float16)
         """`[samples]` how far the watched column's last measurement was from its estimate; NaN: fewer than two."""
         self._watched = watched or next(iter(columns), None)
-        self.settled_at = -1
-        """Optimizer step of the last pass."""
+        self.estimated: BoolArray = np.zeros(num_samples, bool)
+        """`[samples]` True where `latest` is a measurement carried on by the drift of others, not one of its own."""
         self.observed = Observations(num_samples, columns)
         """What training has shown since the last pass."""
         self.history: list[ScorePass] = []
@@ -107,11 +107,6 @@ class ScoreStore:
         """What decided the latest scores besides weights and data (`Scorer.numerics`): dtype, tie rule and so on."""
         self.passes: list[tuple[int, int]] = []
         """`(epoch, step)` of every pass of the run, those before a resume included: where the history stands."""
-
-    @property
-    def estimated(self) -> BoolArray:
-        """`[samples]` True where `latest` is a measurement carried on by the drift of others, not one of its own."""
-        return (self.step >= 0) & (self.step < self.settled_at)
 
     def begin(self, *, epoch: int, step: int) -> None:
         """Open a pass with what was observed since the last; what `write` brings from now on was taken at `step`."""
@@ -142,7 +137,7 @@ class ScoreStore:
                 taken.drift[name] = _drift(old[pairs], values[pairs])
                 self.latest[name] = np.where(which, values, _drifted(values, taken.drift[name]))
         self.times_scored += which
-        self.settled_at = taken.step
+        self.estimated = ~which & (self.estimated | ((self.step >= 0) & bool(taken.drift)))
         del self._before
 
     def _take_in(self, measured: Measured) -> None:
@@ -168,7 +163,7 @@ class ScoreStore:
             "origin": self.origin,
             "numerics": self.numerics,
             "passes": [list(taken) for taken in self.passes],
-            "settled_at": self.settled_at,
+            "estimated": pack(self.estimated),
             "step": pack(self.step),
             "times_scored": pack(self.times_scored),
             "change": pack(self.change),
@@ -189,7 +184,7 @@ class ScoreStore:
             )
         self.numerics = dict(state["numerics"])
         self.passes = [(epoch, step) for epoch, step in state["passes"]]
-        self.settled_at = state["settled_at"]
+        self.estimated = unpack(state["estimated"])
         self.step, self.times_scored = (unpack(state[name]).astype(np.int64) for name in ("step", "times_scored"))
         self.change = unpack(state["change"])
         self.latest = {name: unpack(state["latest"][name]) for name in self.latest}

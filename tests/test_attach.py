@@ -522,11 +522,3 @@ def test_metrics_that_read_text_get_the_trainers_tokenizer(tmp_path: Path, token
     trainer.train()
     assert trained(trainer) == planned(attached)
     assert np.isfinite(attached.store.latest["local_naturalness"]).all()
-
-
-def test_loss_weights_that_the_trainer_would_ignore_are_refused(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    trainer = sft_trainer(tmp_path, tokenizer)
-    with pytest.raises(ValueError, match=r"give loss weights.*SampleBySoftmax instead"):
-        attach(trainer, curriculum(policies=[WeightBySoftmax(RSR, temperature=1.0)]))
