@@ -271,6 +271,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1)
     parser.add_argument("--elastic", action="store_true", help="one or two processes, drawn for each start")
     parser.add_argument("--workers", type=int, default=0, help="data loader workers")
+    parser.add_argument("--online", action="store_true", help="observe, score again inside epochs, plan the rest anew")
     parser.add_argument("--prompts", type=int, default=20, help="with three candidates each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="keep the runs here")
