@@ -35,7 +35,7 @@ def run(
     tokenizer: PreTrainedTokenizerBase,
     resume: Path | None = None,
     rescore: Rescore | None = None,
-    policies: Any = (BestOf(RSR, per="prompt_id", k=2), Shuffle()),
+    policies: Any = None,
     observe: bool = False,
     **settings: Any,
 ) -> tuple[Any, Curriculum]:
@@ -54,7 +54,7 @@ def run(
     )
     curriculum = Curriculum(
         metrics=[RankSurprisalRatio()],
-        policies=policies,
+        policies=policies or [BestOf(RSR, per="prompt_id", k=2), Shuffle()],
         rescore=rescore or Rescore(every_steps=2, lag=2),
         observe=observe,
         scorer=Scorer(progress=False),
