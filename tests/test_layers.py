@@ -12,7 +12,7 @@ import distill_sampler
 PACKAGE = Path(distill_sampler.__file__).parent
 LAYERS = [
     {"types"},
-    {"_hash", "steps", "token_stats", "metrics", "policies"},
+    {"_hash", "steps", "token_stats", "_triton", "metrics", "policies"},
     {"dataset", "store", "rescore", "sampler", "distributed", "journal"},
     {"student", "scorer", "observer", "summary"},
     {"curriculum"},

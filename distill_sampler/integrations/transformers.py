@@ -44,6 +44,7 @@ from distill_sampler.integrations.checkpoints import (
     new_run,
     read_state,
 )
+from distill_sampler.integrations.parallelism import refuse_parallelism
 from distill_sampler.integrations.sample_log import SampleLog
 from distill_sampler.integrations.sharding import whole_head
 from distill_sampler.integrations.trl import is_sft_trainer, refuse_sft_settings, with_response_labels
@@ -363,6 +364,7 @@ def _refuse_settings(trainer: Trainer) -> None:
             f"The trainer sees {args.n_gpu} GPUs in one process and would use DataParallel. Launch the script with "
             "accelerate launch, or show it one GPU with CUDA_VISIBLE_DEVICES."
         )
+    refuse_parallelism(trainer.accelerator)
     if is_sft_trainer(trainer):
         refuse_sft_settings(trainer)
 
