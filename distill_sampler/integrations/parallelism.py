@@ -7,7 +7,7 @@ would have to be dealt out to all.
 
 from __future__ import annotations
 
-from accelerate import Accelerator
+from accelerate import Accelerator  # type: ignore[import-untyped]
 
 
 def refuse_parallelism(accelerator: Accelerator) -> None:

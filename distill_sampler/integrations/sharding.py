@@ -19,9 +19,11 @@ def whole_head(head: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]:
     if isinstance(weight, DTensor):
         yield weight.full_tensor(), bias.full_tensor() if isinstance(bias, DTensor) else bias
     elif is_deepspeed_zero3_enabled():  # type: ignore[no-untyped-call]
-        from deepspeed.zero import GatheredParameters  # type: ignore[import-untyped]
+        import deepspeed  # type: ignore[import-untyped]
 
-        with GatheredParameters([weight] if bias is None else [weight, bias]):
+        # a weight that is tied to the embedding may be whole already; DeepSpeed does not gather it twice
+        away = [part for part in (weight, bias) if part is not None and part.numel() == 0]
+        with deepspeed.zero.GatheredParameters(away):
             yield weight, bias
     else:
         yield weight, bias

@@ -20,7 +20,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from distill_sampler import BestOf, Curriculum, Scorer, Shuffle, attach
+from distill_sampler import BestOf, Curriculum, Rescore, Scorer, Shuffle, WeightBySoftmax, attach
 from distill_sampler.cli.expressions import parse_metrics
 
 parser = argparse.ArgumentParser()
@@ -36,6 +36,7 @@ parser.add_argument("--lora", action="store_true")
 parser.add_argument("--checkpointing", action="store_true")
 parser.add_argument("--compile", action="store_true")
 parser.add_argument("--bf16", action="store_true")
+parser.add_argument("--online", action="store_true", help="Observe, weigh, and plan anew after every step.")
 parser.add_argument("--rank-1", choices=["reads other data", "dies", "hangs"], help="What goes wrong on process 1.")
 options = parser.parse_args()
 rank = int(os.environ.get("RANK", 0))
@@ -106,9 +107,13 @@ def note(embeddings: torch.nn.Module, arguments: tuple[torch.Tensor]) -> None:
 
 trainer.model.get_input_embeddings().register_forward_pre_hook(note)
 metrics = parse_metrics(options.metrics)
+best = BestOf(metrics[0].name, per="prompt_id", k=2 if options.online else 1)
+weights = [WeightBySoftmax(metrics[0].name, temperature=2.0)] if options.online else []
 curriculum = Curriculum(
     metrics=metrics,
-    policies=[BestOf(metrics[0].name, per="prompt_id"), Shuffle()],
+    policies=[best, *weights, Shuffle()],
+    observe=options.online,
+    rescore=Rescore(every_steps=1, lag=2, fraction=0.3) if options.online else None,
     scorer=Scorer(batch_tokens=options.batch_tokens, progress=False),
 )
 attach(trainer, curriculum)
@@ -123,6 +128,9 @@ report = {
     "rows": [list(row) for row in trainer.train_dataset["input_ids"]],
     "scores": [taken.columns[metrics[0].name].tolist() for taken in curriculum.store.history],
     "numerics": curriculum.store.numerics,
+    "latest": curriculum.store.latest[metrics[0].name].tolist(),
+    "measured at": curriculum.store.step.tolist(),
+    "times scored": curriculum.store.times_scored.tolist(),
     "shapes": shapes,
     "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
 }

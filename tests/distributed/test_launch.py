@@ -107,6 +107,29 @@ def test_a_sharded_student_with_an_adapter_or_checkpointing_scores_as_one_proces
     assert trained(both) == trained([one])
 
 
+@pytest.mark.parametrize("way", ["ddp", "zero3", "fsdp2"])
+def test_two_processes_observe_weigh_and_plan_anew_as_one_does(way: str, stage: Path) -> None:
+    config, distributed_type, *_ = WAYS[way]
+    if distributed_type == "DEEPSPEED":
+        pytest.importorskip("deepspeed", reason="the extra 'deepspeed' is not installed")
+    both = reports(stage, f"{way}-online", config, "--online")
+    (one,) = reports(stage, f"alone-online-{way}", None, "--batch-size", "4", "--online")
+    assert both[0]["plans"] == both[1]["plans"] == one["plans"]
+    assert len(one["plans"]) == 4  # two epochs of four steps, each planned anew after its first
+    assert trained(both) == trained([one])
+    for name in ("measured at", "times scored"):
+        assert both[0][name] == both[1][name] == one[name]
+    np.testing.assert_allclose(both[0]["latest"], one["latest"], rtol=1e-3)
+    np.testing.assert_allclose(both[0]["losses"], one["losses"], rtol=1e-3)
+    assert len(set(one["measured at"])) > 3
+
+    rest = reports(
+        stage, f"{way}-online-resumed", config, "--online", "--resume", str(stage / f"{way}-online" / "checkpoint-3")
+    )
+    assert trained(rest) == trained([one])[3:]
+    assert rest[0]["times scored"] == one["times scored"]
+
+
 def test_fewer_samples_than_processes_do_not_hang(stage: Path) -> None:
     both = reports(stage, "few", WAYS["fsdp2"][0], "--rows", "1")
     assert [report["plans"] for report in both] == [[[0], [0]]] * 2
