@@ -16,7 +16,7 @@ import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ class Scorer:
     which is unbiased. Matters where logits are rounded to bfloat16: there one token in ten is tied."""
     share_prompts: bool = True
     """Read the prompt that several candidates have in common once, where that pays and gives the same numbers."""
-    impl: Literal["auto", "reference", "chunked", "compiled"] = "auto"
+    impl: Literal["auto"] | Impl = "auto"
     """How logits become statistics (see `token_stats`). Auto: compiled for passes so long that compiling pays."""
     progress: bool = True
     """Show a bar with tokens a second and the remaining time once a pass takes longer than two seconds, and a table of
@@ -80,7 +80,7 @@ class Scorer:
             )
         for argument, value, known in (
             ("ties", self.ties, ("strict", "mid")),
-            ("impl", self.impl, ("auto", "reference", "chunked", "compiled")),
+            ("impl", self.impl, ("auto", *get_args(Impl))),
         ):
             if value not in known:
                 raise ValueError(f"Scorer({argument}={value!r}): choose one of {', '.join(map(repr, known))}.")

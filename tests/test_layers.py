@@ -12,9 +12,9 @@ import distill_sampler
 PACKAGE = Path(distill_sampler.__file__).parent
 LAYERS = [
     {"types"},
-    {"_hash", "steps", "token_stats", "metrics", "policies"},
-    {"dataset", "store", "sampler", "distributed", "journal"},
-    {"student", "scorer", "summary"},
+    {"_hash", "steps", "token_stats", "_triton", "metrics", "policies"},
+    {"dataset", "store", "rescore", "sampler", "distributed", "journal"},
+    {"student", "scorer", "observer", "summary"},
     {"curriculum"},
     {"integrations"},
     {"cli", "report"},

@@ -2,6 +2,10 @@
 
 import importlib
 import logging
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -14,6 +18,8 @@ from distill_sampler import token_stats as kernel
 from distill_sampler.token_stats import EXTRAS, LogitTransform, Project, linear, module, token_stats
 
 AS_IT_IS = LogitTransform()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+IMPLS = ["reference", "chunked", *(["triton"] if INTERPRETED else [])]
 
 
 def reference(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -63,12 +69,47 @@ def test_statistics_equal_full_logits_for_any_chunk(seed: int, tokens: int, voca
     assert_close(stats, reference(hidden @ weight.T, targets))
 
 
-@pytest.mark.parametrize("impl", ["reference", "chunked"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_implementations_agree(impl: Any) -> None:
     hidden, targets, weight = random_head(0, 333, 5003)
     project = linear(weight, None, AS_IT_IS)
     stats = token_stats(hidden, targets, project, chunk=100, extras=EXTRAS, impl=impl)
     assert_close(stats, reference(hidden @ weight.T, targets))
+
+
+@pytest.mark.parametrize("impl", IMPLS[1:])
+@pytest.mark.parametrize("vocab", [2, 500, 4096, 10_007])
+def test_equal_logits_give_equal_ranks_and_ties_in_every_implementation(vocab: int, impl: Any) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(20, vocab, generator=generator) * 5
+    logits[10:] = logits[10:].round()  # many ties
+    targets = torch.randint(vocab, (20,), generator=generator)
+    expected, stats = (
+        token_stats(logits, targets, given_logits(logits), chunk=20, extras=EXTRAS, impl=some)
+        for some in ("reference", impl)
+    )
+    for name in ("rank", "ties"):
+        assert torch.equal(stats[name], expected[name])
+    for name in ("surprisal", *EXTRAS):
+        torch.testing.assert_close(stats[name], expected[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(INTERPRETED or not find_spec("triton"), reason="Triton is not installed")
+def test_the_laws_hold_when_the_kernel_is_interpreted() -> None:
+    # in a process of its own: whether Triton interprets or compiles is settled when it is imported
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "triton", __file__]
+    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or not find_spec("triton"), reason="no accelerator with Triton")
+def test_triton_is_chosen_on_an_accelerator_and_agrees() -> None:
+    assert kernel.fastest(torch.device("cuda"), logits=1) == "triton"
+    hidden, targets, weight = (tensor.cuda() for tensor in random_head(0, 333, 5003))
+    project = linear(weight, None, AS_IT_IS)
+    stats = token_stats(hidden, targets, project, chunk=100, extras=EXTRAS, impl="triton")
+    expected = token_stats(hidden, targets, project, extras=EXTRAS, impl="reference")
+    assert_close(stats, {name: values.double() for name, values in expected.items()})
 
 
 @pytest.mark.slow
@@ -90,7 +131,7 @@ def test_without_a_working_compiler_there_is_one_line_and_the_other_implementati
     def no_compiler(*_: object) -> None:
         raise RuntimeError("no C++ compiler found\nand much more")
 
-    monkeypatch.setattr(kernel, "_reduce_compiled", no_compiler)
+    monkeypatch.setitem(kernel._REDUCTIONS, "compiled", no_compiler)
     kernel.available.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert kernel.available("compiled", torch.device("cpu")) == "chunked"
@@ -105,7 +146,7 @@ def test_only_passes_that_are_long_enough_compile() -> None:
     assert kernel.fastest(torch.device("cpu"), logits=10**9) == "chunked"
 
 
-@pytest.mark.parametrize("impl", ["reference", "chunked"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_a_tie_takes_the_best_rank_and_a_token_never_outranks_itself(impl: Any) -> None:
     hidden = torch.ones(3, 1)
     weight = torch.tensor([[2.0], [2.0], [1.0], [3.0]])
@@ -170,7 +211,7 @@ def test_any_module_as_head_gives_the_same_and_keeps_its_output() -> None:
     assert torch.equal(logits, kept)
 
 
-@pytest.mark.parametrize("impl", ["reference", "chunked"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_nan_and_infinite_logits_show_and_minus_infinity_is_an_impossible_token(impl: Any) -> None:
     logits = torch.zeros(3, 5)
     logits[0, 3], logits[1, 3], logits[2, 3] = float("nan"), float("inf"), float("-inf")
@@ -193,7 +234,7 @@ def test_columns_that_only_pad_the_vocabulary_count_as_in_the_models_softmax() -
     assert (stats["surprisal"] > reference(hidden @ weight.T, targets)["surprisal"]).all()
 
 
-@pytest.mark.parametrize("impl", ["reference", "chunked"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_no_tokens_give_no_statistics(impl: Any) -> None:
     _, _, weight = random_head(5, 1, 7)
     stats = token_stats(
