@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +19,15 @@ from distill_sampler.types import BoolArray, Column, FloatArray, HashArray, IntA
 
 FEW_PROMPTS = 100
 """Below this a teacher's score is worth a warning; the paper of RSR takes 200 (arXiv:2601.14249)."""
+MAX_DOMAINS = 8
+"""Domains with a leaderboard of their own: the largest ones."""
+DOMAIN_PROMPTS = 10
+"""Below this a domain has none."""
 TOLD_TIES = 2
 """Teachers that cannot be told apart from the first are explained one by one up to this many, then named."""
 _CONFIDENCE = 1.96
 _DRAWS = 1000
+_DOMAIN_DRAWS = 200
 _WORK = 300_000_000
 """Samples that are looked at in all draws together: very large data gets fewer draws, and needs fewer."""
 
@@ -85,11 +90,12 @@ def leaderboard(
     num_tokens: IntArray,
     content_hash: HashArray | None = None,
     correct: Column | None = None,
+    among: BoolArray | None = None,
     shared_only: bool = False,
     draws: int | None = None,
     seed: int = 0,
 ) -> Leaderboard:
-    """Rank teachers by a metric's group score.
+    """Rank teachers by a metric's group score. Samples without a teacher take no part.
 
     Args:
         metrics: what is shown, by name.
@@ -100,6 +106,7 @@ def leaderboard(
         num_tokens: `[samples]` response tokens.
         content_hash: `[samples]` breaks ties of the choice; left out: the sample's place does.
         correct: verdicts, if there are any.
+        among: `[samples]` True where a sample may take part; left out: all may.
         shared_only: compare on the prompts that every teacher answered.
         draws: of the bootstrap; None: 1000, fewer for very large data. 0: no intervals.
         seed: of the draws.
@@ -110,7 +117,13 @@ def leaderboard(
     ranking = metrics[metric]
     every = dict.fromkeys(name for item in metrics.values() for name in item.columns)
     usable: BoolArray = np.all([np.isfinite(numbers[name]) for name in every], axis=0)
-    codes, places = teachers.codes, np.flatnonzero(usable)
+    if among is not None:
+        usable &= among
+    codes = teachers.codes
+    unnamed = np.zeros_like(usable)
+    if None in teachers.values:
+        unnamed = usable & (codes == list(teachers.values).index(None))
+    places = np.flatnonzero(usable & ~unnamed)
     if not len(places):
         raise ValueError("No sample has a score: there is nothing to rank.")
     if shared_only:
@@ -183,7 +196,7 @@ def leaderboard(
         lines=lines,
         prompts=num_prompts,
         verdict=_verdict(lines, metric, part_names, drawn[:, :, place], values[:, place], ranked, num_prompts),
-        warnings=_warnings(lines, rows[metric], tokens, num_prompts, metric),
+        warnings=_warnings(lines, rows[metric], tokens, num_prompts, int(unnamed.sum())),
         draws=draws,
     )
 
@@ -193,10 +206,11 @@ def rank_teachers(
     *,
     metric: str | None = None,
     epoch: int | None = None,
+    among: BoolArray | None = None,
     shared: bool = False,
     draws: int | None = None,
 ) -> Leaderboard | None:
-    """The leaderboard of a scores file; None if it does not name teachers."""
+    """The leaderboard of a scores file, or of some of its samples; None if it does not name teachers."""
     teachers = scores.column(scores.teacher, epoch=epoch)
     if teachers is None:
         return None
@@ -204,7 +218,7 @@ def rank_teachers(
     samples = scores.integers("sample", epoch=epoch)
     tokens = scores.integers("num_tokens", epoch=epoch)
     assert samples is not None
-    return leaderboard(
+    board = leaderboard(
         metrics=scores.metrics,
         metric=scores.metric(metric).name,
         numbers=scores.numbers(epoch=epoch),
@@ -213,9 +227,53 @@ def rank_teachers(
         num_tokens=samples * 0 if tokens is None else tokens,
         content_hash=scores.hashes(epoch=epoch),
         correct=scores.column(scores.correct, epoch=epoch),
+        among=among,
         shared_only=shared,
         draws=draws,
     )
+    if mixed := scores.mixed_prompts(epoch=epoch):
+        sentence = (
+            f"{len(mixed):,} values of '{scores.group}' stand for different prompts each ('{mixed[0]}' is one): their "
+            "responses are compared as if they answered one question. Give every prompt an id of its own, or score "
+            "again with another --group-column."
+        )
+        board = replace(board, warnings=[sentence, *board.warnings])
+    return board
+
+
+def rank_domains(
+    scores: Scores, *, metric: str | None = None, epoch: int | None = None, shared: bool = False
+) -> dict[str, Leaderboard]:
+    """A leaderboard for each of the largest domains, largest first; empty where there is no choice of them."""
+    domains, teachers = scores.column(scores.domain, epoch=epoch), scores.column(scores.teacher, epoch=epoch)
+    groups = scores.codes(scores.group, epoch=epoch)
+    scored = np.isfinite(scores.numbers(epoch=epoch)[scores.metric(metric).name])
+    found: dict[str, Leaderboard] = {}
+    if domains is None or teachers is None or len(domains.values) < 2:
+        return found
+    sizes = np.bincount(domains.codes[scored], minlength=len(domains.values))
+    for code in np.argsort(-sizes, kind="stable")[:MAX_DOMAINS].tolist():
+        among = scored & (domains.codes == code)
+        prompts = among.sum() if groups is None else len(np.unique(groups[among]))
+        if domains.values[code] is None or prompts < DOMAIN_PROMPTS or len(np.unique(teachers.codes[among])) < 2:
+            continue
+        board = rank_teachers(scores, metric=metric, epoch=epoch, among=among, shared=shared, draws=_DOMAIN_DRAWS)
+        assert board is not None
+        found[str(domains.values[code])] = board
+    return found if len(found) > 1 else {}
+
+
+def tell_domains(board: Leaderboard, by_domain: Mapping[str, Leaderboard]) -> str:
+    """Whether the first teacher is the first everywhere, in a sentence."""
+    first = board.lines[0].teacher
+    firsts = {domain: own.lines[0].teacher for domain, own in by_domain.items()}
+    if set(firsts.values()) == {first}:
+        return f"{first} is first in each of {len(firsts)} domains."
+    told = []
+    for domain, own in by_domain.items():
+        near = any(line.tied and line.teacher == first for line in own.lines)
+        told.append(f"{firsts[domain]} in {domain}" + (f" (not to be told apart from {first})" if near else ""))
+    return f"By domain, the first is {', '.join(told)}."
 
 
 def spearman(left: npt.ArrayLike, right: npt.ArrayLike) -> float:
@@ -335,9 +393,11 @@ def _because(first: TeacherLine, others: Sequence[TeacherLine], rank: str, surpr
 
 
 def _warnings(
-    lines: Sequence[TeacherLine], scores: FloatArray, tokens: IntArray, num_prompts: int, metric: str
+    lines: Sequence[TeacherLine], scores: FloatArray, tokens: IntArray, num_prompts: int, unnamed: int
 ) -> list[str]:
     said = []
+    if unnamed:
+        said.append(f"{unnamed:,} responses do not say who wrote them; they are not ranked.")
     few = [line for line in lines if line.prompts < FEW_PROMPTS]
     if few:
         counts = sorted({line.prompts for line in few})
