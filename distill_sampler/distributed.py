@@ -52,6 +52,14 @@ class Ranks:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return int(tensor.item())
 
+    def largest(self, values: IntArray) -> IntArray:
+        """At each place the largest of the processes' numbers, in arrays of one shape."""
+        if self.world_size == 1:
+            return values
+        tensor = torch.from_numpy(values.copy()).to(self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor.cpu().numpy()
+
     def total(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """The sum over processes of arrays of one shape. A NaN stays a NaN."""
         if self.world_size == 1:

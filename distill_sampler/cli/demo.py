@@ -149,8 +149,8 @@ def _show(say: Console, curriculum: Curriculum, rows: Any) -> None:
 def _figures(say: Console, trainer: SFTTrainer, curriculum: Curriculum, seconds: float) -> None:
     name = f"{PREFIX}scoring_share"
     shares = [line[name] for line in trainer.state.log_history if name in line]
-    tokens = sum(summary.scoring_tokens for summary in curriculum.summaries)
-    scoring = sum(summary.scoring_seconds for summary in curriculum.summaries)
+    tokens = sum(summary.scoring.tokens for summary in curriculum.summaries)
+    scoring = sum(summary.scoring.seconds for summary in curriculum.summaries)
     say.print(f"wall time            {seconds:.0f} s")
     say.print(f"scoring throughput   {tokens / scoring:,.0f} tokens/s")
     say.print(f"scoring share        {', '.join(f'{share:.0%}' for share in shares)} of each epoch's time")
