@@ -27,7 +27,6 @@ from distill_sampler import (
     Scorer,
     Shuffle,
     SortBy,
-    WeightBySoftmax,
     attach,
 )
 from tests import tiny

@@ -107,7 +107,7 @@ def run(options: Options) -> None:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     device = pick_device(options.device)
     ranks = _join(device)
-    say = Console(stderr=True, quiet=ranks.rank > 0)
+    say = Console(stderr=True, quiet=ranks.rank > 0, soft_wrap=True)
     sources = Sources(options.data, split=options.split, subset=options.subset)
     metrics = parse_metrics(options.metrics, rank_clip=options.rank_clip)
     require_writable(options.output, ".parquet")

@@ -39,7 +39,7 @@ def run(
     Raises:
         ValueError: a policy does not fit the scores, the data is not there or has changed, `output` cannot be written.
     """
-    say = Console(stderr=True)
+    say = Console(stderr=True, soft_wrap=True)
     require_writable(output, ".jsonl", ".parquet")
     scores = Scores.open(path)
     selection = select(scores, parse_policies(policies), seed=seed, epoch=epoch)

@@ -44,8 +44,12 @@ def summary(path: Path, say: Console, *, ranked: bool) -> None:
     """What `score` ends with: the leaderboard without its intervals, if `ranked`, and what to do next."""
     board = rank_teachers(Scores.open(path), draws=0) if ranked else None
     if board is not None and len(board.lines) > 1:
-        say.print(_table(board, wide=say.width >= 110))
-    say.print(f"\nScores: {path}. Next: distill-sampler teachers {path}, distill-sampler report {path}", markup=False)
+        say.print(_table(board, wide=say.width >= 110), soft_wrap=False)
+    say.print(
+        f"\nThe scores are in {path}. Next:\n  distill-sampler teachers {path}\n  distill-sampler report {path}",
+        markup=False,
+        highlight=False,
+    )
 
 
 def _table(board: Leaderboard, *, wide: bool) -> Table:
@@ -69,7 +73,10 @@ def _table(board: Leaderboard, *, wide: bool) -> Table:
     for heading in headings:
         # headings may wrap where there are many, the numbers under them may not
         table.add_column(
-            _heading(heading), justify="right", overflow="fold", min_width=6 if heading in estimated else None
+            _heading(heading, wide=wide),
+            justify="right",
+            overflow="fold",
+            min_width=6 if heading in estimated else None,
         )
     for place, line in enumerate(board.lines, 1):
         estimates = {**line.parts, **{name: line.scores[name] for name in others}}
@@ -108,10 +115,10 @@ def _told(estimate: Estimate, interval: bool) -> str:
     return f"{estimate.value:.3f}" + (f" ±{estimate.half:.3f}" if interval else "")
 
 
-def _heading(name: str) -> str:
+def _heading(name: str, *, wide: bool) -> str:
     return {
         "mean_rank": "rank",
-        "mean_surprisal": "surprisal",
+        "mean_surprisal": "surprisal" if wide else "nats",
         "rank_surprisal_ratio": "RSR ↓",
         "global_naturalness": "global nat. ↑",
         "local_naturalness": "local nat. ↑",
@@ -123,7 +130,8 @@ def _sentences(board: Leaderboard) -> Text:
     text = Text(f"Ranked by {board.metric.replace('_', ' ')}, {better} is better; ± is half of the 95 % interval over ")
     text.append(
         f"prompts ({board.draws} bootstrap draws); = cannot be told apart from the first; "
-        "n: prompts; best: share of them whose best response it has.\n"
+        "n: prompts; rank: mean clipped rank of its tokens; nats: their mean surprisal; best: share of the prompts "
+        "whose best response it has.\n"
     )
     text.stylize("dim")
     for sentence in board.verdict:

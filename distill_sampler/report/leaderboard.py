@@ -169,7 +169,8 @@ def leaderboard(
     sign = -1 if ranking.higher_is_better else 1
     ranked = np.argsort(sign * values[:, place], kind="stable")
     names = [str(teachers.values[code]) for code in codes[bounds[:-1]]]
-    ties = _ties(sign * drawn[:, :, place], ranked)
+    badness = sign * drawn[:, :, place]
+    ties = _ties(badness, ranked)
     verdicts = None if correct is None else _verdicts(correct, order)
     lines = []
     for t in ranked.tolist():
@@ -195,7 +196,9 @@ def leaderboard(
         higher_is_better=ranking.higher_is_better,
         lines=lines,
         prompts=num_prompts,
-        verdict=_verdict(lines, metric, part_names, drawn[:, :, place], values[:, place], ranked, num_prompts),
+        verdict=_verdict(
+            lines, metric, part_names, sign * drawn[:, :, place], sign * values[:, place], ranked, num_prompts
+        ),
         warnings=_warnings(lines, rows[metric], tokens, num_prompts, int(unnamed.sum())),
         draws=draws,
     )
@@ -339,24 +342,30 @@ def _verdict(
     first, *others = lines
     if not others:
         return [f"There is one teacher, {first.teacher}; a second one gives something to compare."]
-    said = [f"{first.teacher} is first by {title}: {_told(first.scores[metric])}."]
+    tied = [(place, line) for place, line in enumerate(others, 1) if line.tied]
+    lead = f"{first.teacher} is first by {title}, {_told(first.scores[metric])}"
+    if tied:
+        lead += f", but cannot be told apart from {_listed([line.teacher for _, line in tied])}."
+    elif len(drawn):
+        lead += ": every other teacher is behind by more than chance explains."
+    else:
+        lead += "."
+    said = [lead]
     if len(parts) == 2:
         said.append(_because(first, others, *parts))
-    tied = [(place, line) for place, line in enumerate(others, 1) if line.tied]
     for place, line in tied[:TOLD_TIES]:
         apart = drawn[:, ranked[place]] - drawn[:, ranked[0]]
         difference = values[ranked[place]] - values[ranked[0]]
         low, high = np.nanquantile(apart, [0.025, 0.975])
         said.append(
-            f"{first.teacher} and {line.teacher} cannot be told apart on these {num_prompts:,} prompts (difference "
-            f"{difference:+.3f}, 95 % from {low:+.3f} to {high:+.3f}); {_more(difference, apart, num_prompts)}"
+            f"{line.teacher} is {difference:.3f} behind on these {num_prompts:,} prompts; on others like them it may "
+            f"be anything from {low:+.3f} to {high:+.3f} (95 %). {_more(difference, apart, num_prompts)}"
         )
-    if len(tied) > TOLD_TIES:
-        more = ", ".join(line.teacher for _, line in tied[TOLD_TIES:])
-        said.append(f"Nor can {first.teacher} be told apart from {more}.")
-    if not any(line.tied for line in others) and len(drawn):
-        said.append(f"Every other teacher is behind by more than chance explains (95 %, {num_prompts:,} prompts).")
     return said
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _told(estimate: Estimate) -> str:
@@ -368,9 +377,10 @@ def _more(difference: float, apart: npt.NDArray[np.float64], num_prompts: int) -
     spread = float(np.nanstd(apart))
     needed = num_prompts * (_CONFIDENCE * spread / max(abs(difference), 1e-12)) ** 2 - num_prompts
     if needed > 1000 * num_prompts:
-        return "for practical purposes they are equal."
+        return "For practical purposes the two are equal."
     digits = 10 ** max(math.floor(math.log10(max(needed, 1))) - 1, 0)
-    return f"about {max(math.ceil(needed / digits) * digits, 1):,} more prompts would, if that difference is real."
+    more = max(math.ceil(needed / digits) * digits, 1)
+    return f"About {more:,} more prompts would tell the two apart, if that difference is real."
 
 
 def _because(first: TeacherLine, others: Sequence[TeacherLine], rank: str, surprisal: str) -> str:
@@ -379,17 +389,22 @@ def _because(first: TeacherLine, others: Sequence[TeacherLine], rank: str, surpr
     rest_rank = float(np.mean([line.parts[rank].value for line in others]))
     rest_surprisal = float(np.mean([line.parts[surprisal].value for line in others]))
     by_rank, by_surprisal = math.log(rest_rank / own_rank), math.log(own_surprisal / max(rest_surprisal, 1e-12))
-    facts = (
-        f"mean rank {own_rank:.2f} where the others have {rest_rank:.2f}, mean surprisal {own_surprisal:.3f} nats "
-        f"where they have {rest_surprisal:.3f}"
-    )
+    ranks = f"(mean rank {own_rank:.2f}, the others {rest_rank:.2f})"
+    surprisals = f"({own_surprisal:.3f} nats a token, the others {rest_surprisal:.3f})"
     if by_rank > 0 and by_surprisal > 0:
-        why = "its tokens are both more surprising and ranked better"
-    elif by_rank >= by_surprisal:
-        why = "its tokens are ranked better by the student, by more than they are less surprising"
-    else:
-        why = "its tokens surprise the student more, by more than they are ranked worse"
-    return f"Why: {why} ({facts})."
+        return (
+            f"Why: its tokens surprise the student more {surprisals}, and yet stand higher among the student's own "
+            f"guesses {ranks}."
+        )
+    if by_rank >= by_surprisal:
+        return (
+            f"Why: its tokens stand higher among the student's own guesses {ranks}, which outweighs that they surprise "
+            f"the student less {surprisals}."
+        )
+    return (
+        f"Why: its tokens surprise the student more {surprisals}, which outweighs that they stand lower among the "
+        f"student's own guesses {ranks}."
+    )
 
 
 def _warnings(
@@ -400,9 +415,10 @@ def _warnings(
         said.append(f"{unnamed:,} responses do not say who wrote them; they are not ranked.")
     few = [line for line in lines if line.prompts < FEW_PROMPTS]
     if few:
-        counts = sorted({line.prompts for line in few})
-        which = f"{counts[0]} for every teacher" if len(few) == len(lines) and len(counts) == 1 else None
-        which = which or ", ".join(f"{line.teacher} ({line.prompts})" for line in few)
+        which = ", ".join(f"{line.teacher} ({line.prompts})" for line in few)
+        if len(few) == len(lines):
+            fewest, most = (pick(line.prompts for line in few) for pick in (min, max))
+            which = f"{fewest}{'' if fewest == most else f' to {most}'} for each teacher"
         said.append(f"Few prompts: {which}. The paper ranks teachers on 200; below {FEW_PROMPTS} the order is a guess.")
     counts = [line.prompts for line in lines]
     if min(counts) < 0.9 * max(counts):

@@ -71,13 +71,19 @@ def render(data: dict[str, Any], *, title: str | None = None) -> str:
         assert "</script" not in script.lower()
     hashes = " ".join(f"'sha256-{_hash(script)}'" for script in scripts)
     return environment.get_template("page.html.j2").render(
-        title=title or "Distillation report",
+        title=title or _title(data),
         data=data,
         json=Markup(_escaped(json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")))),
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
         scripts=[Markup(script) for script in scripts],
         hashes=Markup(hashes),
     )
+
+
+def _title(data: dict[str, Any]) -> str:
+    teachers = len(data["teachers"])
+    what = f"{teachers} teachers" if teachers > 1 else f"{data['samples']:,} responses"
+    return f"{data['about']['model'] or 'A student'} reads {what}"
 
 
 def _escaped(text: str) -> str:

@@ -88,6 +88,8 @@ class Scores:
         unfinished = path.with_name(path.name + ".parts")
         if not path.exists():
             cure = "Make one with `distill-sampler score DATA --model M --output scores.parquet`."
+            if plans is not None or any(path.parent.glob("checkpoint-*")):
+                cure = "Write a run's scores after training, with save_run(curriculum, FOLDER)."
             if unfinished.exists():
                 cure = "It is unfinished: run the same `distill-sampler score` again, and it goes on."
             raise ValueError(f"There is no scores file {path}. {cure}")
@@ -149,12 +151,26 @@ class Scores:
         return sorted(pc.unique(pq.read_table(self.path, columns=["epoch"])["epoch"]).to_pylist())
 
     def read(self, names: Sequence[str], *, epoch: int | None = None) -> pa.Table:
-        """Some columns of one pass; None: the last."""
+        """Some columns as they were known for an epoch (None: the last): each sample's last score until then."""
         epoch = self.epochs[-1] if epoch is None else epoch
         if epoch not in self.epochs:
             raise ValueError(f"{self.path} has no epoch {epoch}; it has {', '.join(map(str, self.epochs))}.")
-        filters = pc.equal(pc.field("epoch"), epoch) if "epoch" in self.names else None
-        return pq.read_table(self.path, columns=list(names), filters=filters)
+        if "epoch" not in self.names:
+            return pq.read_table(self.path, columns=list(names))
+        until = pc.less_equal(pc.field("epoch"), epoch)
+        return pq.read_table(self.path, columns=list(names), filters=until).take(self._last[epoch])
+
+    @cached_property
+    def _last(self) -> dict[int, pa.Array]:
+        """By epoch: where each sample's last score lies among the rows until then. A pass may score some again only."""
+        table = pq.read_table(self.path, columns=["epoch", "sample"])
+        epochs, samples = table["epoch"].to_numpy(), table["sample"].to_numpy()
+        found = {}
+        for epoch in self.epochs:
+            until = samples[epochs <= epoch]
+            _, from_behind = np.unique(until[::-1], return_index=True)
+            found[epoch] = pa.array(len(until) - 1 - from_behind)
+        return found
 
     def numbers(self, *, epoch: int | None = None) -> dict[str, FloatArray]:
         """Every number of every metric, `[samples]` each; NaN where there is none."""
