@@ -174,7 +174,7 @@ class Curriculum:
         ranks.require_equal(self.dataset.fingerprint, "data set")
         if self.sampler.plan is not None:
             self._trained_before = self.times_trained(otherwise=self.num_samples)
-        scoring = self.score(model, epoch=epoch, step=step, which=self._due(ranks, epoch=epoch))
+        scoring = self.score(model, epoch=epoch, step=step, which=self._due(model, ranks, epoch=epoch))
         plan, notes = self._make_plan(epoch, scoring)
         ranks.require_equal(plan.fingerprint, "plan")
         self.sampler.set_plan(plan)
@@ -206,7 +206,7 @@ class Curriculum:
         assert self.epoch is not None
         assert self.sampler.plan is not None
         ranks = Ranks.current(next(model.parameters()).device)
-        which = self._due(ranks, epoch=self.epoch, into_epoch=into_epoch)
+        which = self._due(model, ranks, epoch=self.epoch, into_epoch=into_epoch)
         scoring = self.score(model, epoch=self.epoch, step=step, which=which)
         whole, notes = self._make_plan(self.epoch, scoring)
         plan = with_rest(self.sampler.plan, whole, start, self._groups)
@@ -228,7 +228,8 @@ class Curriculum:
         first = not self.store.passes
         if not self.metrics:
             which = which[:0]
-        self._merge_observed(Ranks.current(next(model.parameters()).device))
+        ranks = Ranks.current(next(model.parameters()).device)
+        self.store.observed.merge(ranks)
         observed = int((self.store.observed.step >= 0).sum())
         tokens, seconds = 0, 0.0
         if len(which) or observed:
@@ -239,7 +240,7 @@ class Curriculum:
             # what an interrupted pass has left belongs to a pass over the same samples
             with self._pass_journal(model, epoch, step, which) as journal:
                 self.store.begin(epoch=epoch, step=step)
-                done = self._take_up(journal, Ranks.current(next(model.parameters()).device))
+                done = self._take_up(journal, ranks)
                 for scored in self.scorer.score(model, self.dataset, metrics, which, done=done):
                     self.store.write(scored.indices, scored.columns)
                     journal.append(scored.indices, scored.columns)
@@ -314,7 +315,7 @@ class Curriculum:
 
     def merge_observed(self, model: nn.Module) -> None:
         """Give every process what training has shown the others. Call it on all of them before `state_dict`."""
-        self._merge_observed(Ranks.current(next(model.parameters()).device))
+        self.store.observed.merge(Ranks.current(next(model.parameters()).device))
 
     def _pass_journal(self, model: nn.Module, epoch: int, step: int, which: IntArray) -> Journal:
         """What an interrupted pass has left, if it was this one: same data, samples, metrics, weights and batches."""
@@ -522,13 +523,19 @@ class Curriculum:
         column = self.dataset.column(name)
         return pa.DictionaryArray.from_arrays(pa.array(column.codes), pa.array(column.values)).dictionary_decode()
 
-    def _due(self, ranks: Ranks, *, epoch: int, into_epoch: int = 0) -> IntArray:
+    def _due(self, model: nn.Module, ranks: Ranks, *, epoch: int, into_epoch: int = 0) -> IntArray:
         """The samples to score now, as far as the budget goes."""
         if not self.store.passes:
             return self._candidates
+        if self.metrics and self.store.numerics != (here := self.scorer.numerics(model)):
+            logger.warning(
+                "Scores from here on cannot be compared with those so far (%s), so every candidate is scored anew.",
+                differences(self.store.numerics, here),
+            )
+            return self._candidates
         if not self.rescore.due(epoch=epoch, into_epoch=into_epoch):
             return self._candidates[:0]
-        self._merge_observed(ranks)  # what training has shown needs no scoring
+        self.store.observed.merge(ranks)  # what training has shown needs no scoring
         seed = np.random.default_rng([self.seed, len(self.store.passes)]).integers(2**63)
         which = choose(self.rescore, self.store, self._candidates, self.dataset.content_hash, seed=int(seed))
         if self.rescore.max_share is not None:
@@ -536,25 +543,6 @@ class Curriculum:
             affordable = -ranks.most(-self.spent.affords(self.rescore.max_share))  # by the slowest clock
             which = which[np.cumsum(self.dataset.lengths[which]) <= affordable]
         return np.sort(which)
-
-    def _merge_observed(self, ranks: Ranks) -> None:
-        if ranks.world_size == 1 or not self.observe:
-            return
-        observed = self.store.observed
-        latest = ranks.largest(observed.step)
-        ours = (observed.step == latest) & (latest >= 0)
-        rows = np.zeros((len(latest), len(observed.columns) + 1))
-        rows[ours, -1] = 1
-        for place, values in enumerate(observed.columns.values()):
-            rows[ours, place] = values[ours]
-        rows = ranks.total(rows)
-        seen = latest >= 0
-        for place, name in enumerate(observed.columns):
-            # a sample that several processes had in one step: the mean of what they saw
-            values = np.full(len(latest), np.nan, np.float32)
-            values[seen] = rows[seen, place] / rows[seen, -1]
-            observed.columns[name] = values
-        observed.step = latest
 
     def _tick(self) -> float:
         """Count the time since the last tick as the run's. Gives the time of now."""

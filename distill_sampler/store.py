@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from distill_sampler.distributed import Ranks
 from distill_sampler.types import BoolArray, FloatArray, IntArray
 
 _FIT_FROM = 8
@@ -234,6 +235,24 @@ class Observations:
         self.step[indices] = step
         for name, values in columns.items():
             self.columns[name][indices] = values
+
+    def merge(self, ranks: Ranks) -> None:
+        """Give every process what the others have seen: of each sample the latest; if several saw it in one step, the
+        mean of it."""
+        if ranks.world_size == 1:
+            return
+        latest = ranks.largest(self.step)
+        seen = latest >= 0
+        ours = seen & (self.step == latest)
+        rows = np.zeros((len(latest), len(self.columns) + 1))
+        rows[ours, -1] = 1
+        for place, values in enumerate(self.columns.values()):
+            rows[ours, place] = values[ours]
+        rows = ranks.total(rows)
+        self.step = latest
+        for place, name in enumerate(self.columns):
+            self.columns[name] = np.full(len(latest), np.nan, np.float32)
+            self.columns[name][seen] = rows[seen, place] / rows[seen, -1]
 
     def measured(self) -> Measured:
         """All of them, as measurements."""

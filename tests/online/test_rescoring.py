@@ -194,6 +194,16 @@ def test_half_an_epoch_of_everything_survives_a_restart(dataset: ScoredDataset, 
     assert whole.times_trained().sum() == 30
 
 
+def test_scores_of_other_numerics_are_never_mixed(dataset: ScoredDataset, caplog: pytest.LogCaptureFixture) -> None:
+    curriculum = bound(dataset, Rescore.never())
+    curriculum.start_epoch(0, tiny.model())
+    curriculum.start_epoch(1, tiny.model())
+    curriculum.start_epoch(2, tiny.model().bfloat16())
+    assert scored_in(curriculum) == [18, 0, 18]
+    assert "their dtype is 'float32', here it is 'bfloat16'" in caplog.text
+    assert curriculum.store.numerics["dtype"] == "bfloat16"
+
+
 def test_the_history_is_a_learning_curve_of_each_sample(dataset: ScoredDataset) -> None:
     curriculum = bound(dataset, Rescore(fraction=0.5))
     for epoch in range(3):
