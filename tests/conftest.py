@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from tests import tiny  # noqa: E402
 
 datasets.disable_progress_bars()
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # threads wait for each other longer than these models take
 
 
 @pytest.fixture(scope="session")
