@@ -39,6 +39,7 @@ from distill_sampler.policies import (
     WeightBySoftmax,
     WithinLength,
 )
+from distill_sampler.rescore import Rescore
 from distill_sampler.sampler import DistillSampler
 from distill_sampler.scorer import Scorer
 from distill_sampler.types import EpochPlan
@@ -67,6 +68,7 @@ __all__ = [
     "Random",
     "RankAverage",
     "RankSurprisalRatio",
+    "Rescore",
     "ResponseLength",
     "RuleQuality",
     "SampleBySoftmax",

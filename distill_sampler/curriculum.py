@@ -1,7 +1,7 @@
 """The per-epoch cycle and its state: score with the current student, plan, hand the plan to the sampler.
 
-The only object that composes the others. It knows no host: `integrations` call `start_epoch` when their epoch begins
-and keep `state_dict` where the host keeps its checkpoints.
+The only object that composes the others. It knows no host: `integrations` call `start_epoch` when their epoch begins,
+`replan` inside it, and keep `state_dict` where the host keeps its checkpoints.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import nn
 
@@ -23,16 +24,18 @@ from distill_sampler.dataset import ScoredDataset
 from distill_sampler.distributed import Ranks
 from distill_sampler.journal import Journal, weights_identity
 from distill_sampler.metrics._tokenizer import with_tokenizer
+from distill_sampler.observer import can_observe
 from distill_sampler.policies import apply_policies, trace_policies
-from distill_sampler.sampler import DistillSampler, fit_length
+from distill_sampler.rescore import Rescore, Spent, choose
+from distill_sampler.sampler import DistillSampler, fit_length, with_rest
 from distill_sampler.scorer import Scorer, columns_of
 from distill_sampler.store import ScoreStore, differences, pack, unpack
-from distill_sampler.summary import EpochSummary, summarise
+from distill_sampler.summary import EpochSummary, ScoringSummary, summarise
 from distill_sampler.types import BoolArray, Column, EpochPlan, FloatArray, IntArray, Metric, Policy, Pool, unknown_name
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 class Curriculum:
@@ -45,6 +48,10 @@ class Curriculum:
             constant, because trainers count their steps and lay out the learning rate once: a plan of another length
             is completed from its start or cut at its end (`fit_length`) if you gave the length, or if samples with
             non-finite logits are what is missing; otherwise it is refused.
+        rescore: when the student scores again, and whom. Left out: everything before every epoch.
+        observe: take the scores of what is trained on from the forwards of training, at the price of one more product
+            with the output head. Trainers that are attached do it; metrics that read other sequences than the samples
+            (Local Naturalness) cannot be had this way.
         seed: of everything random in the plans.
         scorer: how the student is run.
         teacher: column that says who wrote a response; for the reports. Not needed: without such a column, reports
@@ -60,18 +67,22 @@ class Curriculum:
         metrics: Sequence[Metric],
         policies: Sequence[Policy],
         num_samples: int | None = None,
+        rescore: Rescore | None = None,
+        observe: bool = False,
         seed: int = 0,
         scorer: Scorer | None = None,
         teacher: str = "teacher",
     ) -> None:
         self.metrics = {metric.name: metric for metric in metrics}
         self.policies = tuple(policies)
+        self.rescore = rescore or Rescore()
+        self.observe = observe
         self.seed = seed
         self.scorer = scorer or Scorer()
         self.summaries: list[EpochSummary] = []
-        """One for each epoch planned so far in this process."""
+        """One for each plan made so far in this process: one for each epoch, and for each time its rest was changed."""
         self.plans: list[EpochPlan] = []
-        """The plans of the same epochs."""
+        """The same plans."""
         self.journal: Path | None = None
         """File that keeps the scores of a pass as they come, so that an interrupted pass only does the rest when it is
         started again. None: nothing is kept. `attach` puts it into the trainer's output folder."""
@@ -106,6 +117,13 @@ class Curriculum:
         """
         self.dataset = dataset
         self._candidates = np.flatnonzero(dataset.scorable)
+        if self.observe:
+            some = dataset.samples(self._candidates[:: max(1, len(self._candidates) // 64)])
+            if others := can_observe(list(self.metrics.values()), some):
+                raise ValueError(
+                    f"observe=True: {', '.join(others)} reads other sequences than training does, so training cannot "
+                    "show it. Leave observe off, or score only metrics of whole responses."
+                )
         needed = dict.fromkeys(name for policy in self.policies for name in policy.uses_columns)
         self._columns = {name: dataset.column(name, complete=True) for name in needed}
         self._teachers: Column | None = None
@@ -123,11 +141,17 @@ class Curriculum:
 
     def reset(self) -> None:
         """Forget scores and plans, for a run that starts from the beginning."""
-        self.store = ScoreStore(len(self.dataset), self._score_columns, self._origin)
+        self.store = ScoreStore(
+            len(self.dataset), self._score_columns, self._origin, watched=next(iter(self.metrics), None)
+        )
         self.epoch: int | None = None
         self.sampler.plan = None
         self.summaries.clear()
         self.plans.clear()
+        self.spent = Spent()
+        self._clock = time.perf_counter()
+        self._trained_before: IntArray = np.zeros(len(self.dataset), np.int64)
+        self._places: int | None = None
 
     def start_epoch(self, epoch: int, model: nn.Module, *, step: int = 0) -> EpochPlan:
         """Score, plan, and hand the plan to the sampler. Call it before the epoch's loop over the data loader.
@@ -143,70 +167,165 @@ class Curriculum:
         Raises:
             ValueError: the plan has another length than the epochs are laid out for.
         """
+        ranks = Ranks.current(next(model.parameters()).device)
         if self.epoch == epoch and self.sampler.plan is not None:
-            Ranks.current(next(model.parameters()).device).require_equal(self.sampler.plan.fingerprint, "plan")
+            ranks.require_equal(self.sampler.plan.fingerprint, "plan")
             return self.sampler.plan
-        Ranks.current(next(model.parameters()).device).require_equal(self.dataset.fingerprint, "data set")
-        started = time.perf_counter()
-        tokens, non_finite = self.score(model, epoch=epoch, step=step) if self.metrics else (0, np.empty(0, np.int64))
-        seconds = time.perf_counter() - started
-        notes = []
-        if len(non_finite):
-            notes.append(
-                f"the student's logits are NaN or infinite for {len(non_finite)} samples (first: sample "
-                f"{non_finite[0]}); they are not chosen by score."
-            )
-        planned = self._plan(epoch, self.store.latest)
-        plan = self._fit(planned, tolerate=len(non_finite) > 0)
-        if len(planned) != len(plan):
-            action = "cut at its end" if len(planned) > len(plan) else "completed from its start"
-            notes.append(f"the policies gave {len(planned)} samples; the plan was {action} to keep {len(plan)}.")
-        Ranks.current(next(model.parameters()).device).require_equal(plan.fingerprint, "plan")
+        ranks.require_equal(self.dataset.fingerprint, "data set")
+        if self.sampler.plan is not None:
+            self._trained_before = self.times_trained(otherwise=self.num_samples)
+        scoring = self.score(model, epoch=epoch, step=step, which=self._due(model, ranks, epoch=epoch))
+        plan, notes = self._make_plan(epoch, scoring)
+        ranks.require_equal(plan.fingerprint, "plan")
         self.sampler.set_plan(plan)
         self.epoch = epoch
-        self.plans.append(plan)
-        self.summaries.append(
-            summarise(
-                epoch=epoch,
-                step=step,
-                plan=plan,
-                metrics=self.metrics,
-                scores=self.store.latest,
-                teacher=self._teachers,
-                scorable=self._candidates,
-                num_scored=self.dataset.num_scored,
-                scoring_seconds=seconds,
-                scoring_tokens=tokens,
-                non_finite=len(non_finite),
-                notes=notes,
-            )
-        )
+        self._places = None
+        self._note(plan, step, scoring, notes)
         return plan
 
-    def score(self, model: nn.Module, *, epoch: int, step: int) -> tuple[int, IntArray]:
-        """Score every candidate into `store`. Gives the tokens read and the samples with non-finite logits."""
-        self.store.begin(epoch=epoch, step=step)
-        self.store.numerics = self.scorer.numerics(model)
-        metrics = list(self.metrics.values())
-        tokens = 0
-        with self._pass_journal(model, epoch, step) as journal:
-            done = self._take_up(journal, Ranks.current(next(model.parameters()).device))
-            for scored in self.scorer.score(model, self.dataset, metrics, self._candidates, done=done):
-                self.store.write(scored.indices, scored.columns)
-                journal.append(scored.indices, scored.columns)
-                tokens += scored.tokens
-        columns = self.store.history[-1].columns
-        missing = np.isnan([columns[name][self._candidates] for name in self._score_columns]).any(axis=0)
-        return tokens, self._candidates[missing]
+    def replan(self, model: nn.Module, *, step: int, into_epoch: int, start: int) -> EpochPlan | None:
+        """Inside an epoch: if `Rescore(every_steps=)` says that it is time, score, and plan the rest of the epoch anew.
 
-    def _pass_journal(self, model: nn.Module, epoch: int, step: int) -> Journal:
-        """What an interrupted pass has left, if it was this one: same data, metrics, weights and batches."""
+        The policies plan the whole epoch by the scores of now; what was handed out already counts towards it
+        (`with_rest`).
+
+        Args:
+            model: the student as the host trains it.
+            step: optimizer steps taken so far in the run.
+            into_epoch: optimizer steps taken in this epoch.
+            start: place of the plan from which it may change: what a data loader was given lies before it.
+
+        Returns:
+            The plan, or None if it was not time, or nothing is left to plan.
+
+        Raises:
+            ValueError: a data loader was given `start` already.
+        """
+        if start >= self.num_samples or into_epoch == 0 or not self.rescore.due(epoch=0, into_epoch=into_epoch):
+            return None
+        assert self.epoch is not None
+        assert self.sampler.plan is not None
+        ranks = Ranks.current(next(model.parameters()).device)
+        which = self._due(model, ranks, epoch=self.epoch, into_epoch=into_epoch)
+        scoring = self.score(model, epoch=self.epoch, step=step, which=which)
+        whole, notes = self._make_plan(self.epoch, scoring)
+        plan = with_rest(self.sampler.plan, whole, start, self._groups)
+        ranks.require_equal(plan.fingerprint, "plan")
+        self.sampler.set_rest(plan, start)
+        self._note(plan, step, scoring, [f"planned anew from sample {start} on.", *notes])
+        return plan
+
+    def score(self, model: nn.Module, *, epoch: int, step: int, which: IntArray | None = None) -> ScoringSummary:
+        """One pass: what training has shown since the last, and the samples `which` scored now, go into `store`.
+
+        Args:
+            model: the student.
+            epoch: the epoch that it is for.
+            step: optimizer steps taken so far.
+            which: samples to score; None: every candidate.
+        """
+        which = self._candidates if which is None else which
+        first = not self.store.passes
+        if not self.metrics:
+            which = which[:0]
+        ranks = Ranks.current(next(model.parameters()).device)
+        self.store.observed.merge(ranks)
+        observed = int((self.store.observed.step >= 0).sum())
+        tokens, seconds = 0, 0.0
+        if len(which) or observed:
+            started = self._tick()
+            if len(which):
+                self.store.numerics = self.scorer.numerics(model)
+            metrics = list(self.metrics.values())
+            # what an interrupted pass has left belongs to a pass over the same samples
+            with self._pass_journal(model, epoch, step, which) as journal:
+                self.store.begin(epoch=epoch, step=step)
+                done = self._take_up(journal, ranks)
+                for scored in self.scorer.score(model, self.dataset, metrics, which, done=done):
+                    self.store.write(scored.indices, scored.columns)
+                    journal.append(scored.indices, scored.columns)
+                    tokens += scored.tokens
+            self.store.settle()
+            seconds = self._tick() - started
+            if tokens:
+                self.spent.tokens_per_second = float(self.dataset.lengths[which].sum()) / seconds
+            if first:
+                self.spent.run = 0.0
+            else:
+                self.spent.scoring += seconds
+        missing = np.isnan([self.store.latest[name][self._candidates] for name in self._score_columns]).any(axis=0)
+        age = step - self.store.step[self._candidates]
+        return ScoringSummary(
+            samples=len(which),
+            observed=observed,
+            estimated=int(self.store.estimated[self._candidates].sum()),
+            tokens=tokens,
+            seconds=seconds,
+            share=self.spent.scoring / self.spent.run if self.spent.run else 0.0,
+            age_median=float(np.median(age)) if self.metrics else 0.0,
+            age_max=int(age.max()) if self.metrics else 0,
+            non_finite=self._candidates[missing],
+        )
+
+    # ---- What host and researcher ask ----
+
+    def progress(self, places: int) -> None:
+        """Tell how many places of the epoch's plan have been trained on. A host that does not is taken to train each
+        plan to its end, once the next epoch begins."""
+        self._places = min(places, self.num_samples)
+
+    def times_trained(self, *, otherwise: int = 0) -> IntArray:
+        """`[samples]` how often each sample was trained on, this run's epochs before a resume included.
+
+        Args:
+            otherwise: places of the current plan that were trained on, if the host has not told.
+        """
+        if self.sampler.plan is None:
+            return self._trained_before
+        places = otherwise if self._places is None else self._places
+        now = np.bincount(self.sampler.plan.indices[:places], minlength=len(self.dataset))
+        return self._trained_before + now
+
+    def history(self, *columns: str) -> pa.Table:
+        """The learning curve of every sample: one row for each time it was scored or observed in this process.
+
+        Args:
+            columns: of the data set, to have beside `sample, epoch, step, observed` and the scores.
+        """
+        return self.store.to_table(**{name: self._values(name) for name in columns})
+
+    def samples(self, *columns: str) -> pa.Table:
+        """One row for each sample: what is known of it now.
+
+        `sample`, the data set's columns that were asked for, the latest scores, `step` (of the last measurement; -1:
+        never), `estimated` (the scores have moved on with the drift of others since), `times_scored` and
+        `times_trained`.
+        """
+        return pa.table(
+            {
+                "sample": np.arange(len(self.dataset)),
+                **{name: self._values(name) for name in columns},
+                **self.store.latest,
+                "step": self.store.step,
+                "estimated": self.store.estimated,
+                "times_scored": self.store.times_scored,
+                "times_trained": self.times_trained(),
+            }
+        )
+
+    def merge_observed(self, model: nn.Module) -> None:
+        """Give every process what training has shown the others. Call it on all of them before `state_dict`."""
+        self.store.observed.merge(Ranks.current(next(model.parameters()).device))
+
+    def _pass_journal(self, model: nn.Module, epoch: int, step: int, which: IntArray) -> Journal:
+        """What an interrupted pass has left, if it was this one: same data, samples, metrics, weights and batches."""
         parameter = next(model.parameters())
         ranks = Ranks.current(parameter.device)
         origin = self._origin
         identity = {
             "dataset": origin["dataset"],
             "metrics": origin["metrics"],
+            "samples": hashlib.blake2b(which.tobytes(), digest_size=8).hexdigest(),
             "epoch": epoch,
             "step": step,
             "weights": weights_identity(model) if self.journal else None,
@@ -252,9 +371,17 @@ class Curriculum:
             raise ValueError(f"There is no sample {index}; the data set has {len(self.dataset)} rows, from 0.")
         planned = [summary.epoch for summary in self.summaries]
         if epoch not in planned:
-            raise ValueError(f"Epoch {epoch} was not planned in this process; {planned} were.")
+            raise ValueError(f"Epoch {epoch} was not planned in this process; {sorted(set(planned))} were.")
         if not self.dataset.scorable[index]:
             return f"Sample {index} is in no epoch: it has no response token to score."
+        plan = self.plans[len(planned) - 1 - planned[::-1].index(epoch)]
+        places = np.flatnonzero(plan.indices == index)
+        if len(places):
+            where = ", ".join(str(place) for place in places.tolist())
+            return (
+                f"Sample {index} was in epoch {epoch}, at place {where} of {len(plan)}, with weight "
+                f"{plan.weights[places[0]]:.3g}: every policy kept it."
+            )
         scores = self.store.before(epoch + 1)
         before = EpochPlan(indices=self._candidates)
         for policy, after in trace_policies(self.policies, before, self._pool(epoch, scores), self.seed):
@@ -263,15 +390,12 @@ class Curriculum:
                     index, policy, before, scores
                 )
             before = after
-        plan = self.plans[planned.index(epoch)]
-        places = np.flatnonzero(plan.indices == index)
-        if not len(places):
-            return f"Sample {index} was not in epoch {epoch}: the plan was cut to {len(plan)} samples before its place."
-        where = ", ".join(str(place) for place in places.tolist())
-        return (
-            f"Sample {index} was in epoch {epoch}, at place {where} of {len(plan)}, with weight "
-            f"{plan.weights[places[0]]:.3g}: every policy kept it."
-        )
+        if planned.count(epoch) > 1:
+            return (
+                f"Sample {index} was not in epoch {epoch}: the policies keep it by the scores of when the "
+                "epoch was last planned, but others of its group, or too many others, had been handed out before."
+            )
+        return f"Sample {index} was not in epoch {epoch}: the plan was cut to {len(plan)} samples before its place."
 
     def _standing(self, index: int, policy: Policy, plan: EpochPlan, scores: Mapping[str, FloatArray]) -> str:
         """How a sample stood among those that a policy was given: overall, and within its values of the columns."""
@@ -300,7 +424,7 @@ class Curriculum:
     # ---- State ----
 
     def state_dict(self) -> dict[str, Any]:
-        """Plan, epoch and latest scores as plain JSON values, about 16 bytes a sample with three scores.
+        """Plan, epoch and latest scores as plain JSON values, about 20 bytes a sample with three scores.
 
         Goes where the host keeps its state; `accelerator.register_for_checkpointing(curriculum)` takes it as it is.
         """
@@ -310,6 +434,8 @@ class Curriculum:
             "num_samples": self.num_samples,
             "epoch": self.epoch,
             "plan": None if plan is None else {"indices": pack(plan.indices), "weights": pack(plan.weights)},
+            "trained": pack(self._trained_before),
+            "spent": dataclasses.asdict(self.spent),
             "scores": self.store.state_dict(),
         }
         return {**state, "digest": digest(state)}
@@ -360,8 +486,11 @@ class Curriculum:
                 )
             logger.warning("%sAccepted: they take effect from the next epoch that begins.", sentence)
         self.reset()
+        if same_data:
+            self._trained_before = unpack(state["trained"]).astype(np.int64)
         if same_data and saved["metrics"] == here["metrics"]:
             self.store.load_state_dict({**state["scores"], "origin": here})
+            self.spent = Spent(**state["spent"])
         self.epoch = state["epoch"]
         if same_data and state["plan"] is not None:
             indices, weights = (unpack(state["plan"][name]) for name in ("indices", "weights"))
@@ -379,8 +508,81 @@ class Curriculum:
             "dataset": self.dataset.fingerprint,
             "metrics": [repr(metric) for metric in self.metrics.values()],
             "policies": [repr(policy) for policy in self.policies],
+            "rescore": repr(self.rescore),
+            "observe": self.observe,
             "seed": self.seed,
         }
+
+    @property
+    def _groups(self) -> IntArray:
+        """`[samples]` which samples stand for each other: those that a policy chooses among."""
+        names = {name for policy in self.policies if (name := getattr(policy, "per", None)) is not None}
+        return self._columns[names.pop()].codes if len(names) == 1 else np.arange(len(self.dataset))
+
+    def _values(self, name: str) -> pa.Array:
+        column = self.dataset.column(name)
+        return pa.DictionaryArray.from_arrays(pa.array(column.codes), pa.array(column.values)).dictionary_decode()
+
+    def _due(self, model: nn.Module, ranks: Ranks, *, epoch: int, into_epoch: int = 0) -> IntArray:
+        """The samples to score now, as far as the budget goes."""
+        if not self.store.passes:
+            return self._candidates
+        if self.metrics and self.store.numerics != (here := self.scorer.numerics(model)):
+            logger.warning(
+                "Scores from here on cannot be compared with those so far (%s), so every candidate is scored anew.",
+                differences(self.store.numerics, here),
+            )
+            return self._candidates
+        if not self.rescore.due(epoch=epoch, into_epoch=into_epoch):
+            return self._candidates[:0]
+        self.store.observed.merge(ranks)  # what training has shown needs no scoring
+        seed = np.random.default_rng([self.seed, len(self.store.passes)]).integers(2**63)
+        which = choose(self.rescore, self.store, self._candidates, self.dataset.content_hash, seed=int(seed))
+        if self.rescore.max_share is not None:
+            self._tick()
+            affordable = -ranks.most(-self.spent.affords(self.rescore.max_share))  # by the slowest clock
+            which = which[np.cumsum(self.dataset.lengths[which]) <= affordable]
+        return np.sort(which)
+
+    def _tick(self) -> float:
+        """Count the time since the last tick as the run's. Gives the time of now."""
+        now = time.perf_counter()
+        self.spent.run += now - self._clock
+        self._clock = now
+        return now
+
+    def _make_plan(self, epoch: int, scoring: ScoringSummary) -> tuple[EpochPlan, list[str]]:
+        """An epoch's plan by the scores of now, at its constant length, and what a person should know of it."""
+        notes = []
+        if len(scoring.non_finite):
+            notes.append(
+                f"the student's logits are NaN or infinite for {len(scoring.non_finite)} samples (first: sample "
+                f"{scoring.non_finite[0]}); they are not chosen by score."
+            )
+        planned = self._plan(epoch, self.store.latest)
+        plan = self._fit(planned, tolerate=len(scoring.non_finite) > 0)
+        if len(planned) != len(plan):
+            action = "cut at its end" if len(planned) > len(plan) else "completed from its start"
+            notes.append(f"the policies gave {len(planned)} samples; the plan was {action} to keep {len(plan)}.")
+        return plan, notes
+
+    def _note(self, plan: EpochPlan, step: int, scoring: ScoringSummary, notes: Sequence[str]) -> None:
+        assert self.epoch is not None
+        self.plans.append(plan)
+        self.summaries.append(
+            summarise(
+                epoch=self.epoch,
+                step=step,
+                plan=plan,
+                metrics=self.metrics,
+                scores=self.store.latest,
+                teacher=self._teachers,
+                scorable=self._candidates,
+                num_scored=self.dataset.num_scored,
+                scoring=scoring,
+                notes=notes,
+            )
+        )
 
     def _plan(self, epoch: int, scores: Mapping[str, FloatArray], *, dry_run: bool = False) -> EpochPlan:
         start = EpochPlan(indices=self._candidates)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-from distill_sampler.types import EpochPlan
+from distill_sampler.types import EpochPlan, IntArray
 
 
 class DistillSampler(Sampler[int]):
@@ -24,11 +24,33 @@ class DistillSampler(Sampler[int]):
     def __init__(self, num_samples: int) -> None:
         self.num_samples = num_samples
         self.plan: EpochPlan | None = None
+        self.drained = 0
+        """Places of the plan that a data loader has been given, read-ahead included."""
 
     def set_plan(self, plan: EpochPlan) -> None:
         """What the next iteration yields. A plan already being iterated is not touched."""
         assert len(plan) == self.num_samples, "plans are fitted to the constant length before they get here"
         self.plan = plan
+        self.drained = 0
+        self._order: IntArray = plan.indices.copy()  # shared with the iteration under way, so that its rest can change
+
+    def set_rest(self, plan: EpochPlan, start: int) -> None:
+        """Go on with another plan from place `start`, in the iteration under way too.
+
+        Raises:
+            ValueError: the data loader was given that place already; training would not be what is planned.
+        """
+        assert self.plan is not None
+        assert len(plan) == self.num_samples
+        assert np.array_equal(plan.indices[:start], self.plan.indices[:start]), "what was handed out stays"
+        if self.drained > start:
+            raise ValueError(
+                f"The data loader has read {self.drained} samples of the epoch's plan, which was to change from sample "
+                f"{start} on. Make the declared lag longer, Rescore(lag=…), or let the loader read less far ahead "
+                "(dataloader_num_workers, dataloader_prefetch_factor)."
+            )
+        self.plan = plan
+        self._order[start:] = plan.indices[start:]
 
     def __len__(self) -> int:
         return self.num_samples
@@ -39,7 +61,13 @@ class DistillSampler(Sampler[int]):
                 "There is no plan to iterate over yet: call curriculum.start_epoch(epoch, model) before each epoch's "
                 "loop over the data loader (attach does this in the trainer)."
             )
-        return iter(self.plan.indices.tolist())
+        return self._walk(self._order)
+
+    def _walk(self, order: IntArray) -> Iterator[int]:
+        for place in range(len(order)):
+            if order is self._order:
+                self.drained = max(self.drained, place + 1)
+            yield int(order[place])
 
 
 def fit_length(plan: EpochPlan, num_samples: int) -> EpochPlan:
@@ -51,3 +79,39 @@ def fit_length(plan: EpochPlan, num_samples: int) -> EpochPlan:
     if len(plan) == num_samples:
         return plan
     return plan.take(np.arange(num_samples) % len(plan))
+
+
+def with_rest(begun: EpochPlan, plan: EpochPlan, start: int, groups: IntArray) -> EpochPlan:
+    """The plan of an epoch that was begun by one plan and goes on with another.
+
+    The new plan says what the whole epoch should be; what was begun counts towards it. For each place handed out, one
+    of the same group is taken off the new plan, if it has one: the same sample before others, then the last. The
+    rest follows in the new plan's order, cut at its end to the epoch's length. So a prompt whose best response is
+    another one now is not trained on twice, and no prompt is forgotten.
+
+    Args:
+        begun: the plan so far.
+        plan: the new plan of the whole epoch, of the same length.
+        start: places of `begun` that stay.
+        groups: `[samples]` which samples stand for each other, such as the responses to a prompt; each for itself:
+            `arange`.
+    """
+    handed_out = begun.indices[:start]
+    num_groups = int(groups.max(initial=0)) + 1
+    owed = np.bincount(groups[handed_out], minlength=num_groups)
+    # within a group: what was handed out first, then from the end
+    trained = np.isin(plan.indices, handed_out)
+    places = np.arange(len(plan))
+    group = groups[plan.indices]
+    order = np.lexsort((-places, ~trained, group))
+    first = np.searchsorted(group[order], group[order])
+    off = np.zeros(len(plan), bool)
+    off[order] = np.arange(len(plan)) - first < owed[group[order]]
+    rest = np.flatnonzero(~off)[: len(plan) - start]
+    weights = plan.weights[rest].astype(np.float64)
+    owed_weight = len(plan) - begun.weights[:start].sum(dtype=np.float64)
+    if len(rest) and weights.sum() > 0:
+        weights *= owed_weight / weights.sum()
+    return EpochPlan(
+        indices=np.r_[handed_out, plan.indices[rest]], weights=np.r_[begun.weights[:start], weights.astype(np.float32)]
+    )

@@ -1,5 +1,9 @@
 """The score store: for every sample its latest numbers, the step they were taken at, and the history of all passes.
 
+A sample is *measured* when the student reads it: in a scoring pass, or in training, where its scores are *observed*.
+Between measurements the student goes on learning, so what was not measured in a pass is carried on as an *estimate*:
+the drift of those that were, fitted as `new ≈ a + b · old`, is applied to the rest. `estimated` says which is which.
+
 Written to a checkpoint as plain JSON values (`state_dict`, arrays through `pack`), to disk as a table (`to_table`).
 What the scores belong to (metric configuration, data set, numerics) travels with them; scores of another origin are
 refused, never mixed.
@@ -10,42 +14,94 @@ from __future__ import annotations
 import base64
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from distill_sampler.types import FloatArray, IntArray
+from distill_sampler.distributed import Ranks
+from distill_sampler.types import BoolArray, FloatArray, IntArray
+
+_FIT_FROM = 8
+"""Measured pairs from which a slope is fitted; with fewer, drift is a shift by their mean difference."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Measured:
+    """The numbers of some samples as the student gave them."""
+
+    indices: IntArray
+    """`[n]` which samples."""
+    step: IntArray
+    """`[n]` optimizer steps the student had taken."""
+    columns: Mapping[str, FloatArray]
+    """`[n]` each, float32; NaN where the student's logits were not finite."""
+    observed: bool = False
+    """Whether they come from the forward of training, not from one of scoring."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ScorePass:
-    """What one scoring pass found: an entry of the history."""
+    """What was known when a plan was made: an entry of the history."""
 
+    num_samples: int
     epoch: int
     """The epoch it was taken for, from 0."""
     step: int
     """Optimizer steps the student had taken."""
-    columns: Mapping[str, FloatArray]
-    """`[samples]` each, float32; NaN where a sample was not scored or its logits were not finite."""
+    measured: list[Measured] = field(default_factory=list)
+    """Observed first. What comes later holds."""
+    drift: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """By column `(a, b)`: what was not measured went from `old` to `a + b · old`."""
+
+    @property
+    def columns(self) -> dict[str, FloatArray]:
+        """`[samples]` each, float32: what was measured; NaN elsewhere."""
+        names = self.measured[-1].columns if self.measured else ()
+        columns = {name: np.full(self.num_samples, np.nan, np.float32) for name in names}
+        for some in self.measured:
+            for name, values in some.columns.items():
+                columns[name][some.indices] = values
+        return columns
+
+    @property
+    def which(self) -> BoolArray:
+        """`[samples]` True where a sample was measured."""
+        which = np.zeros(self.num_samples, bool)
+        for some in self.measured:
+            which[some.indices] = True
+        return which
 
 
 class ScoreStore:
-    """Latest scores and history of `num_samples` samples. Grows by `begin` and `write`, is never rewritten.
+    """Latest scores and history of `num_samples` samples. A pass is `begin`, any number of `write`, `settle`.
 
     Args:
         num_samples: rows of the data set.
         columns: names of the numbers that the metrics give.
         origin: what the scores belong to, as plain values: metric configuration, data set fingerprint, numerics.
+        watched: the column whose changes are kept; left out, the first.
     """
 
-    def __init__(self, num_samples: int, columns: Sequence[str], origin: Mapping[str, Any]) -> None:
+    def __init__(
+        self, num_samples: int, columns: Sequence[str], origin: Mapping[str, Any], *, watched: str | None = None
+    ) -> None:
         self.origin = dict(origin)
         self.latest: dict[str, FloatArray] = {name: np.full(num_samples, np.nan, np.float32) for name in columns}
+        """`[samples]` each: the last measurement, or the estimate that it has become since."""
         self.step: IntArray = np.full(num_samples, -1, np.int64)
-        """`[samples]` optimizer step of the latest score; -1: never scored."""
+        """`[samples]` optimizer step of the last measurement; -1: never."""
+        self.times_scored: IntArray = np.zeros(num_samples, np.int64)
+        """`[samples]` how often it was measured."""
+        self.change: FloatArray = np.full(num_samples, np.nan, np.float16)
+        """`[samples]` how far the watched column's last measurement was from its estimate; NaN: fewer than two."""
+        self._watched = watched or next(iter(columns), None)
+        self.estimated: BoolArray = np.zeros(num_samples, bool)
+        """`[samples]` True where `latest` is a measurement carried on by the drift of others, not one of its own."""
+        self.observed = Observations(num_samples, columns)
+        """What training has shown since the last pass."""
         self.history: list[ScorePass] = []
         """The passes of this process; of those before a resume the latest numbers are in `latest`."""
         self.numerics: dict[str, str] = {}
@@ -54,36 +110,66 @@ class ScoreStore:
         """`(epoch, step)` of every pass of the run, those before a resume included: where the history stands."""
 
     def begin(self, *, epoch: int, step: int) -> None:
-        """Open a pass; what `write` brings from now on was taken at this step."""
-        blank = {name: np.full_like(values, np.nan) for name, values in self.latest.items()}
-        self.history.append(ScorePass(epoch=epoch, step=step, columns=blank))
+        """Open a pass with what was observed since the last; what `write` brings from now on was taken at `step`."""
+        self._before = {name: values.copy() for name, values in self.latest.items()}
+        self.history.append(ScorePass(num_samples=len(self.step), epoch=epoch, step=step))
         self.passes.append((epoch, step))
+        seen = self.observed.measured()
+        if len(seen.indices):
+            self._take_in(seen)
+            self.observed = Observations(len(self.step), list(self.latest))
 
     def write(self, indices: IntArray, columns: Mapping[str, FloatArray]) -> None:
         """Take in the numbers of some samples, as soon as they are known. `[len(indices)]` each."""
-        current = self.history[-1]
-        self.step[indices] = current.step
-        for name, values in columns.items():
-            self.latest[name][indices] = values
-            current.columns[name][indices] = values
+        step = np.full(len(indices), self.history[-1].step)
+        self._take_in(Measured(indices=indices, step=step, columns=columns))
+
+    def settle(self) -> None:
+        """Close the pass: what was not measured in it moves with the drift of what was."""
+        taken = self.history[-1]
+        which = taken.which
+        for name, values in self.latest.items():
+            old = self._before[name]
+            if name == self._watched:
+                moved = np.abs(values - old)
+                self.change = np.where(which & np.isfinite(moved), moved, self.change).astype(np.float16)
+            pairs = which & np.isfinite(old) & np.isfinite(values)
+            if pairs.any() and not which.all():
+                taken.drift[name] = _drift(old[pairs], values[pairs])
+                self.latest[name] = np.where(which, values, _drifted(values, taken.drift[name]))
+        self.times_scored += which
+        self.estimated = ~which & (self.estimated | ((self.step >= 0) & bool(taken.drift)))
+        del self._before
+
+    def _take_in(self, measured: Measured) -> None:
+        self.history[-1].measured.append(measured)
+        self.step[measured.indices] = measured.step
+        for name, values in measured.columns.items():
+            self.latest[name][measured.indices] = values
 
     def before(self, epoch: int) -> dict[str, FloatArray]:
-        """The latest numbers of the passes taken for epochs before this one, `[samples]` each; NaN without any."""
+        """The numbers that the plans of the epoch before this one went by, `[samples]` each; NaN without any."""
         columns = {name: np.full_like(values, np.nan) for name, values in self.latest.items()}
         for taken in self.history:
             if taken.epoch < epoch:
-                for name, values in taken.columns.items():
-                    columns[name] = np.where(np.isnan(values), columns[name], values)
+                measured, which = taken.columns, taken.which
+                for name, old in columns.items():
+                    carried = _drifted(old, taken.drift[name]) if name in taken.drift else old
+                    columns[name] = np.where(which, measured.get(name, carried), carried)
         return columns
 
     def state_dict(self) -> dict[str, Any]:
-        """Latest scores, their steps and the passes so far, as plain JSON values; see `load_state_dict`."""
+        """Everything but the history, as plain JSON values; see `load_state_dict`."""
         return {
             "origin": self.origin,
             "numerics": self.numerics,
             "passes": [list(taken) for taken in self.passes],
+            "estimated": pack(self.estimated),
             "step": pack(self.step),
+            "times_scored": pack(self.times_scored),
+            "change": pack(self.change),
             "latest": {name: pack(values) for name, values in self.latest.items()},
+            "observed": self.observed.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -99,32 +185,101 @@ class ScoreStore:
             )
         self.numerics = dict(state["numerics"])
         self.passes = [(epoch, step) for epoch, step in state["passes"]]
-        self.step = unpack(state["step"]).astype(np.int64)
+        self.estimated = unpack(state["estimated"])
+        self.step, self.times_scored = (unpack(state[name]).astype(np.int64) for name in ("step", "times_scored"))
+        self.change = unpack(state["change"])
         self.latest = {name: unpack(state["latest"][name]) for name in self.latest}
+        self.observed.load_state_dict(state["observed"])
 
     def to_table(self, **columns: pa.Array | Sequence[Any]) -> pa.Table:
-        """One row for each sample and pass: the given identifying columns, then `sample, epoch, step` and the scores.
-
-        The table's metadata holds the origin.
+        """One row for each measurement, by pass and sample: the given columns (`[samples]` each), `sample, epoch, step,
+        observed` and the scores. The table's metadata holds the origin.
         """
+        given = pa.table({"sample": pa.array(np.arange(len(self.step))), **columns})
         parts = []
         for taken in self.history:
-            scores = {name: pa.array(values, pa.float32()) for name, values in taken.columns.items()}
-            size = len(self.step)
-            parts.append(
-                pa.table(
-                    {
-                        "sample": pa.array(np.arange(size)),
-                        **columns,
-                        "epoch": pa.array(np.full(size, taken.epoch)),
-                        "step": pa.array(np.full(size, taken.step)),
-                        **scores,
-                    }
-                )
-            )
+            where = np.flatnonzero(taken.which)
+            step, observed = np.empty(len(self.step), np.int64), np.empty(len(self.step), bool)
+            for some in taken.measured:
+                step[some.indices], observed[some.indices] = some.step, some.observed
+            rows = given.take(pa.array(where))
+            for name, values in (
+                ("epoch", np.full(len(where), taken.epoch)),
+                ("step", step[where]),
+                ("observed", observed[where]),
+                *((name, values[where]) for name, values in taken.columns.items()),
+            ):
+                rows = rows.append_column(name, pa.array(values))
+            parts.append(rows)
         described = {**self.origin, **self.numerics}
         metadata = {f"distill_sampler.{name}": str(value) for name, value in described.items()}
-        return pa.concat_tables(parts).replace_schema_metadata(metadata)
+        return pa.concat_tables(parts).replace_schema_metadata(metadata) if parts else given
+
+
+class Observations:
+    """What the forwards of training have shown of samples, the latest of each.
+
+    Args:
+        num_samples: rows of the data set.
+        columns: names of the numbers.
+    """
+
+    def __init__(self, num_samples: int, columns: Sequence[str]) -> None:
+        self.step: IntArray = np.full(num_samples, -1, np.int64)
+        """`[samples]` optimizer steps the student had taken; -1: not observed."""
+        self.columns: dict[str, FloatArray] = {name: np.full(num_samples, np.nan, np.float32) for name in columns}
+        """`[samples]` each, float32; NaN where not observed."""
+
+    def write(self, indices: IntArray, columns: Mapping[str, FloatArray], *, step: int) -> None:
+        """Take in the numbers of some samples, `[len(indices)]` each."""
+        self.step[indices] = step
+        for name, values in columns.items():
+            self.columns[name][indices] = values
+
+    def merge(self, ranks: Ranks) -> None:
+        """Give every process what the others have seen: of each sample the latest; if several saw it in one step, the
+        mean of it."""
+        if ranks.world_size == 1:
+            return
+        latest = ranks.largest(self.step)
+        seen = latest >= 0
+        ours = seen & (self.step == latest)
+        rows = np.zeros((len(latest), len(self.columns) + 1))
+        rows[ours, -1] = 1
+        for place, values in enumerate(self.columns.values()):
+            rows[ours, place] = values[ours]
+        rows = ranks.total(rows)
+        self.step = latest
+        for place, name in enumerate(self.columns):
+            self.columns[name] = np.full(len(latest), np.nan, np.float32)
+            self.columns[name][seen] = rows[seen, place] / rows[seen, -1]
+
+    def measured(self) -> Measured:
+        """All of them, as measurements."""
+        indices = np.flatnonzero(self.step >= 0)
+        columns = {name: values[indices] for name, values in self.columns.items()}
+        return Measured(indices=indices, step=self.step[indices], columns=columns, observed=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": pack(self.step), **{name: pack(values) for name, values in self.columns.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step = unpack(state["step"]).astype(np.int64)
+        self.columns = {name: unpack(state[name]) for name in self.columns}
+
+
+def _drift(old: FloatArray, new: FloatArray) -> tuple[float, float]:
+    """`(a, b)` of the least squares line `new ≈ a + b · old`; b is not negative, so that it keeps who is better."""
+    x, y = old.astype(np.float64), new.astype(np.float64)
+    shift, spread = y.mean() - x.mean(), x.var()
+    if len(x) < _FIT_FROM or spread == 0:
+        return float(shift), 1.0
+    b = max(0.0, float(((x - x.mean()) * (y - y.mean())).mean() / spread))
+    return float(y.mean() - b * x.mean()), b
+
+
+def _drifted(values: FloatArray, drift: tuple[float, float]) -> FloatArray:
+    return (drift[0] + drift[1] * values.astype(np.float64)).astype(np.float32)
 
 
 def differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str:

@@ -78,7 +78,8 @@ class Forward:
         self._chunk = chunk_for(student.config.get_text_config().vocab_size)
         self.device = next(model.parameters()).device
         self._dtype = torch.float32  # what the body computes in: seen by the probe
-        self._transform = self._probe(type(student).__name__)
+        self.transform = self._probe(type(student).__name__)
+        """What the model does to its logits after the head; None: something that cannot be described so."""
         self._plain_head: tuple[Tensor, Project] | None = None
         weight = self._head.weight if self._is_plain else None
         # a weight that is sharded outside of a forward is so to save memory: a whole copy would undo that
@@ -141,7 +142,7 @@ class Forward:
             input_ids[row, longest - len(prompt) :] = prompt
         place = np.arange(longest) - (longest - lengths[:, None])
         mask = torch.from_numpy((place >= 0).astype(np.int64)).to(self.device)
-        with _forward_of(self._head, lambda hidden: hidden.new_zeros(*hidden.shape[:-1], 1)):
+        with forward_of(self._head, lambda hidden: hidden.new_zeros(*hidden.shape[:-1], 1)):
             output = self._model(
                 input_ids=torch.from_numpy(input_ids).to(self.device),
                 attention_mask=mask,
@@ -175,7 +176,7 @@ class Forward:
     @property
     def numerics(self) -> dict[str, str]:
         """What, besides the weights, decides the numbers beyond rounding in the last bits."""
-        if self._transform is None:
+        if self.transform is None:
             head = "logits as the model returns them"
         elif self._is_plain:
             head = "float32 product"
@@ -206,7 +207,7 @@ class Forward:
                 impl=self._impl,
             )
 
-        if self._transform is None:  # the model's own logits; the head is the original
+        if self.transform is None:  # the model's own logits; the head is the original
             return stats(self._model(input_ids=tokens, **inputs).logits, _own_logits)
         result: list[dict[str, Tensor]] = []
         original = self._head.forward
@@ -216,19 +217,19 @@ class Forward:
                 result.append(stats(hidden, self._project(original)))
             return hidden.new_zeros(*hidden.shape[:-1], 1)
 
-        with _forward_of(self._head, reduce):
+        with forward_of(self._head, reduce):
             self._model(input_ids=tokens, **inputs)
         return result[0]
 
     def _project(self, original: Callable[[Tensor], Tensor]) -> Project:
         """The head, to be called inside a forward: only there a sharded weight is whole."""
-        assert self._transform is not None
+        assert self.transform is not None
         if not self._is_plain:
-            return module(original, self._transform)
+            return module(original, self.transform)
         weight: Tensor = self._head.weight  # type: ignore[assignment]
         if self._plain_head is None or self._plain_head[0] is not weight:
             bias: Tensor | None = self._head.bias  # type: ignore[assignment]
-            self._plain_head = weight, linear(weight, bias, self._transform, upcast=self._upcast)
+            self._plain_head = weight, linear(weight, bias, self.transform, upcast=self._upcast)
         return self._plain_head[1]
 
     def _probe(self, name: str) -> LogitTransform | None:
@@ -244,7 +245,7 @@ class Forward:
             self._dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
             return shown.expand(*hidden.shape[:-1], -1)
 
-        with _forward_of(self._head, show):
+        with forward_of(self._head, show):
             # two tokens, because a model may drop or treat the last position specially
             seen = self._model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.device), use_cache=False)
         seen = seen.logits[0, 0].float()
@@ -325,7 +326,7 @@ def unwrap(model: nn.Module) -> Any:
 
 
 @contextmanager
-def _forward_of(head: nn.Module, forward: Any) -> Iterator[None]:
+def forward_of(head: nn.Module, forward: Any) -> Iterator[None]:
     """Swap a module's `forward` on the instance: hooks that gather sharded weights still run."""
     before = head.__dict__.get("forward")
     head.forward = forward

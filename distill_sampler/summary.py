@@ -32,9 +32,31 @@ class TeacherRow:
     """By metric: the *group* score of its candidates with a score; NaN without any."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScoringSummary:
+    """What it took to know the scores that a plan was made by, and how old they are."""
+
+    samples: int
+    """Scored for it."""
+    observed: int
+    """Seen in training since the last pass."""
+    estimated: int
+    """Candidates whose scores are older, moved by the drift of the others."""
+    tokens: int
+    """That went through the student."""
+    seconds: float
+    share: float
+    """Of the run's time so far that scoring took, the first pass left out."""
+    age_median: float
+    """Optimizer steps since a candidate's scores were measured."""
+    age_max: int
+    non_finite: IntArray
+    """Candidates left out because the student's logits for them were NaN or infinite."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EpochSummary:
-    """The numbers of one epoch's plan and of the scoring it came from."""
+    """The numbers of one plan of an epoch and of the scoring it came from."""
 
     epoch: int
     step: int
@@ -50,10 +72,7 @@ class EpochSummary:
     """By metric: mean over all scored candidates, mean over the plan."""
     teachers: Sequence[TeacherRow]
     """Empty if the data set does not name teachers. Most chosen first."""
-    scoring_seconds: float
-    scoring_tokens: int
-    non_finite: int
-    """Samples left out because the student's logits for them were NaN or infinite."""
+    scoring: ScoringSummary
     notes: Sequence[str]
     """Sentences that a person should read."""
 
@@ -62,9 +81,15 @@ class EpochSummary:
         numbers: dict[str, float] = {
             "effective_sample_size": self.effective_sample_size,
             "distinct_samples": self.distinct,
-            "non_finite_samples": self.non_finite,
-            "scoring_seconds": round(self.scoring_seconds, 3),
-            "scoring_tokens_per_second": round(self.scoring_tokens / max(self.scoring_seconds, 1e-9), 1),
+            "non_finite_samples": len(self.scoring.non_finite),
+            "scored_samples": self.scoring.samples,
+            "observed_samples": self.scoring.observed,
+            "estimated_samples": self.scoring.estimated,
+            "score_age_median": self.scoring.age_median,
+            "score_age_max": self.scoring.age_max,
+            "scoring_seconds": round(self.scoring.seconds, 3),
+            "scoring_tokens_per_second": round(self.scoring.tokens / max(self.scoring.seconds, 1e-9), 1),
+            "scoring_share_of_run": round(self.scoring.share, 4),
             # loggers keep float32: the first 24 bits are the most that survives exactly
             "plan_hash": int(self.plan_fingerprint[:6], 16),
         }
@@ -81,10 +106,18 @@ class EpochSummary:
         title.append(
             f"  {self.num_samples} of {self.candidates} candidates, plan {self.plan_fingerprint}", style="none"
         )
-        if self.scoring_tokens:
-            rate = self.scoring_tokens / max(self.scoring_seconds, 1e-9)
+        scoring = self.scoring
+        if scoring.tokens:
+            rate = scoring.tokens / max(scoring.seconds, 1e-9)
             title.append(
-                f"\nscored {self.scoring_tokens:,} tokens in {self.scoring_seconds:.1f} s ({rate:,.0f} tokens/s)",
+                f"\nscored {scoring.samples:,} samples, {scoring.tokens:,} tokens, in {scoring.seconds:.1f} s "
+                f"({rate:,.0f} tokens/s)",
+                style="dim",
+            )
+        if scoring.age_max:
+            title.append(
+                f"\nscores are up to {scoring.age_max} steps old, half of them {scoring.age_median:.0f} or less; "
+                f"{scoring.observed:,} seen in training, {scoring.estimated:,} estimated",
                 style="dim",
             )
         table = Table(box=None, pad_edge=False, header_style="dim")
@@ -122,9 +155,7 @@ def summarise(
     teacher: Column | None,
     scorable: IntArray,
     num_scored: IntArray,
-    scoring_seconds: float,
-    scoring_tokens: int,
-    non_finite: int,
+    scoring: ScoringSummary,
     notes: Sequence[str],
 ) -> EpochSummary:
     """Put an epoch's numbers together. Arrays are indexed by sample; `scorable` lists the candidates."""
@@ -157,9 +188,7 @@ def summarise(
         effective_sample_size=effective_sample_size(plan),
         mean_scores=mean_scores,
         teachers=tuple(rows),
-        scoring_seconds=scoring_seconds,
-        scoring_tokens=scoring_tokens,
-        non_finite=non_finite,
+        scoring=scoring,
         notes=tuple(notes),
     )
 

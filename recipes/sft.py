@@ -17,7 +17,7 @@ from datasets import load_dataset
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from distill_sampler import Curriculum, attach
-from distill_sampler.cli.expressions import parse_metrics, parse_policies
+from distill_sampler.cli.expressions import parse_metrics, parse_policies, parse_rescore
 
 
 @dataclass
@@ -30,6 +30,8 @@ class CurriculumArguments:
         default_factory=lambda: ["BestOf(rank_surprisal_ratio, per=prompt_id)", "Shuffle()"],
         metadata={"help": "Policies, applied in this order."},
     )
+    rescore: str = field(default="Rescore()", metadata={"help": "When the student scores again, and whom."})
+    observe: bool = field(default=False, metadata={"help": "Take scores from the forwards of training, too."})
     num_samples: int | None = field(default=None, metadata={"help": "Length of an epoch, if it should not be found."})
     curriculum: str | None = field(
         default=None, metadata={"help": "module:function that returns a Curriculum, instead of metrics and policies."}
@@ -43,6 +45,8 @@ def make_curriculum(chosen: CurriculumArguments, seed: int) -> Curriculum:
     return Curriculum(
         metrics=parse_metrics(chosen.metrics),
         policies=parse_policies(chosen.policy),
+        rescore=parse_rescore(chosen.rescore),
+        observe=chosen.observe,
         num_samples=chosen.num_samples,
         seed=seed,
     )

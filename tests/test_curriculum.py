@@ -154,8 +154,9 @@ def test_scores_come_out_as_a_table_with_their_origin(dataset: ScoredDataset, mo
     curriculum = bound(dataset)
     curriculum.start_epoch(0, model)
     curriculum.start_epoch(1, model, step=3)
+    columns = ["mean_rank", "mean_surprisal", RSR]
     table = curriculum.store.to_table(teacher=list(dataset.rows["teacher"]))  # type: ignore[attr-defined]
-    assert table.column_names == ["sample", "teacher", "epoch", "step", "mean_rank", "mean_surprisal", RSR]
+    assert table.column_names == ["sample", "teacher", "epoch", "step", "observed", *columns]
     assert table.num_rows == 36
     assert table["step"].to_pylist() == [0] * 18 + [3] * 18
     assert table.schema.metadata[b"distill_sampler.dataset"].decode() == dataset.fingerprint

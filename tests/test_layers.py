@@ -13,8 +13,8 @@ PACKAGE = Path(distill_sampler.__file__).parent
 LAYERS = [
     {"types"},
     {"_hash", "steps", "token_stats", "_triton", "metrics", "policies"},
-    {"dataset", "store", "sampler", "distributed", "journal"},
-    {"student", "scorer", "summary"},
+    {"dataset", "store", "rescore", "sampler", "distributed", "journal"},
+    {"student", "scorer", "observer", "summary"},
     {"curriculum"},
     {"integrations"},
     {"cli", "report"},

@@ -69,6 +69,8 @@ Config = Annotated[
 ]
 TeacherColumn = Annotated[str | None, typer.Option(help="Column that says who wrote a response.")]
 GroupColumn = Annotated[str | None, typer.Option(help="Column that says which rows answer the same prompt.")]
+DomainColumn = Annotated[str | None, typer.Option(help="Column that says what kind of task a prompt is.")]
+CorrectColumn = Annotated[str | None, typer.Option(help="Column that says whether a response is correct.")]
 
 
 @app.callback()
@@ -141,6 +143,7 @@ def score(
     group_column: GroupColumn = None,
     teacher_column: TeacherColumn = None,
     split: Annotated[str, typer.Option(help="Of a saved data set, or one on the hub.")] = "train",
+    subset: Annotated[str | None, typer.Option(help="Of a data set on the hub that has several.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="No chat template: prompt and response as they are.")] = False,
     chat_template: Annotated[Path | None, typer.Option(help="File with a chat template to use instead.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens after which a row is cut off.")] = None,
@@ -152,10 +155,12 @@ def score(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Of a model on the hub.")] = None,
     lora: Annotated[Path | None, typer.Option(help="Adapter to put on the model.")] = None,
+    prompts: Annotated[
+        int | None, typer.Option(min=1, help="Score the candidates of so many prompts only, the first ones.")
+    ] = None,
     traces: Annotated[
         int, typer.Option(min=0, help="Prompts (the first ones) whose candidates are kept token by token.")
     ] = 30,
-    limit: Annotated[int | None, typer.Option(min=1, help="Candidates to read at most.")] = None,
     on_error: Annotated[OnError, typer.Option(help="What to do about a row that cannot be used.")] = OnError.stop,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over, whatever is there.")] = False,
     config: Config = None,
@@ -183,6 +188,7 @@ def score(
                     teacher=teacher_column,
                 ),
                 split=split,
+                subset=subset,
                 plain=plain,
                 chat_template=chat_template,
                 max_length=max_length,
@@ -193,7 +199,7 @@ def score(
                 revision=revision,
                 lora=lora,
                 traces=traces,
-                limit=limit,
+                prompts=prompts,
                 on_error=on_error.value,
                 overwrite=overwrite,
             )
@@ -206,6 +212,8 @@ def teachers(
     metric: Annotated[str | None, typer.Option(help="The metric that ranks.")] = None,
     teacher_column: TeacherColumn = None,
     group_column: GroupColumn = None,
+    domain_column: DomainColumn = None,
+    correct_column: CorrectColumn = None,
     epoch: Annotated[int | None, typer.Option(help="Which pass of a run; the last if left out.")] = None,
     shared_prompts: Annotated[
         bool, typer.Option("--shared-prompts", help="Compare on the prompts that all teachers answered.")
@@ -216,7 +224,16 @@ def teachers(
     with refusals():
         from distill_sampler.cli.teachers import run
 
-        run(scores, metric=metric, teacher=teacher_column, group=group_column, epoch=epoch, shared=shared_prompts)
+        run(
+            scores,
+            metric=metric,
+            epoch=epoch,
+            shared=shared_prompts,
+            teacher=teacher_column,
+            group=group_column,
+            domain=domain_column,
+            correct=correct_column,
+        )
 
 
 @app.command()
@@ -230,6 +247,8 @@ def report(
     title: Annotated[str | None, typer.Option(help="Of the page.")] = None,
     teacher_column: TeacherColumn = None,
     group_column: GroupColumn = None,
+    domain_column: DomainColumn = None,
+    correct_column: CorrectColumn = None,
     seed: Annotated[int, typer.Option(help="Of the policies.")] = 0,
     config: Config = None,
 ) -> None:
@@ -247,6 +266,8 @@ def report(
             metric=metric,
             teacher=teacher_column,
             group=group_column,
+            domain=domain_column,
+            correct=correct_column,
         )
         typer.echo(f"{output} ({output.stat().st_size / 1e6:.1f} MB): open it in a browser.")
 

@@ -101,6 +101,11 @@ class Candidate:
         return _hash([self.messages, self.first])
 
     @property
+    def prompt_hash(self) -> int:
+        """64 bits of what was asked: equal for candidates that can be compared."""
+        return _hash(_asked(self.messages, self.first))
+
+    @property
     def prompt_text(self) -> str:
         """What the user asked first, for a person."""
         return next((str(message["content"]) for message in self.messages if message["role"] == "user"), "")
@@ -199,17 +204,21 @@ def _candidate(
         raise ValueError("no message is by the assistant, so there is no response")
     if not any(str(message["content"] or "").strip() for message in said):
         raise ValueError("the response is empty")
-    asked = next(number for number, m in enumerate(messages) if m["role"] == "assistant")
     return Candidate(
         where=where,
         messages=messages,
         first=first,
         as_text=as_text,
-        group=f"{_hash(messages[: first or asked]):016x}" if group in _UNSAID else str(group),
+        group=f"{_hash(_asked(messages, first)):016x}" if group in _UNSAID else str(group),
         teacher=None if teacher in _UNSAID else str(teacher),
         tools=tools,
         extra=extra,
     )
+
+
+def _asked(messages: list[Message], first: int) -> list[Message]:
+    """The messages before the response; of a whole conversation those before the assistant's first turn."""
+    return messages[: first or next(number for number, m in enumerate(messages) if m["role"] == "assistant")]
 
 
 def _conversation(value: Any, name: str | None) -> list[Message]:

@@ -9,8 +9,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import disable_progress_bars
 from peft import LoraConfig
 from rich.console import Console
@@ -22,6 +20,7 @@ from trl import SFTConfig, SFTTrainer
 
 from distill_sampler import BestOf, Curriculum, GlobalNaturalness, RankSurprisalRatio, Shuffle, attach
 from distill_sampler.cli.demo_parts import candidates, fastest_dtype, student_folder
+from distill_sampler.integrations.run_folder import save_run
 from distill_sampler.report.page import write_report
 from distill_sampler.summary import PREFIX
 
@@ -90,30 +89,14 @@ def run(*, prompts: int, max_length: int, epochs: int, output: Path, full: bool,
     curriculum.score(trainer.model_wrapped, epoch=epochs, step=trainer.state.global_step)
 
     say.print(f"[bold]5/5[/] Writing {output}/")
-    _write(trainer, curriculum, rows, output)
+    _write(trainer, curriculum, output)
     _show(say, curriculum, rows)
     _figures(say, trainer, curriculum, time.perf_counter() - started)
 
 
-def _write(trainer: SFTTrainer, curriculum: Curriculum, rows: Any, output: Path) -> None:
+def _write(trainer: SFTTrainer, curriculum: Curriculum, output: Path) -> None:
     trainer.save_model(str(output / "model"))
-    identity = {name: pa.array(rows[name]) for name in ("prompt_id", "teacher", "category")}
-    scores = curriculum.store.to_table(**identity, num_tokens=curriculum.dataset.num_scored)
-    pq.write_table(scores, output / "scores.parquet")
-    plans = [
-        pa.table(
-            {
-                "epoch": [epoch] * len(plan),
-                "position": list(range(len(plan))),
-                "sample": plan.indices,
-                "prompt_id": [rows["prompt_id"][index] for index in plan.indices.tolist()],
-                "teacher": [rows["teacher"][index] for index in plan.indices.tolist()],
-                "weight": plan.weights,
-            }
-        )
-        for epoch, plan in enumerate(curriculum.plans)
-    ]
-    pq.write_table(pa.concat_tables(plans), output / "plans.parquet")
+    save_run(curriculum, output)
     write_report(output, output / "scores.html", title="SmolLM2-135M-Instruct reads four teachers")
 
 
@@ -149,8 +132,8 @@ def _show(say: Console, curriculum: Curriculum, rows: Any) -> None:
 def _figures(say: Console, trainer: SFTTrainer, curriculum: Curriculum, seconds: float) -> None:
     name = f"{PREFIX}scoring_share"
     shares = [line[name] for line in trainer.state.log_history if name in line]
-    tokens = sum(summary.scoring_tokens for summary in curriculum.summaries)
-    scoring = sum(summary.scoring_seconds for summary in curriculum.summaries)
+    tokens = sum(summary.scoring.tokens for summary in curriculum.summaries)
+    scoring = sum(summary.scoring.seconds for summary in curriculum.summaries)
     say.print(f"wall time            {seconds:.0f} s")
     say.print(f"scoring throughput   {tokens / scoring:,.0f} tokens/s")
     say.print(f"scoring share        {', '.join(f'{share:.0%}' for share in shares)} of each epoch's time")

@@ -13,6 +13,7 @@ from typing import Any
 
 from distill_sampler import metrics as metrics_package
 from distill_sampler import policies as policies_package
+from distill_sampler.rescore import Rescore
 from distill_sampler.types import Metric, Policy, unknown_name
 
 
@@ -61,6 +62,19 @@ def parse_metrics(text: str, **settings: Any) -> list[Metric]:
         else:
             made.append(_value(node, classes, text, "metric"))
     return made
+
+
+def parse_rescore(text: str) -> Rescore:
+    """`"Rescore(every_steps=200, fraction=0.1)"` as a budget.
+
+    Raises:
+        ValueError: it is none, or its arguments are wrong.
+    """
+    nodes = _parsed(text, "--rescore")
+    found = _value(nodes[0], {"Rescore": Rescore}, text, "budget") if len(nodes) == 1 else None
+    if not isinstance(found, Rescore):
+        raise ValueError(f"--rescore {text}: write it like 'Rescore(every_steps=200, fraction=0.1)'.")
+    return found
 
 
 def known_metrics(columns: Sequence[str], told: Sequence[str] = ()) -> dict[str, Metric]:

@@ -36,6 +36,7 @@ from distill_sampler import Scorer, __version__
 from distill_sampler.cli.candidates import Candidate, Layout, read_candidates
 from distill_sampler.cli.encoding import Encoded, Encoder
 from distill_sampler.cli.expressions import parse_metrics
+from distill_sampler.cli.outputs import require_writable
 from distill_sampler.cli.sources import Bad, Sources
 from distill_sampler.cli.student import Student, load_student, pick_device
 from distill_sampler.dataset import ScoredDataset, response_mask
@@ -43,6 +44,7 @@ from distill_sampler.distributed import Ranks
 from distill_sampler.integrations.transformers import end_token_ids
 from distill_sampler.metrics._response import response_view
 from distill_sampler.metrics._tokenizer import with_tokenizer
+from distill_sampler.report.scores import TRACE_COLUMNS
 from distill_sampler.scorer import columns_of
 from distill_sampler.token_stats import fastest
 from distill_sampler.types import FloatArray, Metric, Sample, TokenStats, View
@@ -54,7 +56,10 @@ BATCHES_PER_CHUNK = 8
 ROWS_PER_READ = 64
 """Candidates that are tokenised together; a chunk is a whole number of these."""
 MAX_ROWS = 4096
-ROW_GROUP = 1 << 16
+ROW_GROUP = 1 << 14
+"""Rows of the output that are held together, and their numbers compressed together, when the parts are joined."""
+SUMMARY_ROWS = 200_000
+"""A longer file's leaderboard is left to `teachers`: ranking holds every sample's numbers."""
 Read = tuple[Candidate, Encoded, bool]
 """A candidate, its tokens, and whether what the student makes of each is kept."""
 SHOWN_BAD = 5
@@ -71,6 +76,8 @@ class Options:
     metrics: str = "rank_surprisal_ratio,global_naturalness"
     layout: Layout = field(default_factory=Layout)
     split: str = "train"
+    subset: str | None = None
+    """Of a data set on the hub."""
     revision: str | None = None
     lora: Path | None = None
     chat_template: Path | None = None
@@ -85,8 +92,8 @@ class Options:
     """Prompts whose candidates are kept token by token, for the report."""
     on_error: Literal["skip", "stop"] = "stop"
     overwrite: bool = False
-    limit: int | None = None
-    """Candidates to read at most."""
+    prompts: int | None = None
+    """Prompts, the first ones, whose candidates are scored; None: all."""
 
 
 def run(options: Options) -> None:
@@ -100,10 +107,10 @@ def run(options: Options) -> None:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     device = pick_device(options.device)
     ranks = _join(device)
-    say = Console(stderr=True, quiet=ranks.rank > 0)
-    sources = Sources(options.data, split=options.split)
+    say = Console(stderr=True, quiet=ranks.rank > 0, soft_wrap=True)
+    sources = Sources(options.data, split=options.split, subset=options.subset)
     metrics = parse_metrics(options.metrics, rank_clip=options.rank_clip)
-    _require_writable(options.output)
+    require_writable(options.output, ".parquet")
     _require_lengths(options)
     student = load_student(
         options.model,
@@ -121,12 +128,14 @@ def run(options: Options) -> None:
         "dtype": student.dtype,
         "metrics": [repr(metric) for metric in metrics],
         "data": sources.describe(),
+        "split": options.split,
+        "subset": options.subset,
         "columns": _said(options.layout),
         "template": "plain" if options.plain else _digest(student.tokenizer.chat_template or ""),
         "max_length": options.max_length,
         "batch_tokens": batch_tokens,
         "traces": options.traces,
-        "limit": options.limit,
+        "prompts": options.prompts,
     }
     parts = Parts(options.output, settings, overwrite=options.overwrite, ranks=ranks)
     if parts.complete:
@@ -167,7 +176,8 @@ class Job:
         vocabulary = student.model.config.get_text_config().vocab_size
         self.impl = fastest(next(student.model.parameters()).device, sources.size // 4 * vocabulary)
         self.ends = end_token_ids(student.tokenizer, student.model)
-        self.kept_groups: set[str] = set()
+        self.of_scored_prompts = _OfTheFirst(options.prompts)
+        self.of_kept_prompts = _OfTheFirst(options.traces)
         self.kinds: dict[str, pa.DataType] | None = None
         """Of the columns that are carried along; settled by the first chunk."""
         if parts.schema is not None:
@@ -214,6 +224,8 @@ class Job:
         for item in read_candidates(self.sources, self.options.layout, self._announce):
             if isinstance(item, Bad):
                 self._refuse(item)
+            elif not self.of_scored_prompts(item):
+                continue
             elif reason := _misfit(item, self.kinds):
                 self._refuse(Bad(where=item.where, reason=reason))
             else:
@@ -242,9 +254,9 @@ class Job:
         limit = BATCHES_PER_CHUNK * self.batch_tokens * self.ranks.world_size
         chunk: list[Read] = []
         tokens, done, position = 0, self.parts.rows, 0
-        stream = itertools.islice(self._candidates(), self.options.limit)
+        stream = self._candidates()
         while several := list(itertools.islice(stream, ROWS_PER_READ)):
-            keep = [self._keep(candidate) for candidate in several]
+            keep = [self.of_kept_prompts(candidate) for candidate in several]
             skip = min(max(done - position, 0), len(several))
             position += len(several)
             if skip == len(several):
@@ -258,11 +270,6 @@ class Job:
                 chunk, tokens, self.read_before = [], 0, self.sources.position
         if chunk:
             yield chunk
-
-    def _keep(self, candidate: Candidate) -> bool:
-        if len(self.kept_groups) < self.options.traces:
-            self.kept_groups.add(candidate.group)
-        return candidate.group in self.kept_groups
 
     def _encode(self, candidates: Sequence[Candidate]) -> list[Encoded]:
         if self.encoder is None:
@@ -314,6 +321,7 @@ class Job:
             "num_tokens": pa.array(counts, pa.int32()),
             "length": pa.array(np.diff(offsets), pa.int32()),
             "content_hash": pa.array([candidate.content_hash for candidate, _, _ in chunk], pa.uint64()),
+            "prompt_hash": pa.array([candidate.prompt_hash for candidate, _, _ in chunk], pa.uint64()),
             **{name: pa.array(values, pa.float32()) for name, values in columns.items()},
         }
         for name, values in numbers.items():
@@ -400,7 +408,6 @@ class Job:
             "columns": layout,
             "layout": _said(self.layout),
             "template": "chat" if self.encoder is None or self.encoder.template else "plain",
-            "split": self.options.split,
             "on_error": self.options.on_error,
             "paths": [str(Path(name).resolve()) if Path(name).exists() else name for name in self.options.data],
         }
@@ -413,26 +420,36 @@ class Job:
             )
         encoder = self.encoder
         for number, what in (
-            (self.bad, "bad rows were left out"),
-            (self.cut, "candidates have no score: --max-length cut off all of their response"),
-            (self.non_finite, "candidates have no score: the student's logits for them are NaN or infinite"),
+            (self.bad, "bad rows, left out"),
+            (self.cut, "candidates without a score because --max-length cut off all of their response"),
+            (self.non_finite, "candidates without a score because the student's logits for them are NaN or infinite"),
+            (encoder.lost_turns if encoder else 0, "earlier turns not scored because the template rewrites them"),
             (
-                encoder.lost_turns if encoder else 0,
-                "earlier turns are not scored: the template rewrites them",
+                _duplicates(self.options.output) if self.ranks.rank == 0 else 0,
+                "candidates that repeat another word for word, and count as often as they stand in the data",
             ),
         ):
             if number:
-                self.say.print(f"[yellow]note:[/] {number:,} {what}.")
-        duplicates = _duplicates(self.options.output) if self.ranks.rank == 0 else 0
-        if duplicates:
-            self.say.print(
-                f"[yellow]note:[/] {duplicates:,} candidates repeat another word for word, prompt and response; "
-                "they count as often as they stand in the data."
-            )
+                self.say.print(f"[yellow]note:[/] {what}: {number:,}.")
 
 
-_OWN = ("num_tokens", "length", "content_hash", "prompt_text", "tokens", "token_ranks", "token_surprisals")
+_OWN = ("num_tokens", "length", "content_hash", "prompt_hash", *TRACE_COLUMNS)
 """Columns of ours, which a column of the data cannot be called."""
+
+
+class _OfTheFirst:
+    """Whether a candidate is of one of the first `number` prompts; of any for None."""
+
+    def __init__(self, number: int | None) -> None:
+        self._number = number
+        self._groups: set[str] = set()
+
+    def __call__(self, candidate: Candidate) -> bool:
+        if self._number is None:
+            return True
+        if len(self._groups) < self._number:
+            self._groups.add(candidate.group)
+        return candidate.group in self._groups
 
 
 @dataclass(frozen=True)
@@ -559,7 +576,7 @@ class Parts:
         paths = self._paths()
         digest = hashlib.blake2b(digest_size=8)
         for path in paths:
-            digest.update(pq.read_table(path, columns=["content_hash"])["content_hash"].to_numpy().tobytes())
+            digest.update(_read(path, ["content_hash"])["content_hash"].to_numpy().tobytes())
         told = {**metadata, "dataset": digest.hexdigest(), "settings": self.settings}
         entries = {METADATA + k.encode(): v if isinstance(v, str) else json.dumps(v) for k, v in told.items()}
         unfinished = self.output.with_name(self.output.name + ".unfinished")
@@ -567,12 +584,18 @@ class Parts:
         with pq.ParquetWriter(unfinished, schema, compression="zstd") as writer:
             waiting: list[pa.Table] = []
             for path in paths:
-                waiting.append(pq.read_table(path))
+                waiting.append(_read(path))
                 if sum(table.num_rows for table in waiting) >= ROW_GROUP or path == paths[-1]:
                     writer.write_table(pa.concat_tables(waiting).replace_schema_metadata(entries))
                     waiting = []
         unfinished.rename(self.output)
         shutil.rmtree(self.folder)
+
+
+def _read(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """A small file at once. `read_table` would start threads, whose memory stays with the process."""
+    with pq.ParquetFile(path) as file:
+        return file.read(columns, use_threads=False)
 
 
 def _settings_of(output: Path) -> dict[str, Any]:
@@ -590,22 +613,6 @@ def _write_aside(path: Path, content: bytes) -> None:
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_bytes(content)
     unfinished.rename(path)
-
-
-def _require_writable(output: Path) -> None:
-    if output.suffix != ".parquet":
-        raise ValueError(f"--output {output}: scores are a Parquet file; give a name that ends in .parquet.")
-    if output.is_dir():
-        raise ValueError(
-            f"--output {output} is a folder; give the name of a file in it, such as {output / 'scores.parquet'}."
-        )
-    probe = output.with_name(f".{output.name}.{os.getpid()}.probe")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"--output {output} cannot be written ({error.strerror}); choose another place.") from None
 
 
 def _require_lengths(options: Options) -> None:
@@ -645,8 +652,15 @@ def _misfit(candidate: Candidate, kinds: Mapping[str, pa.DataType] | None) -> st
 
 
 def _duplicates(output: Path) -> int:
-    hashes = np.sort(pq.read_table(output, columns=["content_hash"])["content_hash"].to_numpy())
-    return int((hashes[1:] == hashes[:-1]).sum())
+    """Candidates whose content another one before them has. A share of the hashes at a time, so that memory stays."""
+    count = 0
+    with pq.ParquetFile(output) as file:
+        shares = 1 + file.metadata.num_rows // (1 << 18)
+        for share in range(shares):
+            batches = (batch["content_hash"].to_numpy() for batch in file.iter_batches(columns=["content_hash"]))
+            hashes = np.concatenate([values[values % shares == share] for values in batches])
+            count += len(hashes) - len(np.unique(hashes))
+    return count
 
 
 def _join(device: torch.device) -> Ranks:
@@ -661,4 +675,4 @@ def _join(device: torch.device) -> Ranks:
 def _show(output: Path, say: Console) -> None:
     from distill_sampler.cli.teachers import summary
 
-    summary(output, say)
+    summary(output, say, ranked=pq.read_metadata(output).num_rows <= SUMMARY_ROWS)

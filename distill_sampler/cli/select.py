@@ -21,6 +21,7 @@ from rich.console import Console
 
 from distill_sampler.cli.candidates import Candidate, Layout, read_candidates
 from distill_sampler.cli.expressions import parse_policies
+from distill_sampler.cli.outputs import require_writable
 from distill_sampler.cli.sources import Bad, Sources
 from distill_sampler.report.scores import Scores
 from distill_sampler.report.selection import Selection, select, short
@@ -38,15 +39,15 @@ def run(
     Raises:
         ValueError: a policy does not fit the scores, the data is not there or has changed, `output` cannot be written.
     """
-    say = Console(stderr=True)
-    if not output.name.endswith((".jsonl", ".parquet")):
-        raise ValueError(f"--output {output}: give a name that ends in .jsonl or .parquet.")
+    say = Console(stderr=True, soft_wrap=True)
+    require_writable(output, ".jsonl", ".parquet")
     scores = Scores.open(path)
     selection = select(scores, parse_policies(policies), seed=seed, epoch=epoch)
     where = list(data) or json.loads(scores.metadata.get("paths", "[]"))
     if not where:
         raise ValueError(f"{path} does not say where its data lies; name it with --data.")
-    sources = Sources(where, split=scores.metadata.get("split", "train"))
+    subset = json.loads(scores.metadata.get("subset", "null"))
+    sources = Sources(where, split=scores.metadata.get("split", "train"), subset=subset)
     told = json.loads(scores.metadata.get("layout", "{}"))
     layout = Layout(**{part.name: told.get(part.name) for part in fields(Layout)})
     plan = selection.plan
@@ -55,12 +56,8 @@ def run(
     unfinished = output.with_name(output.name + ".unfinished")
     with tempfile.TemporaryFile() as kept:
         places = _keep(read_candidates(sources, layout), selection.pool.content_hash, wanted, kept, scores, path)
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            _write(_rows(selection, kept, places), unfinished, parquet=output.suffix == ".parquet")
-            unfinished.rename(output)
-        except OSError as error:
-            raise ValueError(f"--output {output} cannot be written ({error.strerror}); choose another place.") from None
+        _write(_rows(selection, kept, places), unfinished, parquet=output.suffix == ".parquet")
+        unfinished.rename(output)
     chain = ", then ".join(short(policy) for policy in selection.policies)
     distinct = len(np.unique(plan.indices))
     say.print(
@@ -113,7 +110,7 @@ def _rows(selection: Selection, kept: IO[bytes], places: IntArray) -> Iterator[d
     """The rows of the training set, in the order of the plan."""
     plan = selection.plan
     weighted = bool((plan.weights != 1).any())
-    for sample, weight in zip(plan.indices.tolist(), plan.weights.tolist(), strict=True):
+    for sample, weight in zip(map(int, plan.indices), map(float, plan.weights), strict=True):  # made as they are used
         kept.seek(int(places[sample]))
         row = json.loads(kept.readline())
         numbers = {name: float(values[sample]) for name, values in selection.pool.scores.items()}

@@ -45,14 +45,16 @@ class Sources:
     Args:
         data: paths and names.
         split: of a saved data set or one on the hub.
+        subset: of one on the hub; None: its only one, or its default.
 
     Raises:
         ValueError: something is not there; the sentence names it.
     """
 
-    def __init__(self, data: Sequence[str], *, split: str = "train") -> None:
+    def __init__(self, data: Sequence[str], *, split: str = "train", subset: str | None = None) -> None:
         self.data = tuple(data)
         self.split = split
+        self.subset = subset
         self.files = [file for name in data for file in _files(name)]
         self.size = sum(file.stat().st_size for file in self.files if isinstance(file, Path) and file.is_file())
         """Bytes of all files; 0 if there are none."""
@@ -70,7 +72,7 @@ class Sources:
         before = 0
         for file in self.files:
             if isinstance(file, str):
-                yield from _hub(file, self.split)
+                yield from _hub(file, self.subset, self.split)
             elif file.is_dir():
                 yield from _saved(file, self.split)
             elif file.suffix == ".parquet":
@@ -194,19 +196,28 @@ def _saved(folder: Path, split: str) -> Iterator[Row | Bad]:
         yield Row(where=f"{folder.name}, row {number}", values=values)
 
 
-def _hub(name: str, split: str) -> Iterator[Row | Bad]:
+def _hub(name: str, subset: str | None, split: str) -> Iterator[Row | Bad]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, split=split, streaming=True)
+        rows = datasets.load_dataset(name, subset, split=split, streaming=True)
     except Exception as error:  # the hub's client raises errors of many kinds
         raise ValueError(
-            f"There is no file or folder {name}, and loading it from the hub failed: {_first_line(error)} Check the "
-            "name, --split and the network."
+            f"There is no file or folder {name}, and loading it from the hub failed: {_told(error)}. Check the name, "
+            "--subset, --split and the network."
         ) from error
-    for number, values in enumerate(rows, 1):
-        yield Row(where=f"{name}, row {number}", values=values)
+    number = 0
+    try:
+        for number, values in enumerate(rows, 1):
+            yield Row(where=f"{name}, row {number}", values=values)
+    except Exception as error:
+        raise ValueError(
+            f"Reading {name} from the hub broke off after row {number}: {_told(error)}. What is scored so far is kept; "
+            "run the same command again."
+        ) from error
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
+def _told(error: Exception) -> str:
+    """What an error says, on one line: its first sentences name the cause, the subsets or splits that there are."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300].rstrip('.') or 'no reason given'}"

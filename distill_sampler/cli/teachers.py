@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from distill_sampler.report.leaderboard import Estimate, Leaderboard, rank_teachers
+from distill_sampler.report.leaderboard import Estimate, Leaderboard, rank_domains, rank_teachers, tell_domains
 from distill_sampler.report.scores import Scores
 
 
-def run(
-    path: Path, *, metric: str | None, teacher: str | None, group: str | None, epoch: int | None, shared: bool
-) -> None:
+def run(path: Path, *, metric: str | None, epoch: int | None, shared: bool, **columns: str | None) -> None:
     """Print it.
+
+    Args:
+        path: scores, or a run's folder.
+        metric: the one that ranks.
+        epoch: which pass of a run.
+        shared: compare on the prompts that every teacher answered.
+        columns: what the columns are called, as for `Scores.open`.
 
     Raises:
         ValueError: there is no such file, or no column that says who wrote the responses.
     """
-    scores = Scores.open(path, teacher=teacher, group=group)
+    scores = Scores.open(path, **columns)
     board = rank_teachers(scores, metric=metric, epoch=epoch, shared=shared)
     if board is None:
         raise ValueError(
@@ -29,15 +35,21 @@ def run(
         )
     say = Console()
     say.print(_table(board, wide=say.width >= 110), _sentences(board), sep="\n")
+    if by_domain := rank_domains(scores, metric=metric, epoch=epoch, shared=shared):
+        say.print(f"\n{tell_domains(board, by_domain)}\n", markup=False, highlight=False)
+        say.print(_domains(board, by_domain))
 
 
-def summary(path: Path, say: Console) -> None:
-    """What `score` ends with: the leaderboard without its intervals, and what to do next."""
-    scores = Scores.open(path)
-    board = rank_teachers(scores, draws=0)
+def summary(path: Path, say: Console, *, ranked: bool) -> None:
+    """What `score` ends with: the leaderboard without its intervals, if `ranked`, and what to do next."""
+    board = rank_teachers(Scores.open(path), draws=0) if ranked else None
     if board is not None and len(board.lines) > 1:
-        say.print(_table(board, wide=say.width >= 110))
-    say.print(f"\nScores: {path}. Next: distill-sampler teachers {path}, distill-sampler report {path}", markup=False)
+        say.print(_table(board, wide=say.width >= 110), soft_wrap=False)
+    say.print(
+        f"\nThe scores are in {path}. Next:\n  distill-sampler teachers {path}\n  distill-sampler report {path}",
+        markup=False,
+        highlight=False,
+    )
 
 
 def _table(board: Leaderboard, *, wide: bool) -> Table:
@@ -61,7 +73,10 @@ def _table(board: Leaderboard, *, wide: bool) -> Table:
     for heading in headings:
         # headings may wrap where there are many, the numbers under them may not
         table.add_column(
-            _heading(heading), justify="right", overflow="fold", min_width=6 if heading in estimated else None
+            _heading(heading, wide=wide),
+            justify="right",
+            overflow="fold",
+            min_width=6 if heading in estimated else None,
         )
     for place, line in enumerate(board.lines, 1):
         estimates = {**line.parts, **{name: line.scores[name] for name in others}}
@@ -79,14 +94,31 @@ def _table(board: Leaderboard, *, wide: bool) -> Table:
     return table
 
 
+def _domains(board: Leaderboard, by_domain: Mapping[str, Leaderboard]) -> Table:
+    """The ranking metric of each teacher in each domain, the first of each in bold."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("teacher", overflow="fold", min_width=12)
+    cells: dict[str, list[Text]] = {line.teacher: [] for line in board.lines}
+    for domain, own in by_domain.items():
+        table.add_column(Text(domain), justify="right", overflow="fold", min_width=6)
+        found = {line.teacher: line for line in own.lines}
+        for teacher, row in cells.items():
+            line = found.get(teacher)
+            told = "" if line is None else _told(line.scores[board.metric], interval=True)
+            row.append(Text(told, style="bold" if line is own.lines[0] else ""))
+    for teacher, row in cells.items():
+        table.add_row(Text(teacher), *row)
+    return table
+
+
 def _told(estimate: Estimate, interval: bool) -> str:
     return f"{estimate.value:.3f}" + (f" ±{estimate.half:.3f}" if interval else "")
 
 
-def _heading(name: str) -> str:
+def _heading(name: str, *, wide: bool) -> str:
     return {
         "mean_rank": "rank",
-        "mean_surprisal": "surprisal",
+        "mean_surprisal": "surprisal" if wide else "nats",
         "rank_surprisal_ratio": "RSR ↓",
         "global_naturalness": "global nat. ↑",
         "local_naturalness": "local nat. ↑",
@@ -98,7 +130,8 @@ def _sentences(board: Leaderboard) -> Text:
     text = Text(f"Ranked by {board.metric.replace('_', ' ')}, {better} is better; ± is half of the 95 % interval over ")
     text.append(
         f"prompts ({board.draws} bootstrap draws); = cannot be told apart from the first; "
-        "n: prompts; best: share of them whose best response it has.\n"
+        "n: prompts; rank: mean clipped rank of its tokens; nats: their mean surprisal; best: share of the prompts "
+        "whose best response it has.\n"
     )
     text.stylize("dim")
     for sentence in board.verdict:

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from distill_sampler.dataset import ScoredDataset
-from distill_sampler.types import EpochPlan, IntArray
+from distill_sampler.integrations.batches import rows_of
+from distill_sampler.types import EpochPlan
 
 
 class SampleLog:
@@ -58,27 +57,6 @@ class SampleLog:
 
     def close(self) -> None:
         os.close(self._file)
-
-
-def rows_of(inputs: Mapping[str, Any]) -> list[IntArray]:
-    """The tokens of each sample of a batch, padded (with an attention mask) or laid end to end (with position ids).
-
-    Raises:
-        ValueError: the batch has no token ids.
-    """
-    if "input_ids" not in inputs:
-        raise ValueError(
-            f"The batch has {', '.join(inputs)} but no input_ids, so its samples cannot be recognised. Attach without "
-            "sample_log=True."
-        )
-    tokens: Tensor = inputs["input_ids"].cpu()
-    if "attention_mask" in inputs:
-        masks = inputs["attention_mask"].cpu().bool()
-        return [row[mask].numpy() for row, mask in zip(tokens, masks, strict=True)]
-    if "position_ids" in inputs:
-        starts = (inputs["position_ids"][0].cpu() == 0).nonzero().flatten()
-        return [row.numpy() for row in torch.tensor_split(tokens[0], starts[1:])]
-    return [row.numpy() for row in tokens]
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

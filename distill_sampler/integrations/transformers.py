@@ -1,6 +1,6 @@
 """Hugging Face `Trainer` and everything built on it that leaves the order of samples to it, TRL's `SFTTrainer` first.
 
-`attach` wires a curriculum into a trainer that has been constructed. It uses four seams and no subclass:
+`attach` wires a curriculum into a trainer that has been constructed. It uses five seams and no subclass:
 
 1. `trainer._get_train_sampler`, the trainer's one extension point for order, set on the instance;
 2. a callback: `on_epoch_begin` comes before the epoch's data loader is iterated, so work done there takes effect in
@@ -8,13 +8,18 @@
    `trainer_state.json` and can be read again in `on_train_begin`;
 3. `trainer.log`, wrapped on the instance, so that the curriculum's numbers travel in the trainer's own next line;
 4. `trainer.train`, wrapped on the instance, so that a checkpoint is known to be whole before anything is loaded, and
-   two runs do not write to one folder.
+   two runs do not write to one folder;
+5. `trainer.training_step`, wrapped on the instance where batches must be told apart into their samples: for loss
+   weights, for scores observed in training, for the sample log. What the plan has at a batch's place is compared with
+   its tokens, so nothing travels through columns, collators or workers.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -28,6 +33,7 @@ from transformers.training_args import ParallelMode
 from distill_sampler.curriculum import Curriculum
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.distributed import Ranks
+from distill_sampler.integrations.batches import batch_of
 from distill_sampler.integrations.checkpoints import (
     FOLDER,
     STATE_ENTRY,
@@ -38,8 +44,12 @@ from distill_sampler.integrations.checkpoints import (
     new_run,
     read_state,
 )
+from distill_sampler.integrations.parallelism import refuse_parallelism
 from distill_sampler.integrations.sample_log import SampleLog
+from distill_sampler.integrations.sharding import whole_head
 from distill_sampler.integrations.trl import is_sft_trainer, refuse_sft_settings, with_response_labels
+from distill_sampler.integrations.weights import LossWeights
+from distill_sampler.observer import Observer
 from distill_sampler.summary import PREFIX
 
 if Version(transformers.__version__) < Version("5.3"):
@@ -104,11 +114,7 @@ def attach(
             args.world_size,
             -(-curriculum.num_samples // per_step) * per_step,
         )
-    if curriculum.gives_weights:
-        raise ValueError(
-            "The policies give loss weights, which this trainer's loss would ignore. Use SampleBySoftmax instead of "
-            "WeightBySoftmax: it draws samples in proportion to what they would weigh."
-        )
+    _refuse_for(curriculum, args)
     callback = CurriculumCallback(trainer, curriculum, accept_changes=accept_changes, sample_log=sample_log)
 
     def get_train_sampler(train_dataset: object = None) -> torch.utils.data.Sampler[int]:
@@ -118,8 +124,10 @@ def attach(
     trainer.add_callback(callback)
     _log_through(trainer, callback)
     _train_through(trainer, callback)
-    if sample_log:
-        _record_through(trainer, callback)
+    if sample_log or curriculum.observe or curriculum.gives_weights:
+        _step_through(trainer, callback)
+    if curriculum.observe:
+        _save_through(trainer, callback)
 
 
 class CurriculumCallback(TrainerCallback):
@@ -137,6 +145,10 @@ class CurriculumCallback(TrainerCallback):
         self._accept_changes = accept_changes
         self._sample_log = sample_log
         self._log: SampleLog | None = None
+        self._open = ExitStack()
+        """What training has opened: hooks and files."""
+        self._observer: Observer | None = None
+        self._weights: LossWeights | None = None
         self._epoch = 0
         self._steps_before = 0
         """Optimizer steps of the epochs before this one."""
@@ -169,22 +181,35 @@ class CurriculumCallback(TrainerCallback):
         self.curriculum.journal = folder / "scoring.journal" if _saves(args) else None
         if self._sample_log:
             self._log = SampleLog(folder / f"samples-{args.process_index}.jsonl", step=state.global_step)
+            self._open.callback(self._log.close)
+        model = _as_called(self.trainer)
+        if self.curriculum.gives_weights:
+            self._weights = self._open.enter_context(LossWeights(model))
+        if self.curriculum.observe:
+            observer = Observer(
+                model,
+                self.curriculum.dataset,
+                list(self.curriculum.metrics.values()),
+                ties=self.curriculum.scorer.ties,
+                whole=whole_head,
+            )
+            self._observer = self._open.enter_context(observer)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._epoch_started = time.perf_counter()
         summaries = self.curriculum.summaries
-        planned = len(summaries)
+        planned = self._planned = len(summaries)
         # after a resume, the begun epoch keeps the plan that came with the checkpoint
         self.curriculum.start_epoch(self._epoch, _as_called(self.trainer), step=state.global_step)
         _entries(state)[STATE_ENTRY] = {
-            "curriculum": self.curriculum.state_dict(),
             "run": self.run,
             "world_size": args.world_size,
             "samples_per_step": _samples_per_step(args),
             "files": _files_of_a_checkpoint(self.trainer),
         }
+        self.note_state(state)
         self._note_progress(state)
         if args.dataloader_persistent_workers and self._epoch > 0:
             # A run that was not interrupted still has its workers here. One that was makes new ones, and their seed
@@ -199,7 +224,7 @@ class CurriculumCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.curriculum.summaries:
-            seconds = self.curriculum.summaries[-1].scoring_seconds
+            seconds = sum(summary.scoring.seconds for summary in self.curriculum.summaries[self._planned :])
             self.pending[f"{PREFIX}scoring_share"] = round(seconds / (time.perf_counter() - self._epoch_started), 4)
         self._discard_stale(args, state, control)
         self._epoch += 1
@@ -207,6 +232,14 @@ class CurriculumCallback(TrainerCallback):
         self._batches = 0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        into_epoch = state.global_step - self._steps_before
+        start = (into_epoch + self.curriculum.rescore.lag) * _samples_per_step(args)
+        if self.curriculum.replan(_as_called(self.trainer), step=state.global_step, into_epoch=into_epoch, start=start):
+            self.note_state(state)
+            summary = self.curriculum.summaries[-1]
+            self.pending.update(summary.logs())
+            if state.is_world_process_zero and self.curriculum.scorer.progress:
+                summary.print()
         self._note_progress(state)
         self._discard_stale(args, state, control)
 
@@ -219,29 +252,48 @@ class CurriculumCallback(TrainerCallback):
     def finish(self) -> None:
         """Close what training has opened, however it ended."""
         self.curriculum.journal = None
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        self._open.close()
+        self._log = self._observer = self._weights = None
 
-    def record(self, inputs: Any, args: TrainingArguments, state: TrainerState) -> None:
-        """Note a batch in the sample log, as it goes into the model."""
+    def note_state(self, state: TrainerState) -> None:
+        """Put plan and scores where the next checkpoint takes them from. All processes take part."""
+        self.curriculum.merge_observed(_as_called(self.trainer))
+        _entries(state)[STATE_ENTRY]["curriculum"] = self.curriculum.state_dict()
+
+    @contextmanager
+    def batch(self, inputs: Any, args: TrainingArguments, state: TrainerState) -> Iterator[None]:
+        """Around the training on one batch: whose it is, what its samples weigh, and what is seen of them."""
         plan = self.curriculum.sampler.plan
-        assert self._log is not None
         assert plan is not None
         # accelerate deals the batches out to the processes one by one
-        batch = self._batches * args.world_size + args.process_index
-        start = batch * args.train_batch_size
-        self._log.batch(
-            inputs, plan, self.curriculum.dataset, step=state.global_step + 1, epoch=self._epoch, start=start
-        )
+        place = (self._batches * args.world_size + args.process_index) * args.train_batch_size
         self._batches += 1
+        if self._log is not None:
+            self._log.batch(
+                inputs, plan, self.curriculum.dataset, step=state.global_step + 1, epoch=self._epoch, start=place
+            )
+        if self._weights is None and self._observer is None:
+            yield
+            return
+        batch = batch_of(inputs, plan, self.curriculum.dataset, place)
+        if self._weights is not None:
+            self._weights.expect(batch, inputs["input_ids"].shape)
+        if self._observer is not None:
+            self._observer.expect(batch)
+        yield
+        if self._weights is not None:
+            self._weights.done()
+        if self._observer is not None:
+            self.curriculum.store.observed.write(*self._observer.take(), step=state.global_step)
 
     def _note_progress(self, state: TrainerState) -> None:
         """Where in the plan the trainer is: what a resume checks the trainer's own count against."""
+        into_epoch = state.global_step - self._steps_before
+        self.curriculum.progress(into_epoch * _samples_per_step(self.trainer.args))
         _entries(state)[STATE_ENTRY]["progress"] = {
             "step": state.global_step,
             "epoch": self._epoch,
-            "into_epoch": state.global_step - self._steps_before,
+            "into_epoch": into_epoch,
         }
 
     def _discard_stale(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
@@ -312,8 +364,35 @@ def _refuse_settings(trainer: Trainer) -> None:
             f"The trainer sees {args.n_gpu} GPUs in one process and would use DataParallel. Launch the script with "
             "accelerate launch, or show it one GPU with CUDA_VISIBLE_DEVICES."
         )
+    refuse_parallelism(trainer.accelerator)
     if is_sft_trainer(trainer):
         refuse_sft_settings(trainer)
+
+
+def _refuse_for(curriculum: Curriculum, args: TrainingArguments) -> None:
+    """One sentence for each setting under which this curriculum could not do what it is asked for."""
+    for asked, what in ((curriculum.gives_weights, "loss weights"), (curriculum.observe, "observe=True")):
+        if asked and args.torch_compile:
+            raise ValueError(
+                f"torch_compile=True traces the forward once and leaves no place in it for {what}. Leave one of the "
+                "two off."
+            )
+    if curriculum.gives_weights and args.use_liger_kernel:
+        raise ValueError(
+            "use_liger_kernel=True computes the loss without logits, so the loss weights of the policies cannot be "
+            "applied. Leave it off, or use SampleBySoftmax instead of WeightBySoftmax: it draws samples in proportion "
+            "to what they would weigh."
+        )
+    if curriculum.rescore.every_steps is not None:
+        # accelerate holds a batch back, and may be handing out another; workers read on
+        ahead = 2 + args.dataloader_num_workers * (args.dataloader_prefetch_factor or 2)
+        steps = -(-ahead // args.gradient_accumulation_steps)
+        if steps > curriculum.rescore.lag:
+            raise ValueError(
+                f"The data loader reads up to {steps} optimizer steps ahead (dataloader_num_workers="
+                f"{args.dataloader_num_workers}), more than the lag of {curriculum.rescore.lag} from a scoring to the "
+                f"steps that it changes. Declare it: Rescore(lag={steps})."
+            )
 
 
 def _check_position(entry: dict[str, Any], args: TrainingArguments, epoch: int, into_epoch: int) -> None:
@@ -437,15 +516,26 @@ def _train_through(trainer: Trainer, callback: CurriculumCallback) -> None:
     trainer.train = train_from_whole_checkpoint  # type: ignore[method-assign]
 
 
-def _record_through(trainer: Trainer, callback: CurriculumCallback) -> None:
-    """Note every batch in the sample log as the trainer takes a step with it."""
+def _step_through(trainer: Trainer, callback: CurriculumCallback) -> None:
+    """Tell the callback of every batch, around the trainer's training on it."""
     training_step = trainer.training_step
 
-    def recorded_step(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        callback.record(inputs, trainer.args, trainer.state)
-        return training_step(model, inputs, *args, **kwargs)
+    def told_step(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        with callback.batch(inputs, trainer.args, trainer.state):
+            return training_step(model, inputs, *args, **kwargs)
 
-    trainer.training_step = recorded_step  # type: ignore[method-assign]
+    trainer.training_step = told_step  # type: ignore[method-assign]
+
+
+def _save_through(trainer: Trainer, callback: CurriculumCallback) -> None:
+    """Have what training has shown so far in every checkpoint, whoever asked for it."""
+    save_checkpoint = trainer._save_checkpoint
+
+    def save_with_state(*args: Any, **kwargs: Any) -> Any:
+        callback.note_state(trainer.state)
+        return save_checkpoint(*args, **kwargs)
+
+    trainer._save_checkpoint = save_with_state  # type: ignore[method-assign]
 
 
 __all__ = ["CurriculumCallback", "attach", "end_token_ids"]

@@ -9,18 +9,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from distill_sampler._hash import splitmix64
 from distill_sampler.types import BoolArray, EpochPlan, FloatArray, HashArray, IntArray, Pool
 
 HALF = np.uint64(32)
-
-
-def splitmix64(x: HashArray) -> HashArray:
-    """A bijection of 64-bit integers that looks random (Steele, Lea and Flood, 2014)."""
-    with np.errstate(over="ignore"):
-        x = x + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
 
 
 def occurrence(values: IntArray | HashArray) -> IntArray:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from distill_sampler._hash import splitmix64
 from distill_sampler.policies._keys import (
     HALF,
     best_first,
@@ -13,7 +14,6 @@ from distill_sampler.policies._keys import (
     group_codes,
     random_keys,
     sort_by,
-    splitmix64,
     starts,
     unit,
 )

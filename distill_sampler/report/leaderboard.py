@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +19,15 @@ from distill_sampler.types import BoolArray, Column, FloatArray, HashArray, IntA
 
 FEW_PROMPTS = 100
 """Below this a teacher's score is worth a warning; the paper of RSR takes 200 (arXiv:2601.14249)."""
+MAX_DOMAINS = 8
+"""Domains with a leaderboard of their own: the largest ones."""
+DOMAIN_PROMPTS = 10
+"""Below this a domain has none."""
 TOLD_TIES = 2
 """Teachers that cannot be told apart from the first are explained one by one up to this many, then named."""
 _CONFIDENCE = 1.96
 _DRAWS = 1000
+_DOMAIN_DRAWS = 200
 _WORK = 300_000_000
 """Samples that are looked at in all draws together: very large data gets fewer draws, and needs fewer."""
 
@@ -85,11 +90,12 @@ def leaderboard(
     num_tokens: IntArray,
     content_hash: HashArray | None = None,
     correct: Column | None = None,
+    among: BoolArray | None = None,
     shared_only: bool = False,
     draws: int | None = None,
     seed: int = 0,
 ) -> Leaderboard:
-    """Rank teachers by a metric's group score.
+    """Rank teachers by a metric's group score. Samples without a teacher take no part.
 
     Args:
         metrics: what is shown, by name.
@@ -100,6 +106,7 @@ def leaderboard(
         num_tokens: `[samples]` response tokens.
         content_hash: `[samples]` breaks ties of the choice; left out: the sample's place does.
         correct: verdicts, if there are any.
+        among: `[samples]` True where a sample may take part; left out: all may.
         shared_only: compare on the prompts that every teacher answered.
         draws: of the bootstrap; None: 1000, fewer for very large data. 0: no intervals.
         seed: of the draws.
@@ -110,7 +117,13 @@ def leaderboard(
     ranking = metrics[metric]
     every = dict.fromkeys(name for item in metrics.values() for name in item.columns)
     usable: BoolArray = np.all([np.isfinite(numbers[name]) for name in every], axis=0)
-    codes, places = teachers.codes, np.flatnonzero(usable)
+    if among is not None:
+        usable &= among
+    codes = teachers.codes
+    unnamed = np.zeros_like(usable)
+    if None in teachers.values:
+        unnamed = usable & (codes == list(teachers.values).index(None))
+    places = np.flatnonzero(usable & ~unnamed)
     if not len(places):
         raise ValueError("No sample has a score: there is nothing to rank.")
     if shared_only:
@@ -156,7 +169,8 @@ def leaderboard(
     sign = -1 if ranking.higher_is_better else 1
     ranked = np.argsort(sign * values[:, place], kind="stable")
     names = [str(teachers.values[code]) for code in codes[bounds[:-1]]]
-    ties = _ties(sign * drawn[:, :, place], ranked)
+    badness = sign * drawn[:, :, place]
+    ties = _ties(badness, ranked)
     verdicts = None if correct is None else _verdicts(correct, order)
     lines = []
     for t in ranked.tolist():
@@ -182,8 +196,10 @@ def leaderboard(
         higher_is_better=ranking.higher_is_better,
         lines=lines,
         prompts=num_prompts,
-        verdict=_verdict(lines, metric, part_names, drawn[:, :, place], values[:, place], ranked, num_prompts),
-        warnings=_warnings(lines, rows[metric], tokens, num_prompts, metric),
+        verdict=_verdict(
+            lines, metric, part_names, sign * drawn[:, :, place], sign * values[:, place], ranked, num_prompts
+        ),
+        warnings=_warnings(lines, rows[metric], tokens, num_prompts, int(unnamed.sum())),
         draws=draws,
     )
 
@@ -193,10 +209,11 @@ def rank_teachers(
     *,
     metric: str | None = None,
     epoch: int | None = None,
+    among: BoolArray | None = None,
     shared: bool = False,
     draws: int | None = None,
 ) -> Leaderboard | None:
-    """The leaderboard of a scores file; None if it does not name teachers."""
+    """The leaderboard of a scores file, or of some of its samples; None if it does not name teachers."""
     teachers = scores.column(scores.teacher, epoch=epoch)
     if teachers is None:
         return None
@@ -204,7 +221,7 @@ def rank_teachers(
     samples = scores.integers("sample", epoch=epoch)
     tokens = scores.integers("num_tokens", epoch=epoch)
     assert samples is not None
-    return leaderboard(
+    board = leaderboard(
         metrics=scores.metrics,
         metric=scores.metric(metric).name,
         numbers=scores.numbers(epoch=epoch),
@@ -213,9 +230,53 @@ def rank_teachers(
         num_tokens=samples * 0 if tokens is None else tokens,
         content_hash=scores.hashes(epoch=epoch),
         correct=scores.column(scores.correct, epoch=epoch),
+        among=among,
         shared_only=shared,
         draws=draws,
     )
+    if mixed := scores.mixed_prompts(epoch=epoch):
+        sentence = (
+            f"{len(mixed):,} values of '{scores.group}' stand for different prompts each ('{mixed[0]}' is one): their "
+            "responses are compared as if they answered one question. Give every prompt an id of its own, or score "
+            "again with another --group-column."
+        )
+        board = replace(board, warnings=[sentence, *board.warnings])
+    return board
+
+
+def rank_domains(
+    scores: Scores, *, metric: str | None = None, epoch: int | None = None, shared: bool = False
+) -> dict[str, Leaderboard]:
+    """A leaderboard for each of the largest domains, largest first; empty where there is no choice of them."""
+    domains, teachers = scores.column(scores.domain, epoch=epoch), scores.column(scores.teacher, epoch=epoch)
+    groups = scores.codes(scores.group, epoch=epoch)
+    scored = np.isfinite(scores.numbers(epoch=epoch)[scores.metric(metric).name])
+    found: dict[str, Leaderboard] = {}
+    if domains is None or teachers is None or len(domains.values) < 2:
+        return found
+    sizes = np.bincount(domains.codes[scored], minlength=len(domains.values))
+    for code in np.argsort(-sizes, kind="stable")[:MAX_DOMAINS].tolist():
+        among = scored & (domains.codes == code)
+        prompts = among.sum() if groups is None else len(np.unique(groups[among]))
+        if domains.values[code] is None or prompts < DOMAIN_PROMPTS or len(np.unique(teachers.codes[among])) < 2:
+            continue
+        board = rank_teachers(scores, metric=metric, epoch=epoch, among=among, shared=shared, draws=_DOMAIN_DRAWS)
+        assert board is not None
+        found[str(domains.values[code])] = board
+    return found if len(found) > 1 else {}
+
+
+def tell_domains(board: Leaderboard, by_domain: Mapping[str, Leaderboard]) -> str:
+    """Whether the first teacher is the first everywhere, in a sentence."""
+    first = board.lines[0].teacher
+    firsts = {domain: own.lines[0].teacher for domain, own in by_domain.items()}
+    if set(firsts.values()) == {first}:
+        return f"{first} is first in each of {len(firsts)} domains."
+    told = []
+    for domain, own in by_domain.items():
+        near = any(line.tied and line.teacher == first for line in own.lines)
+        told.append(f"{firsts[domain]} in {domain}" + (f" (not to be told apart from {first})" if near else ""))
+    return f"By domain, the first is {', '.join(told)}."
 
 
 def spearman(left: npt.ArrayLike, right: npt.ArrayLike) -> float:
@@ -281,24 +342,30 @@ def _verdict(
     first, *others = lines
     if not others:
         return [f"There is one teacher, {first.teacher}; a second one gives something to compare."]
-    said = [f"{first.teacher} is first by {title}: {_told(first.scores[metric])}."]
+    tied = [(place, line) for place, line in enumerate(others, 1) if line.tied]
+    lead = f"{first.teacher} is first by {title}, {_told(first.scores[metric])}"
+    if tied:
+        lead += f", but cannot be told apart from {_listed([line.teacher for _, line in tied])}."
+    elif len(drawn):
+        lead += ": every other teacher is behind by more than chance explains."
+    else:
+        lead += "."
+    said = [lead]
     if len(parts) == 2:
         said.append(_because(first, others, *parts))
-    tied = [(place, line) for place, line in enumerate(others, 1) if line.tied]
     for place, line in tied[:TOLD_TIES]:
         apart = drawn[:, ranked[place]] - drawn[:, ranked[0]]
         difference = values[ranked[place]] - values[ranked[0]]
         low, high = np.nanquantile(apart, [0.025, 0.975])
         said.append(
-            f"{first.teacher} and {line.teacher} cannot be told apart on these {num_prompts:,} prompts (difference "
-            f"{difference:+.3f}, 95 % from {low:+.3f} to {high:+.3f}); {_more(difference, apart, num_prompts)}"
+            f"{line.teacher} is {difference:.3f} behind on these {num_prompts:,} prompts; on others like them it may "
+            f"be anything from {low:+.3f} to {high:+.3f} (95 %). {_more(difference, apart, num_prompts)}"
         )
-    if len(tied) > TOLD_TIES:
-        more = ", ".join(line.teacher for _, line in tied[TOLD_TIES:])
-        said.append(f"Nor can {first.teacher} be told apart from {more}.")
-    if not any(line.tied for line in others) and len(drawn):
-        said.append(f"Every other teacher is behind by more than chance explains (95 %, {num_prompts:,} prompts).")
     return said
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _told(estimate: Estimate) -> str:
@@ -310,9 +377,10 @@ def _more(difference: float, apart: npt.NDArray[np.float64], num_prompts: int) -
     spread = float(np.nanstd(apart))
     needed = num_prompts * (_CONFIDENCE * spread / max(abs(difference), 1e-12)) ** 2 - num_prompts
     if needed > 1000 * num_prompts:
-        return "for practical purposes they are equal."
+        return "For practical purposes the two are equal."
     digits = 10 ** max(math.floor(math.log10(max(needed, 1))) - 1, 0)
-    return f"about {max(math.ceil(needed / digits) * digits, 1):,} more prompts would, if that difference is real."
+    more = max(math.ceil(needed / digits) * digits, 1)
+    return f"About {more:,} more prompts would tell the two apart, if that difference is real."
 
 
 def _because(first: TeacherLine, others: Sequence[TeacherLine], rank: str, surprisal: str) -> str:
@@ -321,28 +389,36 @@ def _because(first: TeacherLine, others: Sequence[TeacherLine], rank: str, surpr
     rest_rank = float(np.mean([line.parts[rank].value for line in others]))
     rest_surprisal = float(np.mean([line.parts[surprisal].value for line in others]))
     by_rank, by_surprisal = math.log(rest_rank / own_rank), math.log(own_surprisal / max(rest_surprisal, 1e-12))
-    facts = (
-        f"mean rank {own_rank:.2f} where the others have {rest_rank:.2f}, mean surprisal {own_surprisal:.3f} nats "
-        f"where they have {rest_surprisal:.3f}"
-    )
+    ranks = f"(mean rank {own_rank:.2f}, the others {rest_rank:.2f})"
+    surprisals = f"({own_surprisal:.3f} nats a token, the others {rest_surprisal:.3f})"
     if by_rank > 0 and by_surprisal > 0:
-        why = "its tokens are both more surprising and ranked better"
-    elif by_rank >= by_surprisal:
-        why = "its tokens are ranked better by the student, by more than they are less surprising"
-    else:
-        why = "its tokens surprise the student more, by more than they are ranked worse"
-    return f"Why: {why} ({facts})."
+        return (
+            f"Why: its tokens surprise the student more {surprisals}, and yet stand higher among the student's own "
+            f"guesses {ranks}."
+        )
+    if by_rank >= by_surprisal:
+        return (
+            f"Why: its tokens stand higher among the student's own guesses {ranks}, which outweighs that they surprise "
+            f"the student less {surprisals}."
+        )
+    return (
+        f"Why: its tokens surprise the student more {surprisals}, which outweighs that they stand lower among the "
+        f"student's own guesses {ranks}."
+    )
 
 
 def _warnings(
-    lines: Sequence[TeacherLine], scores: FloatArray, tokens: IntArray, num_prompts: int, metric: str
+    lines: Sequence[TeacherLine], scores: FloatArray, tokens: IntArray, num_prompts: int, unnamed: int
 ) -> list[str]:
     said = []
+    if unnamed:
+        said.append(f"{unnamed:,} responses do not say who wrote them; they are not ranked.")
     few = [line for line in lines if line.prompts < FEW_PROMPTS]
     if few:
-        counts = sorted({line.prompts for line in few})
-        which = f"{counts[0]} for every teacher" if len(few) == len(lines) and len(counts) == 1 else None
-        which = which or ", ".join(f"{line.teacher} ({line.prompts})" for line in few)
+        which = ", ".join(f"{line.teacher} ({line.prompts})" for line in few)
+        if len(few) == len(lines):
+            fewest, most = (pick(line.prompts for line in few) for pick in (min, max))
+            which = f"{fewest}{'' if fewest == most else f' to {most}'} for each teacher"
         said.append(f"Few prompts: {which}. The paper ranks teachers on 200; below {FEW_PROMPTS} the order is a guess.")
     counts = [line.prompts for line in lines]
     if min(counts) < 0.9 * max(counts):

@@ -220,21 +220,31 @@
   }
 
   const shownItems = (prompt) => prompt.items.filter((item) => !state.off.has(item.teacher) &&
+    (state.domain === "" || item.domain === Number(state.domain)) &&
     (state.correct === "" || item.correct === Number(state.correct)) && (state.chosen === "" || item.chosen === Number(state.chosen)));
 
   function browser() {
     if (!data.traces.length) return;
     $("browser").hidden = false;
-    const prompt = data.traces[Number($("prompt").value) || 0];
-    $("prompt-text").textContent = prompt.prompt;
-    const items = shownItems(prompt);
-    $("traces").replaceChildren(...items.map(trace), ...(items.length ? [] : [element("p", "No response to this prompt passes the filters.", "note")]));
+    const options = [...$("prompt").options];
+    for (const option of options) option.hidden = option.disabled = !shownItems(data.traces[option.value]).length;
+    if (!$("prompt").value || $("prompt").selectedOptions[0].disabled) $("prompt").value = options.find((option) => !option.disabled)?.value ?? "";
+    const prompt = data.traces[$("prompt").value];
+    $("prompt-text").hidden = !prompt;
+    $("prompt-text").textContent = prompt?.prompt;
+    $("traces").replaceChildren(...(prompt ? shownItems(prompt).map(trace) : [element("p", "No response passes the filters.", "note")]));
     legend();
   }
 
   // ---- The table ----
 
   const MAX_ROWS = 200;
+  // the mean log-probability is the mean surprisal with the other sign
+  const redundant = (name) => name === "global_naturalness" && data.metrics.includes("mean_surprisal");
+  const firstOf = new Map();
+  points.group.forEach((group, row) => firstOf.has(group) || firstOf.set(group, row));
+  const goodness = (row) => (data.better === "higher" ? -1 : 1) * (points.scores[data.metric][row] ?? Infinity);
+  const rivals = (a, b) => firstOf.get(points.group[a]) - firstOf.get(points.group[b]) || goodness(a) - goodness(b);
   function table() {
     $("table").hidden = false;
     const columns = [["sample", (row) => points.sample[row]]];
@@ -242,7 +252,7 @@
     if (data.teachers.length) columns.push(["teacher", (row) => teacherName(points.teacher[row])]);
     if (data.domains.length) columns.push([data.domain, (row) => data.domains[points.domain[row]]]);
     if (points.tokens.length) columns.push(["tokens", (row) => points.tokens[row]]);
-    for (const name of data.metrics) columns.push([name, (row) => points.scores[name][row]]);
+    for (const name of data.metrics) if (!redundant(name)) columns.push([name, (row) => points.scores[name][row]]);
     if (points.correct.some((value) => value >= 0)) columns.push(["correct", (row) => ["", "no", "yes"][points.correct[row] + 1]]);
     if (data.chosen !== null) columns.push(["chosen", (row) => (points.chosen[row] ? "yes" : "no")], ["reason", (row) => points.reason[row]]);
     const head = element("tr");
@@ -259,7 +269,7 @@
       head.append(cell);
     });
     document.querySelector("#rows thead").replaceChildren(head);
-    let shown = rows();
+    let shown = points.group.length ? rows().sort(rivals) : rows();
     if (state.sort !== null) {
       const value = columns[state.sort][1];
       const order = (a, b) => (value(a) < value(b) ? -1 : value(a) > value(b) ? 1 : 0);
@@ -333,7 +343,9 @@
     $("prompt").append(option);
   });
   const step = (by) => () => {
-    $("prompt").value = String((Number($("prompt").value) + by + data.traces.length) % data.traces.length);
+    const open = [...$("prompt").options].filter((option) => !option.disabled).map((option) => option.value);
+    if (!open.length) return;
+    $("prompt").value = open[(open.indexOf($("prompt").value) + by + open.length) % open.length];
     browser();
   };
   $("prompt").addEventListener("change", browser);

@@ -18,6 +18,7 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from distill_sampler.cli.outputs import require_writable
 from distill_sampler.report.payload import payload
 from distill_sampler.report.scores import Scores
 from distill_sampler.types import Policy
@@ -33,8 +34,7 @@ def write_report(
     policies: Sequence[Policy] = (),
     seed: int = 0,
     metric: str | None = None,
-    teacher: str | None = None,
-    group: str | None = None,
+    **columns: str | None,
 ) -> Path:
     """Write the page of a scores file, or of a run's folder (`scores.parquet`, and `plans.parquet` if there is one).
 
@@ -45,8 +45,7 @@ def write_report(
         policies: whose choice is shown; left out, the run's own, or the best response of each prompt.
         seed: of the policies.
         metric: what ranks teachers; left out, the Rank-Surprisal Ratio if it is there.
-        teacher: column that says who wrote a response.
-        group: column that says which rows answer the same prompt.
+        columns: what the columns are called (`teacher=`, `group=`, `domain=`, `correct=`), as for `Scores.open`.
 
     Returns:
         `output`.
@@ -54,13 +53,10 @@ def write_report(
     Raises:
         ValueError: there are no scores there, or the page cannot be written.
     """
-    scores = Scores.open(source, teacher=teacher, group=group)
+    require_writable(output, ".html", ".htm")
+    scores = Scores.open(source, **columns)
     data = payload(scores, policies=policies, seed=seed, metric=metric)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(render(data, title=title), encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"--output {output} cannot be written ({error.strerror}); choose another place.") from None
+    output.write_text(render(data, title=title), encoding="utf-8")
     return output
 
 
@@ -75,13 +71,19 @@ def render(data: dict[str, Any], *, title: str | None = None) -> str:
         assert "</script" not in script.lower()
     hashes = " ".join(f"'sha256-{_hash(script)}'" for script in scripts)
     return environment.get_template("page.html.j2").render(
-        title=title or "Distillation report",
+        title=title or _title(data),
         data=data,
         json=Markup(_escaped(json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")))),
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
         scripts=[Markup(script) for script in scripts],
         hashes=Markup(hashes),
     )
+
+
+def _title(data: dict[str, Any]) -> str:
+    teachers = len(data["teachers"])
+    what = f"{teachers} teachers" if teachers > 1 else f"{data['samples']:,} responses"
+    return f"{data['about']['model'] or 'A student'} reads {what}"
 
 
 def _escaped(text: str) -> str:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from distill_sampler.cli.expressions import parse_policies
 from distill_sampler.policies import BestOf
-from distill_sampler.report.leaderboard import Estimate, Leaderboard, rank_teachers
+from distill_sampler.report.leaderboard import Estimate, Leaderboard, rank_domains, rank_teachers, tell_domains
 from distill_sampler.report.scores import TRACE_COLUMNS, Scores
 from distill_sampler.report.selection import Selection, select, short
 from distill_sampler.types import Column, FloatArray, IntArray, Policy
@@ -82,6 +82,7 @@ def payload(
         "domains": domain_names,
         "domain": scores.domain,
         "board": None if board is None else _board(board),
+        "by_domain": None if board is None else _by_domain(board, rank_domains(scores, metric=ranking.name)),
         "points": {
             "sample": samples[shown].tolist(),
             "group": [] if groups is None else [visible(str(groups.values[c]), 60) for c in groups.codes[shown]],
@@ -97,7 +98,9 @@ def payload(
         "chosen": int(chosen.sum()) if plans or selection else None,
         "policies": [] if selection is None else [short(policy) for policy in selection.policies],
         "passes": _passes(scores, ranking.name, samples, teacher_codes, shown),
-        "traces": _traces(scores, ranking.columns, numbers, selection, plans, chosen, teacher_codes, correct),
+        "traces": _traces(
+            scores, ranking.columns, numbers, selection, plans, chosen, teacher_codes, domain_codes, correct
+        ),
     }
 
 
@@ -158,12 +161,11 @@ def _named(column: Column | None, size: int, board: Leaderboard | None) -> tuple
     if board is not None:
         place = {line.teacher: number for number, line in enumerate(board.lines)}
         order = np.array(sorted(range(len(column.values)), key=lambda c: place.get(str(column.values[c]), 1 << 30)))
-    names = ["none" if column.values[code] is None else visible(str(column.values[code]), 60) for code in order]
     new = np.empty(len(order), np.int64)
-    new[order] = np.arange(len(order))
-    if len(names) > MAX_NAMES:
-        new = np.minimum(new, MAX_NAMES)
-        names = [*names[:MAX_NAMES], f"{len(names) - MAX_NAMES} others"]
+    new[order] = np.minimum(np.arange(len(order)), MAX_NAMES)
+    names = ["none" if (v := column.values[code]) is None else visible(str(v), 60) for code in order[:MAX_NAMES]]
+    if len(order) > MAX_NAMES:
+        names.append(f"{len(order) - MAX_NAMES:,} others")
     return new[column.codes], names
 
 
@@ -225,6 +227,23 @@ def _board(board: Leaderboard) -> dict[str, Any]:
     }
 
 
+def _by_domain(board: Leaderboard, by_domain: Mapping[str, Leaderboard]) -> dict[str, Any] | None:
+    """The ranking metric of each teacher in each domain; None where there is no choice of domains."""
+    if not by_domain:
+        return None
+    rows = []
+    for line in board.lines:
+        found = [{own.teacher: own for own in other.lines}.get(line.teacher) for other in by_domain.values()]
+        cells = [
+            own and {"value": (e := own.scores[board.metric]).value, "half": e.half, "first": own is other.lines[0]}
+            for own, other in zip(found, by_domain.values(), strict=True)
+        ]
+        rows.append({"teacher": visible(line.teacher, 60), "cells": cells})
+    sentence = visible(tell_domains(board, by_domain), 1000)
+    prompts = [other.prompts for other in by_domain.values()]
+    return {"sentence": sentence, "names": [visible(d, 60) for d in by_domain], "prompts": prompts, "rows": rows}
+
+
 def _redundant(parts: Mapping[str, Estimate]) -> tuple[str, ...]:
     """The mean log-probability is the mean surprisal with the other sign."""
     return ("global_naturalness",) if "mean_surprisal" in parts else ()
@@ -247,9 +266,10 @@ def _composition(
 
     bars = [bar("candidates", teachers[finite])]
     if plans is not None:
-        place = {int(sample): row for row, sample in enumerate(samples.tolist())}
+        order = np.argsort(samples, kind="stable")
         for epoch, plan in plans.items():
-            bars.append(bar(f"epoch {epoch}", teachers[[place[s] for s in plan.tolist() if s in place]]))
+            place = np.searchsorted(samples, plan[np.isin(plan, samples)], sorter=order)
+            bars.append(bar(f"epoch {epoch}", teachers[order[place]]))
     elif selection is not None:
         bars.append(bar("chosen", teachers[selection.plan.indices]))
     return bars if len(bars) > 1 else []
@@ -290,6 +310,7 @@ def _traces(
     plans: dict[int, IntArray] | None,
     chosen: Any,
     teachers: IntArray,
+    domains: IntArray,
     correct: Column | None,
 ) -> list[dict[str, Any]]:
     """Prompts with their responses, token by token, as many as fit."""
@@ -324,6 +345,7 @@ def _traces(
                     {
                         "sample": row,
                         "teacher": int(teachers[row]),
+                        "domain": int(domains[row]),
                         "correct": int(verdicts[row]),
                         "chosen": int(chosen[row]),
                         "reason": _reason(selection, row, plans, bool(chosen[row])),

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -23,9 +23,29 @@ from distill_sampler.cli.candidates import GROUPS, TEACHERS
 from distill_sampler.cli.expressions import known_metrics
 from distill_sampler.types import Column, FloatArray, HashArray, IntArray, Metric, unknown_name
 
-DOMAINS = ("domain", "category", "subject", "task", "topic", "level", "source", "form")
+DOMAINS = ("domain", "category", "subject", "task", "topic", "level", "source")
 VERDICTS = ("correct", "is_correct", "passed")
 TRACE_COLUMNS = ("prompt_text", "tokens", "token_ranks", "token_surprisals")
+
+
+class Values(Sequence[Any]):
+    """An Arrow array as a sequence: ten million prompts' names are no Python objects until they are looked at."""
+
+    def __init__(self, array: pa.Array) -> None:
+        self._array = array
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> Values: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        return Values(self._array[index]) if isinstance(index, slice) else self._array[int(index)].as_py()
+
+    def __contains__(self, value: object) -> bool:
+        return self._array.null_count > 0 if value is None else super().__contains__(value)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,8 +67,16 @@ class Scores:
     """The plans of a run's epochs."""
 
     @classmethod
-    def open(cls, path: Path, *, teacher: str | None = None, group: str | None = None) -> Scores:
-        """Look into a scores file, or a run's folder.
+    def open(
+        cls,
+        path: Path,
+        *,
+        teacher: str | None = None,
+        group: str | None = None,
+        domain: str | None = None,
+        correct: str | None = None,
+    ) -> Scores:
+        """Look into a scores file, or a run's folder. Columns that are not named are found by their usual names.
 
         Raises:
             ValueError: there is none, it is no Parquet file, or it holds no scores.
@@ -60,6 +88,8 @@ class Scores:
         unfinished = path.with_name(path.name + ".parts")
         if not path.exists():
             cure = "Make one with `distill-sampler score DATA --model M --output scores.parquet`."
+            if plans is not None or any(path.parent.glob("checkpoint-*")):
+                cure = "Write a run's scores after training, with save_run(curriculum, FOLDER)."
             if unfinished.exists():
                 cure = "It is unfinished: run the same `distill-sampler score` again, and it goes on."
             raise ValueError(f"There is no scores file {path}. {cure}")
@@ -96,8 +126,8 @@ class Scores:
             metrics=metrics,
             group=find(group, columns.get("group"), GROUPS),
             teacher=find(teacher, columns.get("teacher"), TEACHERS),
-            domain=find(None, None, DOMAINS),
-            correct=find(None, None, VERDICTS),
+            domain=find(domain, None, DOMAINS),
+            correct=find(correct, None, VERDICTS),
             plans=plans,
         )
 
@@ -121,12 +151,26 @@ class Scores:
         return sorted(pc.unique(pq.read_table(self.path, columns=["epoch"])["epoch"]).to_pylist())
 
     def read(self, names: Sequence[str], *, epoch: int | None = None) -> pa.Table:
-        """Some columns of one pass; None: the last."""
+        """Some columns as they were known for an epoch (None: the last): each sample's last score until then."""
         epoch = self.epochs[-1] if epoch is None else epoch
         if epoch not in self.epochs:
             raise ValueError(f"{self.path} has no epoch {epoch}; it has {', '.join(map(str, self.epochs))}.")
-        filters = pc.equal(pc.field("epoch"), epoch) if "epoch" in self.names else None
-        return pq.read_table(self.path, columns=list(names), filters=filters)
+        if "epoch" not in self.names:
+            return pq.read_table(self.path, columns=list(names))
+        until = pc.less_equal(pc.field("epoch"), epoch)
+        return pq.read_table(self.path, columns=list(names), filters=until).take(self._last[epoch])
+
+    @cached_property
+    def _last(self) -> dict[int, pa.Array]:
+        """By epoch: where each sample's last score lies among the rows until then. A pass may score some again only."""
+        table = pq.read_table(self.path, columns=["epoch", "sample"])
+        epochs, samples = table["epoch"].to_numpy(), table["sample"].to_numpy()
+        found = {}
+        for epoch in self.epochs:
+            until = samples[epochs <= epoch]
+            _, from_behind = np.unique(until[::-1], return_index=True)
+            found[epoch] = pa.array(len(until) - 1 - from_behind)
+        return found
 
     def numbers(self, *, epoch: int | None = None) -> dict[str, FloatArray]:
         """Every number of every metric, `[samples]` each; NaN where there is none."""
@@ -150,11 +194,22 @@ class Scores:
         encoded = self._encoded(name, epoch)
         if not any(value is not None for value in encoded.dictionary[:2].to_pylist()):
             return None
-        return Column(codes=_codes(encoded), values=encoded.dictionary.to_pylist())
+        return Column(codes=_codes(encoded), values=Values(encoded.dictionary))
 
     def codes(self, name: str | None, *, epoch: int | None = None) -> IntArray | None:
         """A categorical column's codes alone: millions of prompts need no names to be told apart."""
         return None if name is None or name not in self.names else _codes(self._encoded(name, epoch))
+
+    def mixed_prompts(self, *, epoch: int | None = None) -> list[str]:
+        """Names of groups whose responses answer different prompts: an id that was given twice."""
+        groups = self.column(self.group, epoch=epoch)
+        if groups is None or "prompt_hash" not in self.names:
+            return []
+        prompts = np.asarray(self.read(["prompt_hash"], epoch=epoch)["prompt_hash"].to_numpy())
+        first = np.zeros(len(groups.values), np.uint64)
+        first[groups.codes[::-1]] = prompts[::-1]  # what is written last stays: the first row's
+        mixed = np.unique(groups.codes[first[groups.codes] != prompts])
+        return [str(groups.values[code]) for code in mixed]
 
     def _encoded(self, name: str, epoch: int | None) -> pa.DictionaryArray:
         values = self.read([name], epoch=epoch)[name].combine_chunks()

@@ -29,11 +29,19 @@ class Selection:
         """Why a sample is in the plan, or is not."""
         by = int(self.left_out_by[sample])
         if by >= 0:
-            return f"left out by {short(self.policies[by])}{self._standing(sample, by)}"
+            return f"left out by {self._named[by]}{self._standing(sample, by)}"
         deciding = [place for place, policy in enumerate(self.policies) if policy.uses_metrics]
         if not deciding:
-            return "kept by " + (", ".join(map(short, self.policies)) if self.policies else "default: nothing selects")
-        return f"kept by {short(self.policies[deciding[0]])}{self._standing(sample, deciding[0])}"
+            return "kept by " + (", ".join(self._named) if self.policies else "default: nothing selects")
+        return f"kept by {self._named[deciding[0]]}{self._standing(sample, deciding[0])}"
+
+    @cached_property
+    def _named(self) -> list[str]:
+        """The policies by their class; in full where a class is there twice."""
+        kinds = [type(policy).__name__ for policy in self.policies]
+        return [
+            kind if kinds.count(kind) == 1 else short(policy) for kind, policy in zip(kinds, self.policies, strict=True)
+        ]
 
     def _standing(self, sample: int, place: int) -> str:
         policy = self.policies[place]

@@ -1,6 +1,6 @@
 """Kill a training run at random moments until it ends, again and again; what it trained must be what it would have.
 
-    python recipes/benchmarks/kill_storm.py [--kills 200] [--processes 1 or 2] [--workers 0] [--elastic]
+    python recipes/benchmarks/kill_storm.py [--kills 200] [--processes 1 or 2] [--workers 0] [--elastic] [--online]
 
 A real `SFTTrainer` trains a tiny student with a curriculum (dropout on, gradient accumulation 2, a checkpoint every
 second step) in a process of its own that is sent SIGKILL while it scores, trains or saves, and is started again from
@@ -10,6 +10,9 @@ run that was left alone. Imports take longer than a run, so they are done once: 
 
 With `--elastic` every start has another number of processes, one or two, the global batch being the same. Then only
 the samples of each optimizer step are compared: sums over processes differ in their last digits.
+
+With `--online` scores are observed in training, half of the candidates are scored again every third step, and the rest
+of the epoch is planned anew.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ import torch
 import torch.distributed
 from trl import SFTConfig, SFTTrainer
 
-from distill_sampler import BestOf, Curriculum, RankSurprisalRatio, Scorer, Shuffle, attach
+from distill_sampler import BestOf, Curriculum, RankSurprisalRatio, Rescore, Scorer, Shuffle, attach
 from distill_sampler.integrations.checkpoints import last_whole
 from tests import tiny
 
@@ -138,6 +141,8 @@ def train(folder: Path, phase: Phase, rank: int, processes: int, options: argpar
         metrics=[RankSurprisalRatio()],
         policies=[BestOf(RSR, per="prompt_id"), Shuffle()],
         scorer=Scorer(progress=False, batch_tokens=150),
+        observe=options.online,
+        rescore=Rescore(every_steps=3, fraction=0.5, lag=6) if options.online else None,
     )
     attach(trainer, curriculum)
     score = curriculum.score
@@ -146,7 +151,7 @@ def train(folder: Path, phase: Phase, rank: int, processes: int, options: argpar
         phase.enter(SCORING)
         result = score(*args, **kwargs)
         scores = b"".join(values.tobytes() for values in curriculum.store.history[-1].columns.values())
-        note(what=f"scores {kwargs['epoch']}", value=hashlib.blake2b(scores, digest_size=8).hexdigest())
+        note(what=f"scores {kwargs['step']}", value=hashlib.blake2b(scores, digest_size=8).hexdigest())
         return result
 
     curriculum.score = score_and_note  # type: ignore[method-assign]
@@ -266,6 +271,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1)
     parser.add_argument("--elastic", action="store_true", help="one or two processes, drawn for each start")
     parser.add_argument("--workers", type=int, default=0, help="data loader workers")
+    parser.add_argument("--online", action="store_true", help="observe, score again inside epochs, plan the rest anew")
     parser.add_argument("--prompts", type=int, default=20, help="with three candidates each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="keep the runs here")

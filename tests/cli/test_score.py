@@ -277,7 +277,7 @@ def test_a_bad_line_stops_with_its_number_and_reason_or_is_left_out_and_counted(
     assert "--on-error skip" in said
     code, said = scoring(data, student_path, tmp_path / "s.parquet", "--on-error", "skip")
     assert code == 0, said
-    assert "1 bad rows were left out" in said
+    assert "bad rows, left out: 1." in said
     assert pq.read_metadata(tmp_path / "s.parquet").num_rows == 6
 
 
@@ -305,7 +305,10 @@ def test_a_column_that_changes_its_kind_is_told(tmp_path: Path, student_path: Pa
 
 def test_candidates_that_repeat_word_for_word_are_counted(tmp_path: Path, student_path: Path) -> None:
     data = write_lines(tmp_path / "d.jsonl", [*rows(2), rows(2)[0]])
-    assert "1 candidates repeat another word for word" in scoring(data, student_path, tmp_path / "s.parquet")[1]
+    assert (
+        "repeat another word for word, and count as often as they stand in the data: 1."
+        in scoring(data, student_path, tmp_path / "s.parquet")[1]
+    )
 
 
 def test_a_response_that_max_length_cuts_off_has_no_score_and_is_counted(
@@ -314,7 +317,7 @@ def test_a_response_that_max_length_cuts_off_has_no_score_and_is_counted(
     code, said = scoring(candidates, student_path, tmp_path / "s.parquet", "--max-length", 90)
     assert code == 0
     code, said = scoring(candidates, student_path, tmp_path / "t.parquet", "--max-length", 10)
-    assert "18 candidates have no score" in said
+    assert "without a score because --max-length cut off all of their response: 18." in said
 
 
 def test_without_a_teacher_column_the_cure_is_named(tmp_path: Path, student_path: Path) -> None:
@@ -425,6 +428,6 @@ def test_help_reads_no_heavy_library() -> None:
 @pytest.mark.slow
 def test_the_real_student_scores_real_traces(student_folder: Path, shared: Path, tmp_path: Path) -> None:
     data = shared / "data" / "zeroeval_gsm_open_permissive.jsonl.gz"
-    code, said = scoring(data, student_folder, tmp_path / "s.parquet", "--limit", 8)
+    code, said = scoring(data, student_folder, tmp_path / "s.parquet", "--prompts", 2)
     assert code == 0, said
     assert np.isfinite(numbers(tmp_path / "s.parquet")).all()

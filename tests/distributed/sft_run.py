@@ -1,15 +1,15 @@
 """A real SFT run with a curriculum, as a script: started on one process or launched on several by the tests beside it.
 
-    python sft_run.py STUDENT CANDIDATES OUTPUT [--resume CHECKPOINT] [--uneven] [--fsdp] …
+    python sft_run.py STUDENT CANDIDATES OUTPUT [--resume CHECKPOINT] [--metrics TEXT] [--rank-1 dies] …
 
 Every process writes `rank-R.json`: how it was distributed, the rows of each of its batches where the loss is computed,
-and the scores of each pass.
+the scores of each pass, and the shape of each batch that was read for them.
 """
 
 import argparse
-import faulthandler
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from distill_sampler import BestOf, Curriculum, RankSurprisalRatio, Scorer, Shuffle, attach
-
-faulthandler.dump_traceback_later(240, exit=True)  # a hang becomes a failure with stacks
+from distill_sampler import BestOf, Curriculum, Rescore, Scorer, Shuffle, WeightBySoftmax, attach
+from distill_sampler.cli.expressions import parse_metrics
 
 parser = argparse.ArgumentParser()
 parser.add_argument("student")
@@ -32,15 +31,19 @@ parser.add_argument("--resume")
 parser.add_argument("--batch-size", type=int, default=2)
 parser.add_argument("--batch-tokens", type=int, default=150)
 parser.add_argument("--rows", type=int, help="Only the first rows.")
+parser.add_argument("--metrics", default="RankSurprisalRatio")
 parser.add_argument("--lora", action="store_true")
 parser.add_argument("--checkpointing", action="store_true")
-parser.add_argument("--other-data-on-rank-1", action="store_true")
-parser.add_argument("--die-on-rank-1", action="store_true")
+parser.add_argument("--compile", action="store_true")
+parser.add_argument("--bf16", action="store_true")
+parser.add_argument("--online", action="store_true", help="Observe, weigh, and plan anew after every step.")
+parser.add_argument("--rank-1", choices=["reads other data", "dies", "hangs"], help="What goes wrong on process 1.")
 options = parser.parse_args()
 rank = int(os.environ.get("RANK", 0))
 
 rows = [json.loads(line) for line in options.candidates.read_text(encoding="utf-8").splitlines()][: options.rows]
-if options.other_data_on_rank_1 and rank == 1:
+trouble = options.rank_1 if rank == 1 else None
+if trouble == "reads other data":
     rows = rows[::-1]
 
 
@@ -72,8 +75,10 @@ args = SFTConfig(
     save_steps=1,
     logging_steps=1,
     report_to="none",
-    bf16=False,
+    bf16=options.bf16,
     gradient_checkpointing=options.checkpointing,
+    torch_compile=options.compile,
+    torch_compile_backend="aot_eager" if options.compile else None,  # traced and wrapped as always, without a compiler
     use_cpu=True,
     ddp_timeout=60,
 )
@@ -87,17 +92,28 @@ trainer = Recorded(
     peft_config=peft_config,
 )
 trainer.batches = []
-if options.die_on_rank_1 and rank == 1:
-    calls = iter(range(3))
+shapes = []  # [rows, tokens] of each batch that is read for scores
 
-    def die(module: Any, arguments: Any) -> None:
-        if next(calls, None) is None:
-            os._exit(9)
 
-    trainer.model.get_input_embeddings().register_forward_pre_hook(die)
+def note(embeddings: torch.nn.Module, arguments: tuple[torch.Tensor]) -> None:
+    if embeddings.training:
+        return
+    shapes.append(list(arguments[0].shape))
+    if len(shapes) == 8 and trouble == "dies":  # in the middle of the first pass
+        os._exit(9)
+    if len(shapes) == 8 and trouble == "hangs":
+        time.sleep(3600)
+
+
+trainer.model.get_input_embeddings().register_forward_pre_hook(note)
+metrics = parse_metrics(options.metrics)
+best = BestOf(metrics[0].name, per="prompt_id", k=2 if options.online else 1)
+weights = [WeightBySoftmax(metrics[0].name, temperature=2.0)] if options.online else []
 curriculum = Curriculum(
-    metrics=[RankSurprisalRatio()],
-    policies=[BestOf("rank_surprisal_ratio", per="prompt_id"), Shuffle()],
+    metrics=metrics,
+    policies=[best, *weights, Shuffle()],
+    observe=options.online,
+    rescore=Rescore(every_steps=1, lag=2, fraction=0.3) if options.online else None,
     scorer=Scorer(batch_tokens=options.batch_tokens, progress=False),
 )
 attach(trainer, curriculum)
@@ -110,7 +126,12 @@ report = {
     "batches": trainer.batches,
     "plans": [plan.indices.tolist() for plan in curriculum.plans],
     "rows": [list(row) for row in trainer.train_dataset["input_ids"]],
-    "scores": [taken.columns["rank_surprisal_ratio"].tolist() for taken in curriculum.store.history],
+    "scores": [taken.columns[metrics[0].name].tolist() for taken in curriculum.store.history],
+    "numerics": curriculum.store.numerics,
+    "latest": curriculum.store.latest[metrics[0].name].tolist(),
+    "measured at": curriculum.store.step.tolist(),
+    "times scored": curriculum.store.times_scored.tolist(),
+    "shapes": shapes,
     "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
 }
 options.output.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,8 @@
 
 import functools
 import json
+import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from tests.distributed.launcher import LIMIT, launch
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 CONFIGS = HERE.parents[1] / "accelerate_configs"
 WAYS = {
     "ddp": (CONFIGS / "cpu.yaml", "MULTI_CPU", "DistributedDataParallel", 1e-5),
+    "zero1": (HERE / "cpu_zero1.yaml", "DEEPSPEED", "DeepSpeedEngine", 1e-4),
     "zero2": (CONFIGS / "cpu_zero2.yaml", "DEEPSPEED", "DeepSpeedEngine", 1e-4),
     "zero3": (CONFIGS / "cpu_zero3.yaml", "DEEPSPEED", "DeepSpeedEngine", 1e-4),
     "fsdp2": (HERE / "cpu_fsdp2.yaml", "FSDP", "FSDPLlamaForCausalLM", 1e-4),
@@ -35,16 +37,17 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def launch(stage: Path, name: str, config: Path | None, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable]
-    if config is not None:
-        command += ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
-    command += [str(HERE / "sft_run.py"), str(stage / "student"), str(stage / "candidates.jsonl"), str(stage / name)]
-    return subprocess.run([*command, *options], capture_output=True, text=True, timeout=400, cwd=stage)
+def sft_run(
+    stage: Path, name: str, config: Path | None, *options: str, candidates: str = "candidates.jsonl", limit: int = LIMIT
+) -> subprocess.CompletedProcess[str]:
+    paths = str(stage / "student"), str(stage / candidates), str(stage / name)
+    return launch(HERE / "sft_run.py", *paths, *options, cwd=stage, config=config, limit=limit)
 
 
-def reports(stage: Path, name: str, config: Path | None, *options: str) -> list[dict[str, Any]]:
-    done = launch(stage, name, config, *options)
+def reports(
+    stage: Path, name: str, config: Path | None, *options: str, candidates: str = "candidates.jsonl"
+) -> list[dict[str, Any]]:
+    done = sft_run(stage, name, config, *options, candidates=candidates)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(path.read_text()) for path in sorted((stage / name).glob("rank-*.json"))]
 
@@ -54,6 +57,11 @@ def alone(stage: Path) -> dict[str, Any]:
     """The run of one process, with the same global batch."""
     (report,) = reports(stage, "alone", None, "--batch-size", "4")
     return report
+
+
+def work(report: dict[str, Any]) -> int:
+    """How many batches a process read that are not only there to take part in the others' forwards."""
+    return sum(shape != [1, 2] for shape in report["shapes"])
 
 
 def trained(of_ranks: list[dict[str, Any]]) -> list[list[int]]:
@@ -99,20 +107,96 @@ def test_a_sharded_student_with_an_adapter_or_checkpointing_scores_as_one_proces
     assert trained(both) == trained([one])
 
 
+@pytest.mark.parametrize("way", ["ddp", "zero3", "fsdp2"])
+def test_two_processes_observe_weigh_and_plan_anew_as_one_does(way: str, stage: Path) -> None:
+    config, distributed_type, *_ = WAYS[way]
+    if distributed_type == "DEEPSPEED":
+        pytest.importorskip("deepspeed", reason="the extra 'deepspeed' is not installed")
+    both = reports(stage, f"{way}-online", config, "--online")
+    (one,) = reports(stage, f"alone-online-{way}", None, "--batch-size", "4", "--online")
+    assert both[0]["plans"] == both[1]["plans"] == one["plans"]
+    assert len(one["plans"]) == 4  # two epochs of four steps, each planned anew after its first
+    assert trained(both) == trained([one])
+    for name in ("measured at", "times scored"):
+        assert both[0][name] == both[1][name] == one[name]
+    np.testing.assert_allclose(both[0]["latest"], one["latest"], rtol=1e-3)
+    np.testing.assert_allclose(both[0]["losses"], one["losses"], rtol=1e-3)
+    assert len(set(one["measured at"])) > 3
+
+    rest = reports(
+        stage, f"{way}-online-resumed", config, "--online", "--resume", str(stage / f"{way}-online" / "checkpoint-3")
+    )
+    assert trained(rest) == trained([one])[3:]
+    assert rest[0]["times scored"] == one["times scored"]
+
+
 def test_fewer_samples_than_processes_do_not_hang(stage: Path) -> None:
     both = reports(stage, "few", WAYS["fsdp2"][0], "--rows", "1")
     assert [report["plans"] for report in both] == [[[0], [0]]] * 2
 
 
+@pytest.mark.parametrize("way", ["ddp", "zero3", "fsdp2"])
+def test_a_metric_with_forty_views_of_one_sample_and_one_of_another_does_not_hang(way: str, stage: Path) -> None:
+    # From the longest on, samples are dealt out to process 0 1 1 0: process 1 gets those of forty steps.
+    with open(stage / "steps.jsonl", "w", encoding="utf-8") as file:
+        for place in range(8):
+            many, one = " ".join(f"{step}!" for step in range(10, 99)), "yes and " * 40
+            answer = (many if place % 4 in (1, 2) else one)[: 200 - 4 * place] + "!"  # a letter is a token
+            row = {"prompt": f"{place}?", "completion": answer, "prompt_id": place}
+            file.write(json.dumps(row) + "\n")
+    options = ["--metrics", "LocalNaturalness(window=4)", "--batch-tokens", "256"]
+    both = reports(stage, f"steps-{way}", WAYS[way][0], *options, candidates="steps.jsonl")
+    (one,) = reports(stage, f"steps-{way}-alone", None, *options, "--batch-size", "4", candidates="steps.jsonl")
+    assert work(both[1]) > 3 * work(both[0]) > 0
+    assert len(both[0]["shapes"]) == len(both[1]["shapes"])
+    np.testing.assert_allclose(both[0]["scores"][0], one["scores"][0], rtol=WAYS[way][-1])
+    assert both[0]["scores"] == both[1]["scores"]
+    assert trained(both) == trained([one])
+
+
+def test_a_process_that_gets_all_long_samples_is_waited_for(stage: Path) -> None:
+    # Blocks of 32 tokens hold one sample each, whose reader is process 0.
+    both = reports(stage, "long", WAYS["fsdp2"][0], "--batch-tokens", "4")
+    assert work(both[0]) == 48  # 24 samples, twice
+    assert work(both[1]) == 0
+    assert len(both[0]["shapes"]) == len(both[1]["shapes"])
+    np.testing.assert_allclose(both[1]["scores"][0], alone(stage)["scores"][0], rtol=1e-4)
+    assert trained(both) == trained([alone(stage)])
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+def test_a_compiled_student_scores_as_one_process_does(way: str, stage: Path) -> None:
+    both = reports(stage, f"compiled-{way}", WAYS[way][0], "--compile")
+    np.testing.assert_allclose(both[0]["scores"][0], alone(stage)["scores"][0], rtol=WAYS[way][-1])
+    assert trained(both) == trained([alone(stage)])
+
+
+@pytest.mark.parametrize("way", ["ddp", "zero3", "fsdp2"])
+def test_in_bfloat16_scores_are_those_of_one_process_within_its_rounding(way: str, stage: Path) -> None:
+    both = reports(stage, f"bf16-{way}", WAYS[way][0], "--bf16")
+    (one,) = reports(stage, "bf16-alone", None, "--bf16", "--batch-size", "4")
+    assert both[0]["numerics"]["dtype"] == one["numerics"]["dtype"] == "bfloat16"
+    np.testing.assert_allclose(both[0]["scores"][0], one["scores"][0], rtol=0.05)
+    assert both[0]["plans"] == both[1]["plans"]
+
+
 def test_other_data_on_a_process_stops_the_run_with_what_differs(stage: Path) -> None:
-    done = launch(stage, "other", WAYS["ddp"][0], "--other-data-on-rank-1")
+    done = sft_run(stage, "other", WAYS["ddp"][0], "--rank-1", "reads other data")
     assert done.returncode != 0
     assert "The processes do not have the same data set: rank 0 has" in done.stderr
 
 
 def test_a_process_that_dies_while_scoring_ends_the_others_soon(stage: Path) -> None:
     started = time.monotonic()
-    done = launch(stage, "dies", WAYS["fsdp2"][0], "--die-on-rank-1")
+    done = sft_run(stage, "dies", WAYS["fsdp2"][0], "--rank-1", "dies")
     assert done.returncode != 0
     assert "exitcode  : 9" in done.stderr
+    assert not (stage / "dies" / "checkpoint-1").exists()
     assert time.monotonic() - started < 150
+
+
+def test_a_process_that_hangs_while_scoring_becomes_a_failure_with_stacks(stage: Path) -> None:
+    done = sft_run(stage, "hangs", WAYS["fsdp2"][0], "--rank-1", "hangs", limit=45)
+    assert done.returncode != 0
+    assert "Timeout (0:00:45)!" in done.stderr
+    assert re.search(r"sft_run\.py.* in note", done.stderr)  # where it hangs

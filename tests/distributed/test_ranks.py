@@ -9,18 +9,34 @@ from hypothesis import strategies as st
 from distill_sampler.distributed import Ranks
 
 
-@given(samples=st.integers(0, 60), world_size=st.integers(1, 9))
-def test_every_sample_is_read_by_exactly_one_process(samples: int, world_size: int) -> None:
-    block = np.arange(samples) + 100
-    shares = [Ranks(rank=rank, world_size=world_size).share(block) for rank in range(world_size)]
-    assert sorted(np.concatenate(shares).tolist()) == list(range(samples))
+def shares(tokens: np.ndarray, world_size: int) -> list[np.ndarray]:
+    return [Ranks(rank=rank, world_size=world_size).share(tokens) for rank in range(world_size)]
+
+
+@given(tokens=st.lists(st.integers(1, 9999), max_size=60), world_size=st.integers(1, 9))
+def test_every_piece_is_read_by_exactly_one_process(tokens: list[int], world_size: int) -> None:
+    dealt = shares(np.array(tokens, np.int64), world_size)
+    assert sorted(np.concatenate(dealt).tolist()) == list(range(len(tokens)))
+    assert all((np.diff(share) > 0).all() for share in dealt)
+
+
+@given(tokens=st.lists(st.integers(1, 9999), min_size=1, max_size=60), world_size=st.integers(1, 9))
+def test_no_process_has_more_than_the_mean_and_a_piece(tokens: list[int], world_size: int) -> None:
+    pieces = np.array(tokens, np.int64)
+    loads = [int(pieces[share].sum()) for share in shares(pieces, world_size)]
+    assert max(loads) <= sum(tokens) / world_size + max(tokens)
+    assert max(loads) - min(loads) <= max(tokens)
 
 
 @pytest.mark.parametrize("world_size", [2, 8, 64])
-def test_processes_get_nearly_the_same_tokens(world_size: int) -> None:
-    lengths = np.sort(np.random.default_rng(0).lognormal(6, 1, 100 * world_size).astype(int))[::-1]
-    tokens = [lengths[Ranks(rank=rank, world_size=world_size).share(lengths)].sum() for rank in range(world_size)]
-    assert max(tokens) / np.mean(tokens) < 1.1
+@pytest.mark.parametrize("order", ["sorted", "as they come"])
+def test_processes_get_nearly_the_same_tokens(world_size: int, order: str) -> None:
+    """Whatever the sizes: groups of candidates of one prompt are no longer sorted by what there is to read of them."""
+    tokens = np.random.default_rng(0).lognormal(6, 1, 100 * world_size).astype(int)
+    if order == "sorted":
+        tokens = np.sort(tokens)[::-1]
+    loads = [tokens[share].sum() for share in shares(tokens, world_size)]
+    assert max(loads) / np.mean(loads) < 1.01
 
 
 def test_one_process_sends_nothing() -> None:

@@ -168,7 +168,7 @@ def test_every_sample_has_its_reason(scored: Path, tmp_path: Path) -> None:
     assert all("of 3 with prompt_id" in reason for reason in reasons)
     ended = call("report", scored, "--output", tmp_path / "r.html", "--policy", "WithinLength(max_tokens=70)")
     assert ended.code == 0, ended.said
-    assert "left out by WithinLength(max_tokens=70)" in (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "left out by WithinLength: " in (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

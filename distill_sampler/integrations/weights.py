@@ -1,0 +1,104 @@
+"""The weight of each sample in the loss, whatever trainer and loss it is.
+
+A loss over tokens is a sum of one term for each position, and the term of a position reaches the model through that
+position's logits alone. So the gradient of the logits, times the weight of the sample that the position belongs to,
+is the gradient of the weighted loss, normalised exactly as the host normalises: by tokens, by batches, over
+accumulation steps and processes. Nothing of the host's computation is repeated or replaced, and where all weights are 1
+nothing is touched at all. What does not come through the logits, such as the balance loss of a mixture of experts,
+keeps its weight; so does the loss that the host logs, which stays comparable between runs.
+
+TRL's fused head makes no logits: there the gradient of `log_probs`, one number for each position, is multiplied.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill_sampler.observer import Batch
+from distill_sampler.student import unwrap
+
+
+class LossWeights:
+    """Multiplies what a batch's samples contribute to the gradient. Use it in a `with` statement while training.
+
+    Args:
+        model: the student as the host trains it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._student: Any = unwrap(model)
+        self._weights: Tensor | None = None
+        self._applied = False
+
+    def __enter__(self) -> LossWeights:
+        head: nn.Module = self._student.get_output_embeddings()
+        self._handles = [
+            head.register_forward_hook(lambda module, args, output: self._weigh(output)),
+            self._student.register_forward_hook(
+                lambda module, args, output: self._weigh(getattr(output, "log_probs", None))
+            ),
+        ]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def expect(self, batch: Batch, shape: torch.Size) -> None:
+        """The next forward and backward are of this batch.
+
+        Args:
+            batch: whose weights.
+            shape: of its `input_ids`.
+        """
+        self._applied = False
+        self._weights = None
+        if (batch.weights == 1).all():
+            return
+        weights = torch.ones(shape.numel())
+        for start, length, weight in zip(batch.starts, batch.lengths, batch.weights, strict=True):
+            weights[start : start + length] = float(weight)
+        self._weights = weights.reshape(shape)
+
+    def done(self) -> None:
+        """The batch's backward is over.
+
+        Raises:
+            ValueError: it did not come through the logits.
+        """
+        asked, self._weights = self._weights is not None, None
+        if asked and not self._applied:
+            raise ValueError(
+                "The policies give loss weights, but this trainer's loss does not come through the logits of "
+                f"{type(self._student).__name__}, so they cannot be applied (use_liger_kernel=True?). Use "
+                "SampleBySoftmax instead of WeightBySoftmax: it draws samples in proportion to what they would weigh."
+            )
+
+    def _weigh(self, output: Tensor | None) -> None:
+        """Multiply the gradient of `[rows, length, vocab]` logits, or of `[rows, length - 1]` log-probabilities."""
+        weights = self._weights
+        if weights is None or output is None or not output.requires_grad:
+            return
+        # the state at place t predicts token t + 1: a term's weight is its target's
+        by_place = torch.cat([weights[:, 1:], weights.new_ones(len(weights), 1)], 1)
+        if output.ndim == 2:
+            by_place = by_place[:, :-1]
+        if output.shape[:2] != by_place.shape:
+            raise ValueError(
+                f"The policies give loss weights, but the student gives outputs for {tuple(output.shape[:2])} "
+                f"positions where the batch has {tuple(by_place.shape)} (prompt tuning?), so whose they are is not "
+                "known. Use SampleBySoftmax instead of WeightBySoftmax."
+            )
+        by_place = by_place.reshape(*by_place.shape, *[1] * (output.ndim - 2)).to(output.device)
+
+        def multiply(gradient: Tensor) -> Tensor:
+            self._applied = True
+            return (gradient * by_place).to(gradient.dtype)
+
+        output.register_hook(multiply)  # type: ignore[no-untyped-call]

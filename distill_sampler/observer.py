@@ -1,0 +1,211 @@
+"""Scores for free: the forward of a training step already holds what scoring needs.
+
+While a batch is trained on, the hidden states that its loss is computed from pass by. Those at scored positions go
+through the output head once more, without gradients, and become the statistics that a scoring pass would have given
+for the same weights: the same product, the same kernel, the same metrics. What it costs is that product, a third of
+the head's share of the forward pass in a training step; where the host fuses head and loss, there are no logits to
+take it from.
+
+Two things are other than in a scoring pass: dropout is on, and the batch is another, so float32 sums are rounded
+otherwise in their last bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distill_sampler.dataset import ScoredDataset
+from distill_sampler.scorer import columns_of, extras_of
+from distill_sampler.student import forward_of, reading, unwrap
+from distill_sampler.token_stats import LogitTransform, chunk_for, linear, module, token_stats
+from distill_sampler.types import FloatArray, IntArray, Metric, Sample, TokenStats
+
+Whole = Callable[[nn.Module], AbstractContextManager[tuple[Tensor, Tensor | None]]]
+"""Weight and bias of a linear output head, gathered if they are sharded. Every process enters it."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """Which samples a batch of training holds, and where their tokens are in its `input_ids`."""
+
+    samples: IntArray
+    """`[rows]` indices of the data set."""
+    weights: FloatArray
+    """`[rows]` of each in the loss."""
+    starts: IntArray
+    """`[rows]` place of the first token in the flattened `input_ids`."""
+    lengths: IntArray
+    """`[rows]` tokens, without padding."""
+
+
+def can_observe(metrics: Sequence[Metric], samples: Sequence[Sample]) -> list[str]:
+    """Names of the metrics that need other sequences than the samples themselves, which training never reads."""
+    return [
+        metric.name
+        for metric in metrics
+        if any(
+            not np.array_equal(view.input_ids, sample.input_ids) for sample in samples for view in metric.views(sample)
+        )
+    ]
+
+
+class Observer:
+    """Takes the scores of samples out of the forwards of training. Use it in a `with` statement while training.
+
+    Args:
+        model: the student as the host trains it.
+        dataset: where the samples are.
+        metrics: what to compute.
+        ties: the tie rule of ranks, as in `Scorer`.
+        whole: gives the head's weights where the host shards them.
+
+    Raises:
+        ValueError: this student's hidden states cannot be seen, or are not what its logits are made from.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: ScoredDataset,
+        metrics: Sequence[Metric],
+        *,
+        ties: Literal["strict", "mid"] = "strict",
+        whole: Whole | None = None,
+    ) -> None:
+        self._student = unwrap(model)
+        self._decoder: nn.Module = self._student.get_decoder()
+        self._dataset = dataset
+        self._metrics = metrics
+        self._mid_ranks = ties == "mid"
+        self._extras = extras_of(metrics)
+        self._whole = whole or _as_they_are
+        self._batch: Batch | None = None
+        self._samples: list[Sample] = []
+        self._stats: dict[str, Tensor] | None = None
+        self._chunk = chunk_for(self._student.config.get_text_config().vocab_size)
+        self._transform = _transform_of(model, self._student, self._decoder)
+        self._linear: tuple[Tensor, Any] | None = None
+
+    def __enter__(self) -> Observer:
+        self._handle = self._decoder.register_forward_hook(self._see)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._handle.remove()
+
+    def expect(self, batch: Batch) -> None:
+        """The next forward reads this batch."""
+        self._batch = batch
+        self._samples = self._dataset.samples(batch.samples)
+        self._stats = None
+
+    def take(self) -> tuple[IntArray, dict[str, FloatArray]]:
+        """The samples of the batch that was read, `[n]`, and their numbers, `[n]` each.
+
+        Raises:
+            ValueError: no forward of the student read it.
+        """
+        batch, self._batch = self._batch, None
+        assert batch is not None
+        if self._stats is None:
+            raise ValueError(
+                f"observe=True: training did not run {type(self._decoder).__name__}, where hidden states are observed. "
+                "Leave observe off for this model."
+            )
+        stats = {name: values.cpu().numpy() for name, values in self._stats.items()}
+        self._stats = None
+        if self._mid_ranks:
+            stats["rank"] = stats["rank"] + stats["ties"] / 2
+        names = columns_of(self._metrics)
+        rows = np.full((len(names), len(batch.samples)), np.nan, np.float32)
+        stop = 0
+        for row, sample in enumerate(self._samples):
+            start, stop = stop, stop + int(sample.scored.sum())
+            own = {name: values[start:stop] for name, values in stats.items()}
+            if not np.isfinite(own["surprisal"]).all():
+                continue
+            numbers: dict[str, float] = {}
+            for metric in self._metrics:
+                views = metric.views(sample)
+                assert all(np.array_equal(view.input_ids, sample.input_ids) for view in views)
+                wanted = [view.scored[sample.scored] for view in views]
+                of_views = [TokenStats(**{name: own[name][which] for name in own}) for which in wanted]
+                numbers.update(metric.reduce(sample, of_views))
+            rows[:, row] = [numbers[name] for name in names]
+        return batch.samples, dict(zip(names, rows, strict=True))
+
+    @torch.no_grad()
+    def _see(self, decoder: nn.Module, args: Any, output: Any) -> None:
+        if self._batch is None or self._stats is not None:  # not training, or a host's second look at the same batch
+            return
+        hidden: Tensor = output[0]
+        # the state at place t predicts token t + 1
+        places = np.concatenate(
+            [
+                start + np.flatnonzero(sample.scored) - 1
+                for start, sample in zip(self._batch.starts, self._samples, strict=True)
+            ]
+        )
+        targets = np.concatenate([sample.input_ids[sample.scored] for sample in self._samples])
+        states = hidden.flatten(0, 1)[torch.from_numpy(places).to(hidden.device)]
+        with torch.autocast(hidden.device.type, enabled=False), self._project() as project:
+            self._stats = token_stats(
+                states,
+                torch.from_numpy(targets).to(hidden.device),
+                project,
+                extras=self._extras,
+                chunk=self._chunk,
+            )
+
+    @contextmanager
+    def _project(self) -> Iterator[Any]:
+        head: nn.Module = self._student.get_output_embeddings()
+        if type(head) is not nn.Linear:  # quantised, with an adapter on it, ...
+            yield module(head, self._transform)
+            return
+        with self._whole(head) as (weight, bias):
+            if self._linear is None or self._linear[0] is not weight:  # keeps its buffer from step to step
+                self._linear = weight, linear(weight, bias, self._transform)
+            yield self._linear[1]
+
+
+def _transform_of(model: nn.Module, student: Any, decoder: nn.Module) -> LogitTransform:
+    """What happens between the decoder's hidden states and the logits, made sure of by looking.
+
+    Raises:
+        ValueError: it is not "output head, then a scale or a soft cap".
+    """
+    seen: dict[str, Tensor] = {}
+
+    def head_sees(hidden: Tensor) -> Tensor:
+        seen["head"] = hidden.detach()
+        return hidden.new_zeros(*hidden.shape[:-1], 1)
+
+    def decoder_gives(decoder: nn.Module, args: Any, output: Any) -> None:
+        seen["decoder"] = output[0].detach()
+
+    with reading(model) as forward:
+        handle = decoder.register_forward_hook(decoder_gives)
+        try:
+            with forward_of(student.get_output_embeddings(), head_sees):
+                model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=forward.device), use_cache=False)
+        finally:
+            handle.remove()
+        same = "decoder" in seen and seen["decoder"].shape == seen["head"].shape
+        if forward.transform is None or not same or not torch.equal(seen["decoder"], seen["head"]):
+            raise ValueError(
+                f"observe=True: the logits of {type(student).__name__} are not made from its decoder's hidden states "
+                "by its output head alone, so they cannot be followed in training. Leave observe off for this model."
+            )
+        return forward.transform
+
+
+def _as_they_are(head: nn.Module) -> AbstractContextManager[tuple[Tensor, Tensor | None]]:
+    return nullcontext((head.weight, head.bias))  # type: ignore[arg-type]

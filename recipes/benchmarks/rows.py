@@ -1,0 +1,136 @@
+"""How time and memory of the commands grow with the rows: `python recipes/benchmarks/rows.py [--sizes N ...]`.
+
+For each size a file of short candidates, four teachers a prompt, goes through `score`, `teachers`, `select` and
+`report`, each in a process of its own. The student has one layer, knows 64 words and runs on one thread, so that what
+is left is the price of a row. Memory is the process's high-water mark (`ru_maxrss`), read when the command's imports
+are done and at its end. A million rows take about ten minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+TEACHERS = ("ada", "bob", "cy", "dee")
+WORDS = 62
+BEST = "BestOf(rank_surprisal_ratio, per=prompt_id)"
+IMPORTS = {"report": "distill_sampler.report.page"}
+"""What a command loads, where it is not the module of its name."""
+
+
+def make_student(folder: Path) -> None:
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    vocabulary = {**{f"w{word}": word for word in range(WORDS)}, "<end>": WORDS, "<unknown>": WORDS + 1}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", unk_token="<unknown>").save_pretrained(folder)
+    shape = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.5, eos_token_id=WORDS,
+    )  # fmt: skip
+    LlamaForCausalLM(shape).save_pretrained(folder)
+
+
+def make_candidates(path: Path, size: int) -> None:
+    """Prompts of three words; responses of four to eight, nearly all different from one another."""
+    rng = random.Random(0)
+    words = [f"w{word}" for word in range(WORDS)]
+    with path.open("w", encoding="utf-8") as lines:
+        for number in range(size):
+            if number % len(TEACHERS) == 0:
+                prompt, domain = " ".join(rng.choices(words, k=3)), rng.choice(("sums", "proofs"))
+            row = {
+                "prompt_id": f"prompt-{number // len(TEACHERS)}",
+                "teacher": TEACHERS[number % len(TEACHERS)],
+                "prompt": f"{prompt} ",
+                "response": " ".join(rng.choices(words, k=rng.randint(4, 8))),
+                "domain": domain,
+                "correct": rng.random() < 0.5,
+            }
+            lines.write(json.dumps(row) + "\n")
+
+
+def peak_megabytes() -> float:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def measure(arguments: Sequence[str]) -> dict[str, float]:
+    """A command as users call it: seconds without its imports, megabytes after them and at the end."""
+    from distill_sampler.cli import app
+
+    importlib.import_module(IMPORTS.get(arguments[0], f"distill_sampler.cli.{arguments[0]}"))
+    imports = peak_megabytes()
+    started = time.perf_counter()
+    app(list(arguments), standalone_mode=False)
+    return {"seconds": time.perf_counter() - started, "imports MB": imports, "peak MB": peak_megabytes()}
+
+
+def apart(what: str, *arguments: object) -> Any:
+    """Do a thing in a process of its own. This one stays small: a child's high-water mark begins at its parent's."""
+    command = [sys.executable, __file__, "--one", json.dumps([what, *map(str, arguments)])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def do(what: str, *arguments: str) -> Any:
+    """What the process of its own does."""
+    if what == "student":
+        make_student(Path(arguments[0]))
+    elif what == "candidates":
+        make_candidates(Path(arguments[0]), int(arguments[1]))
+    else:
+        return measure([what, *arguments])
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10**3, 10**4, 10**5, 10**6], help="numbers of rows")
+    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)  # what the subprocess is asked for
+    options = parser.parse_args()
+    if options.one:
+        print("\n" + json.dumps(do(*options.one)))
+        return
+    head = ["rows", "seconds", "rows/s", "imports MB", "peak MB", "output MB"]
+    print("| command | " + " | ".join(head) + " |\n|---|" + "---:|" * len(head), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        student, data, scores, chosen, page = (
+            Path(folder) / name for name in ("m", "d.jsonl", "s.parquet", "c.jsonl", "r.html")
+        )
+        apart("student", student)
+        for size in options.sizes:
+            apart("candidates", data, size)
+            for output, *command in (
+                (scores, "score", data, "--model", student, "--output", scores, "--device", "cpu", "--overwrite"),
+                (None, "teachers", scores),
+                (chosen, "select", scores, "--policy", BEST, "--output", chosen),
+                (page, "report", scores, "--output", page),
+            ):
+                row = apart(*command)
+                written = "" if output is None else f"{output.stat().st_size / 1e6:.1f}"
+                cells = [f"{size:,}", f"{row['seconds']:.1f}", f"{size / row['seconds']:,.0f}"]
+                cells += [f"{row['imports MB']:.0f}", f"{row['peak MB']:.0f}", written]
+                print(f"| {command[0]} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Scripts on one process, or several under `accelerate launch`; one that hangs ends with its stacks.
+
+python launcher.py SECONDS SCRIPT …    what each process runs: the script, watched
+"""
+
+import faulthandler
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+LIMIT = 400
+"""Seconds after which a process counts as hanging. Most take half a minute, DeepSpeed's first minutes: it compiles."""
+
+
+def launch(
+    script: Path,
+    *options: str,
+    cwd: Path,
+    config: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    limit: int = LIMIT,
+) -> subprocess.CompletedProcess[str]:
+    """Run a script to its end, with `config` under `accelerate launch`.
+
+    A process that is not done after `limit` seconds writes the stacks of its threads to stderr and exits with 1. That
+    ends the launcher, and the other processes with it.
+    """
+    command = [sys.executable]
+    if config is not None:
+        command += ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
+    command += [__file__, str(limit), str(script), *options]
+    everything = {**os.environ, **(environment or {})}
+    return subprocess.run(command, capture_output=True, text=True, timeout=limit + 120, cwd=cwd, env=everything)
+
+
+if __name__ == "__main__":
+    faulthandler.dump_traceback_later(int(sys.argv[1]), exit=True)
+    sys.argv = sys.argv[2:]
+    sys.path[0] = str(Path(sys.argv[0]).parent)
+    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,199 @@
+"""Scores out of the forwards of training: those that a scoring pass would have given for the same weights."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerCallback
+
+from distill_sampler import (
+    BestOf,
+    Curriculum,
+    GlobalNaturalness,
+    LocalNaturalness,
+    RankSurprisalRatio,
+    Rescore,
+    ResponseLength,
+    ScoredDataset,
+    Scorer,
+    Shuffle,
+    attach,
+)
+from tests import tiny
+from tests.online.test_loss_weights import trainer_of
+
+RSR = "rank_surprisal_ratio"
+COLUMNS = ("mean_rank", "mean_surprisal", RSR, "response_length")
+
+
+def observing(**changes: Any) -> Curriculum:
+    settings: dict[str, Any] = {
+        "metrics": [RankSurprisalRatio(), ResponseLength()],
+        "policies": [Shuffle()],
+        "observe": True,
+        "rescore": Rescore.never(),
+        "scorer": Scorer(progress=False),
+        **changes,
+    }
+    return Curriculum(**settings)
+
+
+class ScoresBefore(TrainerCallback):
+    """Scores every sample actively before each step, at the very weights that the step's forward will have."""
+
+    def __init__(self, trainer: Any, curriculum: Curriculum) -> None:
+        self.trainer, self.curriculum = trainer, curriculum
+        self.scores: list[dict[str, np.ndarray]] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        dataset, metrics = self.curriculum.dataset, list(self.curriculum.metrics.values())
+        columns = {name: np.full(len(dataset), np.nan, np.float32) for name in COLUMNS}
+        for scored in Scorer(progress=False).score(
+            self.trainer.model_wrapped, dataset, metrics, np.arange(len(dataset))
+        ):
+            for name in COLUMNS:
+                columns[name][scored.indices] = scored.columns[name]
+        self.scores.append(columns)
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Trainer": ("Trainer", {}),
+    "Trainer, accumulation": ("Trainer", {"gradient_accumulation_steps": 2}),
+    "SFTTrainer": ("SFTTrainer", {}),
+    "SFTTrainer, padding-free": ("SFTTrainer", {"padding_free": True, "max_length": None}),
+    "SFTTrainer, gradient checkpointing": ("SFTTrainer", {"gradient_checkpointing": True}),
+    "SFTTrainer, LoRA": ("SFTTrainer", {"peft_config": LoraConfig(r=4, target_modules="all-linear")}),
+    "SFTTrainer, adapter on the head": (
+        "SFTTrainer",
+        {"peft_config": LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])},
+    ),
+    "SFTTrainer, workers and accumulation": (
+        "SFTTrainer",
+        {"dataloader_num_workers": 2, "gradient_accumulation_steps": 3, "per_device_train_batch_size": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_training_shows_is_what_scoring_gives(
+    case: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    kind, changes = CASES[case]
+    trainer = trainer_of(kind, tmp_path, tokenizer, **changes)
+    curriculum = observing()
+    attach(trainer, curriculum)
+    active = ScoresBefore(trainer, curriculum)
+    trainer.add_callback(active)
+    trainer.train()
+    seen = curriculum.store.observed
+    assert sorted(curriculum.plans[0].indices.tolist()) == list(range(6))
+    assert (seen.step >= 0).all()  # every sample that was trained on
+    for name in COLUMNS:
+        expected = [active.scores[step][name][sample] for sample, step in enumerate(seen.step)]
+        np.testing.assert_allclose(seen.columns[name], expected, rtol=2e-5)
+    assert len(np.unique(seen.columns["mean_surprisal"])) == 6
+
+
+@pytest.mark.parametrize("kind", ["Trainer", "SFTTrainer"])
+def test_observing_changes_no_bit_of_training(kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    runs = []
+    for observe in (True, False):
+        trainer = trainer_of(kind, tmp_path, tokenizer, model=tiny.model(attention_dropout=0.1), num_train_epochs=2)
+        attach(trainer, observing(observe=observe))
+        trainer.train()
+        runs.append(trainer)
+    losses = [[line["loss"] for line in trainer.state.log_history if "loss" in line] for trainer in runs]
+    assert losses[0] == losses[1]
+    for left, right in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_the_next_plan_goes_by_what_was_seen(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    trainer = trainer_of("SFTTrainer", tmp_path, tokenizer, num_train_epochs=3, per_device_train_batch_size=1)
+    curriculum = observing(policies=[BestOf(RSR, per="prompt_id"), Shuffle()])
+    attach(trainer, curriculum)
+    trainer.train()
+    first, second, third = curriculum.summaries
+    assert (first.scoring.samples, second.scoring.samples, third.scoring.samples) == (6, 0, 0)
+    assert (first.scoring.observed, second.scoring.observed) == (0, 2)
+    assert second.scoring.estimated == 4
+    trained = curriculum.plans[0].indices
+    assert curriculum.store.history[1].which.nonzero()[0].tolist() == sorted(trained.tolist())
+    # the others moved with the drift of those that were seen
+    before, after = curriculum.store.before(1), curriculum.store.before(2)
+    others = np.setdiff1d(np.arange(6), trained)
+    shift = (after[RSR] - before[RSR])[trained].mean()
+    np.testing.assert_allclose((after[RSR] - before[RSR])[others], shift, rtol=1e-4)
+    assert not np.isclose(shift, 0)
+
+
+def test_frozen_precision_is_that_of_scoring(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """bfloat16: the forward of training rounds as that of scoring, and the head's product is in float32 for both."""
+    trainer = trainer_of("SFTTrainer", tmp_path, tokenizer, bf16=True, learning_rate=0.0)
+    curriculum = observing()
+    attach(trainer, curriculum)
+    trainer.train()
+    seen, scored = curriculum.store.observed.columns, curriculum.store.history[0].columns
+    np.testing.assert_allclose(seen["mean_surprisal"], scored["mean_surprisal"], rtol=0.01)
+    np.testing.assert_allclose(seen[RSR], scored[RSR], rtol=0.05)
+    assert curriculum.store.numerics["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    "kind", ["gpt2", "gpt_neox", "gemma2", "granite", "cohere2", "qwen3", "phi3", "olmo2", "mistral"]
+)
+def test_architectures_are_observed_as_they_are_scored(
+    kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=tiny.VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=512,
+        pad_token_id=257,
+        **{"n_embd": 32, "n_head": 4, "n_layer": 2, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+        if kind == "gpt2"
+        else {},
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    trainer = trainer_of("SFTTrainer", tmp_path, tokenizer, model=model, learning_rate=0.0)
+    curriculum = observing()
+    attach(trainer, curriculum)
+    trainer.train()
+    for name, values in curriculum.store.observed.columns.items():
+        np.testing.assert_allclose(values, curriculum.store.history[0].columns[name], rtol=2e-5)
+
+
+def test_a_sample_without_finite_logits_has_no_score(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    trainer = trainer_of("SFTTrainer", tmp_path, tokenizer, learning_rate=0.0)
+    with torch.no_grad():
+        trainer.model.get_input_embeddings().weight[ord("4") + 0] *= float("nan")
+    curriculum = observing()
+    attach(trainer, curriculum)
+    trainer.train()
+    seen, scored = curriculum.store.observed.columns[RSR], curriculum.store.history[0].columns[RSR]
+    np.testing.assert_array_equal(np.isnan(seen), np.isnan(scored))
+
+
+def test_metrics_of_other_sequences_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = tiny.tokenised(tiny.candidates(), tokenizer)
+    curriculum = observing(metrics=[GlobalNaturalness(), LocalNaturalness(window=1)])
+    curriculum.use_tokenizer(tokenizer)
+    with pytest.raises(ValueError, match=r"observe=True: local_naturalness reads other sequences"):
+        curriculum.bind(ScoredDataset(rows, end_token_ids=[257]))
+
+
+def test_a_compiled_student_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    trainer = trainer_of("Trainer", tmp_path, tokenizer)
+    trainer.args.torch_compile = True
+    with pytest.raises(ValueError, match=r"torch_compile=True.*observe=True"):
+        attach(trainer, observing())
