@@ -40,7 +40,7 @@
     const axis = { gridcolor: style("--line"), zeroline: false, linecolor: style("--line"), automargin: true };
     const { xaxis = {}, yaxis = {}, ...rest } = extra;
     return {
-      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 56, r: 12, t: 12, b: 48 },
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 56, r: 12, t: 24, b: 48 },
       font: { family: "system-ui, sans-serif", size: 13, color: style("--ink") }, hovermode: "closest",
       hoverlabel: { bgcolor: style("--card"), bordercolor: style("--line"), font: { color: style("--ink"), size: 12 } },
       legend: { orientation: "h", y: -0.16, x: 0 }, xaxis: { ...axis, ...xaxis }, yaxis: { ...axis, ...yaxis }, ...rest,
@@ -92,7 +92,7 @@
         hovertemplate: `<b>${plain(teacherName(code))}</b><br>mean surprisal %{x:.3f}, mean rank %{y:.2f}<extra></extra>` });
     }
     draw("plane-plot", [...traces, ...means], { annotations,
-      xaxis: { title: { text: "mean surprisal of the response (nats)" }, range: [x0, x1] },
+      xaxis: { title: { text: "mean surprisal (nats)" }, range: [x0, x1] },
       yaxis: { title: { text: "mean clipped rank" }, range: [y0, y1] }, showlegend: data.teachers.length > 0 && wide() });
   }
 
@@ -290,7 +290,7 @@
     }));
     const drawn = data.scored > points.sample.length ? ` (drawn at random from ${data.scored.toLocaleString("en")})` : "";
     $("table-note").textContent = `${Math.min(total, MAX_ROWS).toLocaleString("en")} of ${total.toLocaleString("en")} responses that pass the filters${drawn}. Click a heading to sort.` +
-      (data.traces.length ? "" : " Scored with --traces, the file also holds responses token by token, and they can be read here.");
+      (data.traces.length || data.passes ? "" : " Scored with --traces, the file also holds responses token by token, and they can be read here.");
   }
 
   // ---- Filters ----

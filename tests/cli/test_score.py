@@ -1,5 +1,6 @@
 """The `score` command: every format gives the same numbers, a kill loses nothing, bad input gets a sentence."""
 
+import gc
 import gzip
 import json
 import os
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,7 +30,7 @@ def numbers(path: Path) -> np.ndarray[Any, Any]:
     return np.stack([pq.read_table(path)[name].to_numpy() for name in METRICS])
 
 
-def scoring(data: Path, student: Path, output: Path, *more: object) -> tuple[int, str]:
+def scoring(data: Path | str, student: Path, output: Path, *more: object) -> tuple[int, str]:
     ended = call("score", data, "--model", student, "--output", output, *more)
     return ended.code, ended.said
 
@@ -152,6 +154,76 @@ def test_characters_of_several_tokens_are_told_once(tmp_path: Path, student_path
     data = write_lines(tmp_path / "d.jsonl", [{"prompt": "smile", "response": "naïve 😀 fin"}])
     scoring(data, student_path, tmp_path / "s.parquet")
     assert "".join(pq.read_table(tmp_path / "s.parquet")["tokens"].to_pylist()[0]) == "naïve 😀 fin"
+
+
+def test_a_slice_has_every_candidate_of_its_prompts_however_the_file_is_sorted(
+    tmp_path: Path, student_path: Path
+) -> None:
+    by_teacher = sorted(rows(), key=lambda row: row["teacher"])
+    data = write_lines(tmp_path / "d.jsonl", by_teacher)
+    assert scoring(data, student_path, tmp_path / "s.parquet", "--prompts", 2)[0] == 0
+    table = pq.read_table(tmp_path / "s.parquet").select(["prompt_id", "teacher"]).to_pylist()
+    assert sorted((row["prompt_id"], row["teacher"]) for row in table) == [
+        (f"sum-{prompt}", teacher) for prompt in range(2) for teacher in tiny.TEACHERS
+    ]
+    ended = call("select", tmp_path / "s.parquet", "--policy", "Shuffle", "--output", tmp_path / "o.jsonl")
+    assert (ended.code, len((tmp_path / "o.jsonl").read_text().splitlines())) == (0, 6)
+
+
+def test_a_data_set_on_the_hub_is_streamed_by_its_name(
+    tmp_path: Path, student_path: Path, scored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub is a folder here: without scripts, one data file a split, two subsets."""
+    hub = tmp_path / "hub"
+    for subset in ("main", "other"):
+        (hub / subset).mkdir(parents=True)
+        write_lines(hub / subset / "test.jsonl", rows() if subset == "main" else rows(1))
+    (hub / "README.md").write_text(
+        "---\nconfigs:\n"
+        + "".join(
+            f"- config_name: {s}\n  data_files:\n  - split: test\n    path: {s}/test.jsonl\n" for s in ("main", "other")
+        )
+        + "---\n",
+        encoding="utf-8",
+    )
+    load = datasets.load_dataset
+    asked = []
+
+    def from_folder(name: str, *more: Any, **options: Any) -> Any:
+        asked.append(name)
+        return load(str(hub), *more, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", from_folder)
+    output = tmp_path / "s.parquet"
+    code, said = scoring("someone/traces", student_path, output, "--split", "test")
+    assert code == 1
+    assert "loading it from the hub failed" in said
+    assert "main" in said, "the subsets that there are"
+    more = ("--split", "test", "--subset", "main")
+    code, said = scoring("someone/traces", student_path, output, *more, "--overwrite")
+    assert code == 0, said
+    np.testing.assert_array_equal(numbers(output), numbers(scored))
+    ended = call("select", output, "--policy", "KeepTop(rank_surprisal_ratio, num=3)", "--output", tmp_path / "o.jsonl")
+    assert (ended.code, len((tmp_path / "o.jsonl").read_text().splitlines())) == (0, 3), ended.said
+    assert set(asked) == {"someone/traces"}
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path, student_path: Path) -> None:
+    """What a chunk leaves behind is nothing: Python objects at each chunk's end, by the tenth as by the second."""
+    data = write_lines(tmp_path / "d.jsonl", rows(120))
+    counts = []
+    add = Parts.add
+
+    def counted(self: Parts, table: pa.Table) -> None:
+        add(self, table)
+        gc.collect()
+        counts.append(len(gc.get_objects()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Parts, "add", counted)
+        assert scoring(data, student_path, tmp_path / "s.parquet", "--batch-tokens", 256, "--traces", 2)[0] == 0
+    assert len(counts) >= 5
+    assert max(counts[2:]) - counts[1] < 200, counts
 
 
 # ---- Going on ----
@@ -311,6 +383,27 @@ def test_candidates_that_repeat_word_for_word_are_counted(tmp_path: Path, studen
     )
 
 
+def test_an_id_that_stands_for_two_prompts_and_a_missing_teacher_are_told(tmp_path: Path, student_path: Path) -> None:
+    many = rows(3)
+    many[0]["prompt"], many[4]["teacher"] = "Something else?", None
+    data = write_lines(tmp_path / "d.jsonl", many)
+    assert scoring(data, student_path, tmp_path / "s.parquet")[0] == 0
+    said = call("teachers", tmp_path / "s.parquet").said
+    assert "1 values of 'prompt_id' stand for different prompts each ('sum-0' is one)" in said
+    assert "1 responses do not say who wrote them; they are not ranked" in said
+    assert "None" not in said
+
+
+def test_a_folder_that_mixes_schemas_is_told_where(tmp_path: Path, student_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    write_lines(tmp_path / "data" / "a.jsonl", rows(2))
+    write_lines(tmp_path / "data" / "b.jsonl", [{"question": "a", "answer": "b"}])
+    code, said = scoring(tmp_path / "data", student_path, tmp_path / "s.parquet")
+    assert (code, "b.jsonl, line 1: it has no column 'prompt' (only question, answer)" in said) == (1, True), said
+    code, said = scoring(tmp_path / "data", student_path, tmp_path / "s.parquet", "--on-error", "skip")
+    assert (code, "bad rows, left out: 1." in said) == (0, True)
+
+
 def test_a_response_that_max_length_cuts_off_has_no_score_and_is_counted(
     candidates: Path, student_path: Path, tmp_path: Path
 ) -> None:
@@ -376,6 +469,7 @@ def test_a_model_that_is_no_causal_language_model_is_refused(candidates: Path, t
         (["nowhere.jsonl"], "There is no file or folder nowhere.jsonl"),
         (["DATA", "--output", "scores.csv"], "give a name that ends in .parquet"),
         (["DATA", "--output", "/proc/none/scores.parquet"], "cannot be written"),
+        (["DATA", "--output", "."], "is a folder; give the name of a file in it"),
         (["DATA", "--model", "./nowhere"], "There is no model folder ./nowhere"),
         (["DATA", "--metrics", "rank_suprisal_ratio"], "Did you mean 'rank_surprisal_ratio'?"),
         (["DATA", "--metrics", "RankSurprisalRatio(clip=3)"], "Its arguments: rank_clip=100"),

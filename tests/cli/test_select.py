@@ -113,6 +113,36 @@ def test_teachers_prints_the_leaderboard(scored: Path) -> None:
         assert (ended.code, sentence in ended.said) == (1, True)
 
 
+def test_what_cannot_be_written_is_refused_before_the_work(scored: Path, tmp_path: Path) -> None:
+    policy = ("--policy", "Shuffle")
+    for command, more, name in (("select", policy, "o.jsonl"), ("report", (), "r.html")):
+        for output, sentence in ((f"/proc/none/{name}", "cannot be written"), (tmp_path, "is a folder")):
+            ended = call(command, scored, *more, "--output", output)
+            assert (ended.code, sentence in ended.said) == (1, True), ended.said
+        ended = call(command, scored, *more, "--output", tmp_path / "o.doc")
+        assert (ended.code, "give a name that ends in" in ended.said) == (1, True)
+
+
+def test_domains_and_verdicts_are_columns_that_the_user_names(tmp_path: Path, student_path: Path) -> None:
+    many = rows(60)
+    for place, row in enumerate(many):
+        row["parity"] = ("even", "odd")[place // 3 % 2]
+        row["fine"] = row.pop("correct")
+    data = write_lines(tmp_path / "d.jsonl", many)
+    scores = tmp_path / "s.parquet"
+    assert call("score", data, "--model", student_path, "--output", scores).code == 0
+    assert "omain" not in call("teachers", scores).said
+    ended = call("teachers", scores, "--domain-column", "parity", "--correct-column", "fine")
+    assert ended.code == 0, ended.said
+    assert "is first in each of 2 domains" in ended.said or "By domain, the first is" in ended.said
+    assert "teacher even odd" in ended.said
+    assert "0%" in ended.said, "cy is never correct"
+    assert call("report", scores, "--domain-column", "parity", "--output", tmp_path / "r.html").code == 0
+    assert "Is it the same for every kind of task?" in (tmp_path / "r.html").read_text(encoding="utf-8")
+    ended = call("teachers", scores, "--domain-column", "pairity")
+    assert (ended.code, "Did you mean 'parity'?" in ended.said) == (1, True)
+
+
 def test_usage_errors_end_with_2(scored: Path) -> None:
     assert call("teachers").code == 2
     assert call("teachers", scored, "--nonsense").code == 2
