@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from distill_sampler.curriculum import Curriculum
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.metrics import (
+    AslecDrop,
     GlobalNaturalness,
     LocalNaturalness,
     Random,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AslecDrop",
     "BestOf",
     "BestTeacher",
     "CompetencePacing",

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from distill_sampler.rescore import Rescore, Spent, choose
 from distill_sampler.sampler import DistillSampler, fit_length, with_rest
 from distill_sampler.scorer import Scorer, columns_of
 from distill_sampler.store import ScoreStore, differences, pack, unpack
+from distill_sampler.student import positions
 from distill_sampler.summary import EpochSummary, ScoringSummary, summarise
 from distill_sampler.types import BoolArray, Column, EpochPlan, FloatArray, IntArray, Metric, Policy, Pool, unknown_name
 
@@ -232,6 +234,7 @@ class Curriculum:
         self.store.observed.merge(ranks)
         observed = int((self.store.observed.step >= 0).sum())
         tokens, seconds = 0, 0.0
+        tokens_of: Counter[str] = Counter()
         if len(which) or observed:
             started = self._tick()
             if len(which):
@@ -245,6 +248,7 @@ class Curriculum:
                     self.store.write(scored.indices, scored.columns)
                     journal.append(scored.indices, scored.columns)
                     tokens += scored.tokens
+                    tokens_of.update(scored.tokens_of)
             self.store.settle()
             seconds = self._tick() - started
             if tokens:
@@ -254,17 +258,21 @@ class Curriculum:
             else:
                 self.spent.scoring += seconds
         missing = np.isnan([self.store.latest[name][self._candidates] for name in self._score_columns]).any(axis=0)
+        without = self._candidates[missing]
+        too_long = self.dataset.lengths[without] > positions(model)
         age = step - self.store.step[self._candidates]
         return ScoringSummary(
             samples=len(which),
             observed=observed,
             estimated=int(self.store.estimated[self._candidates].sum()),
             tokens=tokens,
+            tokens_of=tokens_of,
             seconds=seconds,
             share=self.spent.scoring / self.spent.run if self.spent.run else 0.0,
             age_median=float(np.median(age)) if self.metrics else 0.0,
             age_max=int(age.max()) if self.metrics else 0,
-            non_finite=self._candidates[missing],
+            non_finite=without[~too_long],
+            too_long=without[too_long],
         )
 
     # ---- What host and researcher ask ----
@@ -559,8 +567,13 @@ class Curriculum:
                 f"the student's logits are NaN or infinite for {len(scoring.non_finite)} samples (first: sample "
                 f"{scoring.non_finite[0]}); they are not chosen by score."
             )
+        if len(scoring.too_long):
+            notes.append(
+                f"{len(scoring.too_long)} samples (first: sample {scoring.too_long[0]}) are longer than the student "
+                "has positions for; they are not chosen by scores that need all of them at once."
+            )
         planned = self._plan(epoch, self.store.latest)
-        plan = self._fit(planned, tolerate=len(scoring.non_finite) > 0)
+        plan = self._fit(planned, tolerate=len(scoring.non_finite) + len(scoring.too_long) > 0)
         if len(planned) != len(plan):
             action = "cut at its end" if len(planned) > len(plan) else "completed from its start"
             notes.append(f"the policies gave {len(planned)} samples; the plan was {action} to keep {len(plan)}.")

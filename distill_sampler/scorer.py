@@ -2,10 +2,14 @@
 
 1. *Batches hold tokens, not rows*: sorted by length, the longest first (running out of memory or time shows at once),
    up to `batch_tokens` of them, padding included.
-2. *Candidates of one prompt are read together*, their prompt once: samples that begin with the same unscored tokens
-   form a unit, found by comparing tokens, where that saves at least a fifth of the unit's tokens. A batch of prompts
-   is read first, then the batches of what follows them, sorted by length again: a wave.
+2. *A prompt is read once* for all views that begin with it, where that saves at least a fifth of their tokens: the
+   many views of one sample, and the candidates of one prompt, which are read together as a unit, found by comparing
+   tokens. A batch of prompts is read first, then the batches of what follows them, sorted by length again: a wave.
 3. *Memory is found, not asked for*: the budget starts from what is free, and halves when that was not enough.
+4. *What the student has no positions for is not read*: the metric has no score there, and the pass goes on.
+
+A metric may say that it is an approximation: it has an attribute `exact`, the metric that it approximates under another
+name (or None). The first pass then begins with both on a few samples, and reports their rank correlation and cost.
 
 How the student reads a batch is in `student.py`, who reads which in `distributed.py`.
 """
@@ -14,9 +18,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -48,11 +54,16 @@ class Scored:
     indices: IntArray
     """`[samples]` which samples."""
     columns: Mapping[str, FloatArray]
-    """`[samples]` each; NaN where the student's logits were not finite."""
+    """`[samples]` each; NaN where the student's logits were not finite, or the sample was too long."""
     non_finite: IntArray
     """Samples among them with a NaN or infinite logit."""
+    too_long: IntArray
+    """Samples among them of which a metric asks for a view of more tokens than the student has positions for."""
     tokens: int
     """Tokens that went through the student for them, without padding."""
+    tokens_of: Mapping[str, int]
+    """Thereof, by the metrics' names, those of the views that the metric asked for. A view that several metrics ask
+    for counts for each of them, as if it were the only one; a prompt that several views share counts in equal parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +83,12 @@ class Scorer:
     progress: bool = True
     """Show a bar with tokens a second and the remaining time once a pass takes longer than two seconds, and a table of
     each epoch's plan in the trainer's output."""
+    _reported: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
+    """Metrics whose distance from what they approximate was reported."""
+    _sharing: WeakKeyDictionary[nn.Module, bool] = field(
+        default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
+    )
+    """Whether prompts may be shared, for students with which it was tried."""
 
     def __post_init__(self) -> None:
         if self.batch_tokens is not None and self.batch_tokens < 1:
@@ -110,6 +127,10 @@ class Scorer:
         """
         if len(indices) == 0:
             return
+        for metric in metrics:
+            if (exact := getattr(metric, "exact", None)) and repr(metric) not in self._reported:
+                self._reported.add(repr(metric))
+                self._report(model, dataset, metric, exact, indices)
         device = next(model.parameters()).device
         ranks = Ranks.current(device)
         vocab = unwrap(model).config.get_text_config().vocab_size
@@ -139,14 +160,20 @@ class Scorer:
                 metrics=metrics,
                 ranks=ranks,
                 bar=bar,
+                indices=indices,
                 budget=budget,
-                sharing=self.share_prompts and _can_share(forward, dataset, indices, units),
+                sharing=self._sharing.get(model) if self.share_prompts else False,
             )
             for block in _blocks(dataset.lengths[indices], units, _BLOCK_BATCHES * budget * ranks.world_size):
                 if done is not None and done[indices[block]].all():
                     bar.update(int(dataset.lengths[indices[block]].sum()))
                     continue
-                yield work.score(indices[block], units[block])
+                scored = work.score(indices[block], units[block])
+                if work.sharing is not None and self.share_prompts:
+                    self._sharing[model] = work.sharing
+                yield scored
+            if work.too_long and ranks.rank == 0:
+                logger.warning("%s", work.too_long_sentence())
 
     def numerics(self, model: nn.Module) -> dict[str, str]:
         """What, besides the weights, decides the scores beyond rounding in the last bits: scores that differ in it
@@ -161,23 +188,49 @@ class Scorer:
         with reading(model, mid_ranks=self.ties == "mid") as forward:
             return forward.numerics
 
+    def _report(
+        self, model: nn.Module, dataset: ScoredDataset, metric: Metric, exact: Metric, indices: IntArray
+    ) -> None:
+        """Say how an approximation orders samples that it and the exact metric score: up to 64, or an eighth of all."""
+        some = np.unique(np.linspace(0, len(indices) - 1, min(64, max(16, len(indices) // 8))).astype(int))
+        pairs: list[FloatArray] = []
+        tokens = np.zeros(2)
+        for scored in self.score(model, dataset, [metric, exact], np.sort(indices)[some]):
+            pairs.append(np.stack([scored.columns[metric.name], scored.columns[exact.name]]))
+            tokens += [scored.tokens_of[metric.name], scored.tokens_of[exact.name]]
+        pair = np.concatenate(pairs, axis=1)
+        pair = pair[:, np.isfinite(pair).all(axis=0)]
+        if Ranks.current(next(model.parameters()).device).rank == 0 and pair.shape[1] > 2:
+            logger.warning(
+                "%r is an approximation: on %d samples its rank correlation with the exact score is %.3f, at %.0f %% "
+                "of the tokens.",
+                metric,
+                pair.shape[1],
+                np.asarray(np.corrcoef(np.argsort(np.argsort(pair))))[0, 1],
+                100 * tokens[0] / tokens[1],
+            )
+
     def _impl(self, device: torch.device, logits: int) -> Impl:
         return fastest(device, logits) if self.impl == "auto" else available(self.impl, device)
 
 
 @dataclass(kw_only=True, eq=False)
 class _Pass:
-    """One pass over samples: what stays the same from block to block, and the budget, which may shrink."""
+    """One pass over samples: what stays the same from block to block, and what is found out on the way."""
 
     forward: Forward
     dataset: ScoredDataset
     metrics: Sequence[Metric]
     ranks: Ranks
     bar: Any
+    indices: IntArray
+    """All samples of the pass, the shortest last."""
     budget: int
     """Tokens in a batch, from here on."""
-    sharing: bool
-    """Whether prompts may be shared."""
+    sharing: bool | None
+    """Whether prompts may be shared; None: nobody wanted to yet."""
+    too_long: list[tuple[int, str]] = field(default_factory=list)
+    """Samples with a view longer than the student's positions, and the metric that asked for it."""
 
     def score(self, block: IntArray, units: IntArray) -> Scored:
         """Read some samples: their views, each once, in batches; then every metric's numbers.
@@ -186,64 +239,93 @@ class _Pass:
             block: which samples.
             units: `[samples]` the number of each sample's unit; the samples of a unit are read by one process.
         """
-        numbers, unit = np.unique(units, return_inverse=True)
-        share = np.flatnonzero(np.isin(unit, self.ranks.share(numbers)))
+        unit = np.unique(units, return_inverse=True)[1]
+        tokens_of_unit = np.bincount(unit, self.dataset.lengths[block]).astype(np.int64)
+        share = np.flatnonzero(np.isin(unit, self.ranks.share(tokens_of_unit)))
         samples = self.dataset.samples(block[share])
-        # wanted[s][m] lists the places in `views` of what metric m needs of sample s
+        # wanted[s][m] lists the places in `views` of what metric m needs of sample s; None: that is too long to read
         views: list[View] = []
         prompts: list[IntArray | None] = []
-        wanted: list[list[list[int]]] = []
+        wanted: list[list[list[int] | None]] = []
         for sample in samples:
             places: dict[tuple[bytes, bytes], int] = {}
             wanted.append([])
             for metric in self.metrics:
                 needed = metric.views(sample)
+                if any(len(view.input_ids) > self.forward.positions for view in needed):
+                    wanted[-1].append(None)
+                    continue
                 for view in needed:
                     if view.identity not in places:
                         places[view.identity] = len(views)
                         views.append(view)
-                        prompts.append(_prompt_of(view, sample) if self.sharing else None)
+                        prompts.append(_prompt_of(view, sample))
                 wanted[-1].append([places[view.identity] for view in needed])
-        stats, tokens = self._read(views, prompts)
+        stats, tokens = self._read(views, prompts, int(self.dataset.lengths[block].sum()))
 
         # one row for each sample of the block; a row is filled by the process that read the sample, zero elsewhere
         names = columns_of(self.metrics)
-        rows = np.zeros((len(block), len(names) + 1))
-        rows[share[:1], -1] = tokens
+        columns = np.zeros((len(block), len(names)))
+        tokens_of, too_long = np.zeros((2, len(block), len(self.metrics)))
+        tokens_of_all = np.zeros((len(block), 1))
         for row, sample, places_of_metrics in zip(share.tolist(), samples, wanted, strict=True):
             numbers_of_sample: dict[str, float] = {}
-            for metric, needed_places in zip(self.metrics, places_of_metrics, strict=True):
+            for number, (metric, needed_places) in enumerate(zip(self.metrics, places_of_metrics, strict=True)):
+                if needed_places is None:
+                    too_long[row, number] = bool(metric.columns)  # nothing is missing where nothing is computed
+                    continue
                 results = [stats[place] for place in needed_places]
                 if all(np.isfinite(stat.surprisal).all() for stat in results):
                     numbers_of_sample.update(metric.reduce(sample, results))
-            rows[row, :-1] = [numbers_of_sample.get(name, np.nan) for name in names]
-        rows = self.ranks.total(rows)
+                tokens_of[row, number] = tokens[sorted(set(needed_places))].sum()
+            columns[row] = [numbers_of_sample.get(name, np.nan) for name in names]
+            tokens_of_all[row] = tokens[sorted({p for places in places_of_metrics for p in places or ()})].sum()
+        every = self.ranks.total(np.concatenate([columns, tokens_of, too_long, tokens_of_all], axis=1))
+        columns, tokens_of, too_long, tokens_of_all = np.split(
+            every, np.cumsum([len(names), len(self.metrics), len(self.metrics)]), axis=1
+        )
+        missing = np.zeros(len(block), bool)
+        for number, metric in enumerate(self.metrics):
+            of_metric = columns[:, [names.index(name) for name in metric.columns]]
+            missing |= np.isnan(of_metric).any(axis=1) & (too_long[:, number] == 0)
+            self.too_long += [(index, metric.name) for index in block[too_long[:, number] > 0].tolist()]
         return Scored(
             indices=block,
-            columns={name: rows[:, place].astype(np.float32) for place, name in enumerate(names)},
-            non_finite=block[np.isnan(rows[:, :-1]).any(axis=1)],
-            tokens=int(rows[:, -1].sum()),
+            columns={name: columns[:, place].astype(np.float32) for place, name in enumerate(names)},
+            non_finite=block[missing],
+            too_long=block[too_long.any(axis=1)],
+            tokens=round(tokens_of_all.sum()),
+            tokens_of={
+                metric.name: round(total)
+                for metric, total in zip(self.metrics, tokens_of.sum(axis=0).tolist(), strict=True)
+            },
         )
 
-    def _read(self, views: Sequence[View], prompts: Sequence[IntArray | None]) -> tuple[dict[int, TokenStats], int]:
-        """The statistics of all views, by their places, and how many tokens went through the student."""
+    def _read(
+        self, views: Sequence[View], prompts: Sequence[IntArray | None], progress: int
+    ) -> tuple[dict[int, TokenStats], FloatArray]:
+        """The statistics of all views, by their places, and `[views]` how many tokens went through the student for
+        each: its own, and its part of a prompt that it shares. `progress` is what the bar goes on by."""
         stats: dict[int, TokenStats] = {}
-        waves = list(_waves(views, prompts, self.budget))
+        tokens = np.zeros(len(views))
+        waves = self._waves(views, prompts)
         # agreed on before the first forward: afterwards, others may still wait for this process inside one
         forwards = sum(len(wave.batches) + bool(wave.prompts) for wave in waves)
         idle = self.ranks.most(forwards) - forwards
-        tokens = 0
+        length = sum(len(view.input_ids) for view in views)
         while waves:
             wave = waves.pop(0)
+            sharing = Counter(wave.row.values())
             try:
                 prefix = self.forward.prefix(wave.prompts) if wave.prompts else None
-                tokens += sum(len(prompt) for prompt in wave.prompts)
                 for batch in wave.batches:
                     rows = [wave.row[place] for place in batch] if prefix else ()
                     stats.update(zip(batch, self.forward([views[p] for p in batch], prefix, rows), strict=True))
-                    read = sum(len(views[place].input_ids) for place in batch)
-                    tokens += read - sum(len(wave.prompts[row]) for row in rows)
-                    self.bar.update(read * self.ranks.world_size)
+                    for place in batch:
+                        tokens[place] = len(views[place].input_ids)
+                    for place, row in zip(batch, rows, strict=bool(rows)):
+                        tokens[place] -= len(wave.prompts[row]) * (1 - 1 / sharing[row])
+                    self.bar.update(progress * sum(len(views[place].input_ids) for place in batch) / length)
             except torch.OutOfMemoryError:
                 left = [place for place in range(len(views)) if place not in stats]
                 if self.ranks.world_size > 1 or self.budget <= max(len(views[place].input_ids) for place in left):
@@ -258,12 +340,29 @@ class _Pass:
                 torch.cuda.empty_cache()
             places = np.array(left)
             waves = [
-                wave.renumbered(places)
-                for wave in _waves([views[p] for p in left], [prompts[p] for p in left], self.budget)
+                wave.renumbered(places) for wave in self._waves([views[p] for p in left], [prompts[p] for p in left])
             ]
         for _ in range(idle):
             self.forward([_IDLE])
         return stats, tokens
+
+    def _waves(self, views: Sequence[View], prompts: Sequence[IntArray | None]) -> list[_Wave]:
+        """What is read with what. Whether prompts can be shared is tried when it first would pay for some process."""
+        waves = list(_waves(views, prompts, self.budget))
+        if self.sharing is None and self.ranks.most(int(any(wave.prompts for wave in waves))):
+            self.sharing = _can_share(self.forward, self.dataset.samples(self.indices[-64:]))
+        return list(_waves(views, [None] * len(views), self.budget)) if self.sharing is False else waves
+
+    def too_long_sentence(self) -> str:
+        """What was not read, and what to do about it."""
+        samples = {index for index, _ in self.too_long}
+        names = ", ".join(dict.fromkeys(name for _, name in self.too_long))
+        return (
+            f"{len(samples)} samples (first: sample {min(samples)}) have no {names}: that takes more tokens at once "
+            f"than the {self.forward.positions} that the student has positions for. Cut the samples (max_length of "
+            "the trainer), or score them with LocalNaturalness, which reads a few steps at a time; if the student does "
+            "read farther, raise max_position_embeddings of its config."
+        )
 
 
 _IDLE = View(input_ids=np.zeros(2, np.int64), scored=np.array([False, True]))
@@ -373,15 +472,18 @@ def _beginning(sample: Sample) -> IntArray:
     return sample.input_ids[: max(0, int(sample.scored.argmax()) - 1)]
 
 
-def _can_share(forward: Forward, dataset: ScoredDataset, indices: IntArray, units: IntArray) -> bool:
-    """Try it on the last, shortest two units that share a prompt. The same two on every process."""
-    together = np.flatnonzero(np.r_[False, np.diff(units) == 0])
-    if len(together) == 0:
+def _can_share(forward: Forward, samples: Sequence[Sample]) -> bool:
+    """Try it on the beginnings of the two last samples with different prompts. The same two on every process."""
+    views: dict[bytes, tuple[View, int]] = {}
+    for sample in reversed(samples):
+        start = len(_beginning(sample))
+        stop = int(min(start + 64, len(sample.input_ids), forward.positions))
+        if 0 < start < stop - 1 and len(views) < 2:
+            view = View(input_ids=sample.input_ids[:stop], scored=sample.scored[:stop])
+            views.setdefault(sample.input_ids[:start].tobytes(), (view, start))
+    if not views:
         return False
-    chosen = {int(units[place]): place for place in together[-8:]}  # of each unit one sample
-    samples = dataset.samples(indices[list(chosen.values())[-2:]])
-    views = [View(input_ids=sample.input_ids, scored=sample.scored) for sample in samples]
-    return forward.can_share(views, [int(sample.scored.argmax()) - 1 for sample in samples])
+    return forward.can_share([view for view, _ in views.values()], [start for _, start in views.values()])
 
 
 def token_batches(lengths: IntArray, batch_tokens: int) -> Iterator[list[int]]:

@@ -90,16 +90,18 @@ def token_steps(
         max_tokens: most tokens in a step.
 
     Raises:
-        ValueError: the splitter names places that are not in the text or not in order.
+        ValueError: the splitter gives anything but places in the text, in order.
     """
     if len(input_ids) == 0:
         return []
     text, begins = decoded(input_ids, tokenizer)
-    places = np.asarray(splitter(text), np.int64)
-    if len(places) and (places.min() < 0 or places.max() > len(text) or (np.diff(places) < 0).any()):
+    found = list(splitter(text))
+    places = np.array([place for place in found if isinstance(place, int | np.integer)], np.int64)
+    inside = len(places) == len(found) and ((places >= 0) & (places <= len(text))).all()
+    if not inside or (np.diff(places) < 0).any():
         raise ValueError(
-            f"The splitter gave places outside a text of {len(text)} characters, or not in ascending order: "
-            f"{places[:10].tolist()}. It must return the characters at which new steps begin, from 0."
+            f"The splitter gave {found[:5]}: not places in a text of {len(text)} characters, in ascending order. It "
+            "must return the characters at which new steps begin, counted from 0 (for spans, their starts)."
         )
     cuts = np.unique(np.concatenate([[0], np.searchsorted(begins, places), [len(input_ids)]]))
     bounds = [0]

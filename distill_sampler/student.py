@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -76,6 +77,7 @@ class Forward:
         self._impl: Impl = impl
         self._mid_ranks = mid_ranks
         self._chunk = chunk_for(student.config.get_text_config().vocab_size)
+        self.positions = positions(model)
         self.device = next(model.parameters()).device
         self._dtype = torch.float32  # what the body computes in: seen by the probe
         self.transform = self._probe(type(student).__name__)
@@ -323,6 +325,17 @@ def unwrap(model: nn.Module) -> Any:
             f"{type(inner).__name__} has no output head. Load the student with AutoModelForCausalLM, not AutoModel."
         )
     return inner
+
+
+def positions(model: nn.Module) -> float:
+    """Tokens that a student can read at once; infinity if its configuration names no limit.
+
+    Beyond them, learned positions run out (an error deep inside the model), and rotary ones leave what was trained.
+    """
+    config = unwrap(model).config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    extended = (rope.get("factor") or 1) * (rope.get("original_max_position_embeddings") or 0)
+    return max(getattr(config, "max_position_embeddings", None) or math.inf, extended)
 
 
 @contextmanager

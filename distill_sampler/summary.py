@@ -44,6 +44,8 @@ class ScoringSummary:
     """Candidates whose scores are older, moved by the drift of the others."""
     tokens: int
     """That went through the student."""
+    tokens_of: Mapping[str, int]
+    """Thereof, by metric, as if each were the only one."""
     seconds: float
     share: float
     """Of the run's time so far that scoring took, the first pass left out."""
@@ -52,6 +54,8 @@ class ScoringSummary:
     age_max: int
     non_finite: IntArray
     """Candidates left out because the student's logits for them were NaN or infinite."""
+    too_long: IntArray
+    """Candidates without the score of some metric: they have more tokens than the student has positions for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +86,7 @@ class EpochSummary:
             "effective_sample_size": self.effective_sample_size,
             "distinct_samples": self.distinct,
             "non_finite_samples": len(self.scoring.non_finite),
+            "too_long_samples": len(self.scoring.too_long),
             "scored_samples": self.scoring.samples,
             "observed_samples": self.scoring.observed,
             "estimated_samples": self.scoring.estimated,
@@ -114,6 +119,9 @@ class EpochSummary:
                 f"({rate:,.0f} tokens/s)",
                 style="dim",
             )
+        if len(scoring.tokens_of) > 1 and scoring.tokens:
+            each = ", ".join(f"{metric.replace('_', ' ')} {tokens:,}" for metric, tokens in scoring.tokens_of.items())
+            title.append(f"\ntokens by metric, shared forwards counted for each: {each}", style="dim")
         if scoring.age_max:
             title.append(
                 f"\nscores are up to {scoring.age_max} steps old, half of them {scoring.age_median:.0f} or less; "

@@ -1,16 +1,24 @@
 """Local Naturalness against one window at a time, and the settings that it refuses."""
 
 import math
+import re
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from distill_sampler import GlobalNaturalness, LocalNaturalness, ScoredDataset, Scorer
-from distill_sampler.metrics.local_naturalness import response_steps
+from distill_sampler import (
+    AslecDrop,
+    GlobalNaturalness,
+    LocalNaturalness,
+    RankSurprisalRatio,
+    ResponseLength,
+    ScoredDataset,
+    Scorer,
+)
 from distill_sampler.steps import by_pattern
 from tests import tiny
 
@@ -41,12 +49,12 @@ def scores(model: Any, dataset: ScoredDataset, metrics: list[Any], **scorer: Any
     return columns, tokens
 
 
-def one_window_at_a_time(model: Any, dataset: ScoredDataset, metric: LocalNaturalness) -> list[float]:
+def one_window_at_a_time(model: Any, dataset: ScoredDataset, metric: Any) -> list[float]:
     """For each step a forward of its own: the prompt, the steps before it that the window holds, the step."""
     means = []
     for index in range(len(dataset)):
         sample = dataset.sample(index)
-        steps = response_steps(metric, sample)
+        steps = metric.steps(sample)
         prompt = sample.input_ids[: steps[0][0]].tolist()
         of_steps = []
         for number, (start, stop) in enumerate(steps):
@@ -56,7 +64,9 @@ def one_window_at_a_time(model: Any, dataset: ScoredDataset, metric: LocalNatura
             with torch.no_grad():
                 log_probs = model(input_ids=tokens[None]).logits[0].double().log_softmax(-1)
             places = range(len(tokens) - (stop - start), len(tokens))
-            of_steps.append(np.mean([log_probs[place - 1, tokens[place]].item() for place in places][metric.skip :]))
+            of_steps.append(
+                np.mean([log_probs[place - 1, tokens[place]].item() for place in places][getattr(metric, "skip", 0) :])
+            )
         means.append(float(np.mean(of_steps)))
     return means
 
@@ -79,7 +89,7 @@ def test_without_the_first_token_of_a_step_it_is_aslec_drop(
     model: PreTrainedModel, dataset: ScoredDataset, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     model.eval()
-    metric = LocalNaturalness(skip=1, name="aslec_drop", tokenizer=tokenizer)
+    metric = AslecDrop(tokenizer=tokenizer)
     columns, _ = scores(model, dataset, [metric, LocalNaturalness(tokenizer=tokenizer)])
     np.testing.assert_allclose(columns["aslec_drop"], one_window_at_a_time(model, dataset, metric), rtol=1e-5)
     assert not np.allclose(columns["aslec_drop"], columns["local_naturalness"])
@@ -131,13 +141,110 @@ def test_all_turns_of_a_conversation_are_split_and_keep_what_is_said_between(
     ]
 
 
-def test_a_trace_longer_than_the_models_context_is_scored(tokenizer: PreTrainedTokenizerBase) -> None:
-    model = tiny.model(max_position_embeddings=128)
-    answer = tokenizer("So it goes on and on. " * 60)["input_ids"]
-    dataset = ScoredDataset([{"input_ids": [1, 2, *answer], "labels": [-100, -100, *answer]}])
-    metric = LocalNaturalness(tokenizer=tokenizer)
-    assert max(len(view.input_ids) for view in metric.views(dataset.sample(0))) <= 128 < dataset.lengths[0]
-    assert np.isfinite(scores(model, dataset, [metric])[0]["local_naturalness"]).all()
+def rows(tokenizer: PreTrainedTokenizerBase, *texts: tuple[str, str]) -> ScoredDataset:
+    """Prompts and responses, without a template."""
+    pairs = [(tokenizer(prompt)["input_ids"], tokenizer(response)["input_ids"]) for prompt, response in texts]
+    return ScoredDataset([{"input_ids": [*a, *b], "labels": [-100] * len(a) + b} for a, b in pairs])
+
+
+LONG = "".join(f"Step {number} of it. " for number in range(20))
+
+
+def gpt2(positions: int) -> PreTrainedModel:
+    """Positions are learned: one more than there are is an error inside the model."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=tiny.VOCAB, n_positions=positions, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2)
+    )
+
+
+@pytest.mark.parametrize("build", [gpt2, lambda positions: tiny.model(max_position_embeddings=positions)])
+def test_a_trace_longer_than_the_models_context_is_scored_where_global_scores_have_none(
+    build: Any, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build(128).eval()
+    dataset = rows(tokenizer, ("Why?", LONG), ("Why?", "Short. And good."), ("Why? " * 40, LONG))
+    local, everywhere = LocalNaturalness(window=2, tokenizer=tokenizer), GlobalNaturalness()
+    (scored,) = Scorer(progress=False).score(model, dataset, [local, everywhere], np.arange(3))
+    columns = {name: values[np.argsort(scored.indices)] for name, values in scored.columns.items()}
+    assert np.isfinite(columns["local_naturalness"]).tolist() == [True, True, False]  # a prompt longer than the context
+    assert np.isfinite(columns["global_naturalness"]).tolist() == [False, True, False]
+    assert sorted(scored.too_long.tolist()) == [0, 2]
+    assert len(scored.non_finite) == 0
+    assert "2 samples (first: sample 0) have no local_naturalness, global_naturalness" in caplog.text.replace(
+        "global_naturalness, local_naturalness", "local_naturalness, global_naturalness"
+    )
+    assert "the 128 that the student has positions for" in caplog.text
+    np.testing.assert_allclose(
+        columns["local_naturalness"][:2],
+        one_window_at_a_time(model, rows(tokenizer, ("Why?", LONG), ("Why?", "Short. And good.")), local),
+        rtol=1e-5,
+    )
+
+
+def test_the_views_of_one_sample_share_its_prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    model.eval()
+    dataset = rows(tokenizer, ("A prompt that takes more than a few tokens. " * 3, LONG))
+    metric = LocalNaturalness(window=1, tokenizer=tokenizer)
+    shared, read = scores(model, dataset, [metric], batch_tokens=400)
+    alone, read_alone = scores(model, dataset, [metric], batch_tokens=400, share_prompts=False)
+    prompt, num_views = int(dataset.sample(0).scored.argmax()), len(metric.views(dataset.sample(0)))
+    assert read_alone - read == (num_views - 1) * (prompt - 1)
+    for columns in (shared, alone):
+        expected = one_window_at_a_time(model, dataset, metric)
+        np.testing.assert_allclose(columns["local_naturalness"], expected, rtol=1e-5)
+
+
+def test_more_steps_in_a_row_read_less_and_say_how_close_they_come(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["one", "two", "so it is", "then", "add them", "wait", "no", "yes it holds"]
+    draw = np.random.default_rng(0).choice
+    dataset = rows(
+        tokenizer, *[("Why?", " ".join(f"{draw(words)} {draw(words)}." for _ in range(12))) for _ in range(40)]
+    )
+    exact = LocalNaturalness(window=1, tokenizer=tokenizer)
+    metric = LocalNaturalness(window=1, stride=2, tokenizer=tokenizer)
+    assert exact.exact is None
+    assert metric.exact == LocalNaturalness(window=1, name="local_naturalness_exact")
+    scorer = Scorer(progress=False)
+    done = [
+        *scorer.score(model, dataset, [metric], np.arange(40)),
+        *scorer.score(model, dataset, [metric], np.arange(5)),
+    ]
+    assert caplog.text.count("is an approximation") == 1
+    said = re.search(r"on 16 samples its rank correlation with the exact score is (0\.\d+), at (\d+) % of", caplog.text)
+    assert said
+    assert 0.5 < float(said[1]) < 1
+    columns, tokens = scores(model, dataset, [exact])
+    read = sum(scored.tokens for scored in done[:-1])
+    assert read < 0.8 * tokens
+    assert int(said[2]) == pytest.approx(100 * read / tokens, abs=5)
+    assert not np.allclose(done[0].columns["local_naturalness"], columns["local_naturalness"][done[0].indices])
+
+
+def test_a_stride_keeps_every_token_and_at_least_its_window(tokenizer: PreTrainedTokenizerBase) -> None:
+    sample = rows(tokenizer, ("Why?", LONG)).sample(0)
+    for stride in (1, 2, 3, 100):
+        metric = LocalNaturalness(window=2, stride=stride, tokenizer=tokenizer)
+        views = metric.views(sample)
+        scored = np.concatenate([view.input_ids[view.scored] for view in views])
+        assert scored.tolist() == sample.input_ids[sample.scored].tolist()
+        assert len(views) == 1 + math.ceil((len(metric.steps(sample)) - 3) / stride)
+
+
+def test_variants_share_their_views_and_say_what_each_cost(
+    model: PreTrainedModel, dataset: ScoredDataset, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    metrics: list[Any] = [LocalNaturalness(tokenizer=tokenizer), AslecDrop(tokenizer=tokenizer), ResponseLength()]
+    (scored,) = Scorer(progress=False).score(model, dataset, metrics, np.arange(len(dataset)))
+    of = scored.tokens_of
+    assert of == {"local_naturalness": scored.tokens, "aslec_drop": scored.tokens, "response_length": 0}
+    # views of their own: what they cost adds up, the prompt that all share in parts
+    metrics = [LocalNaturalness(window=1, tokenizer=tokenizer), RankSurprisalRatio()]
+    (scored,) = Scorer(progress=False, batch_tokens=400).score(model, dataset, metrics, np.array([0, 3]))
+    assert sum(scored.tokens_of.values()) == pytest.approx(scored.tokens, abs=1)
+    assert min(scored.tokens_of.values()) > 0
 
 
 def test_the_first_steps_share_a_row() -> None:
@@ -154,7 +261,7 @@ def test_the_first_steps_share_a_row() -> None:
         ({"window": 1.5}, "a fraction between 0 and 1"),
         ({"min_tokens": 0}, "1 <= min_tokens <= max_tokens"),
         ({"min_tokens": 9, "max_tokens": 8}, "1 <= min_tokens <= max_tokens"),
-        ({"skip": -1}, "skip=-1"),
+        ({"stride": 0}, "stride=0"),
     ],
 )
 def test_settings_that_describe_no_steps_are_refused(settings: dict[str, Any], sentence: str) -> None:
@@ -175,6 +282,68 @@ def test_twenty_thousand_steps_are_laid_out_at_once() -> None:
     views = LocalNaturalness(window=1, min_tokens=1, tokenizer=tokenizer).views(sample)
     assert len(views) == 20_000 - 1
     assert sum(len(view.input_ids) for view in views) < 10 * len(ids)
+
+
+def test_twenty_thousand_steps_are_scored(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = tiny.model(num_hidden_layers=1, hidden_size=8, intermediate_size=8, num_attention_heads=2)
+    dataset = rows(tokenizer, ("p:", "ab\n" * 20_000))
+    columns, tokens = scores(model, dataset, [LocalNaturalness(window=1, min_tokens=1, tokenizer=tokenizer)])
+    assert columns["num_steps"][0] == 20_000
+    assert np.isfinite(columns["local_naturalness"]).all()
+    assert tokens < 3 * dataset.lengths[0]
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "```\nx = 1.\n\ny = 2.\n```",
+        "\n\n\n",
+        " ",
+        "?",
+        "😀",
+        "<|im_start|>",
+    ],
+)
+def test_a_response_of_code_of_space_or_of_one_token_has_its_global_score(
+    response: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    dataset = rows(tokenizer, ("Why?", response))
+    columns, _ = scores(model, dataset, [LocalNaturalness(tokenizer=tokenizer), GlobalNaturalness()])
+    np.testing.assert_allclose(columns["local_naturalness"], columns["global_naturalness"], rtol=1e-5)
+
+
+class WithoutOffsets:
+    """All that is asked of a tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.decode, self.batch_decode = tokenizer.decode, tokenizer.batch_decode
+
+
+def test_a_tokenizer_only_has_to_decode(
+    model: PreTrainedModel, dataset: ScoredDataset, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    plain, _ = scores(model, dataset, [LocalNaturalness(tokenizer=WithoutOffsets(tokenizer))])
+    expected, _ = scores(model, dataset, [LocalNaturalness(tokenizer=tokenizer)])
+    assert np.array_equal(plain["local_naturalness"], expected["local_naturalness"])
+
+
+def test_a_splitter_that_gives_spans_is_named_with_the_sample(
+    dataset: ScoredDataset, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    metric = LocalNaturalness(splitter=lambda text: [(0, 9), (5, 99)], tokenizer=tokenizer)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"LocalNaturalness, sample 2: The splitter gave \[\(0, 9\), \(5, 99\)\]"):
+        metric.views(dataset.sample(2))
+
+
+def test_steps_are_kept_only_as_long_as_their_sample(
+    dataset: ScoredDataset, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    metric = LocalNaturalness(tokenizer=tokenizer)
+    sample = dataset.sample(0)
+    metric.views(sample)
+    assert len(metric._steps) == 1
+    del sample
+    assert len(metric._steps) == 0
 
 
 def test_its_configuration_reads_the_same_in_every_process(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -103,9 +103,28 @@ def test_short_steps_are_joined_and_long_ones_cut() -> None:
     assert steps == [(0, 5), (5, 11), (11, 17), (17, 23), (23, 30)]
 
 
-@pytest.mark.parametrize("places", [[-1], [999], [3, 1]])
-def test_a_splitter_that_leaves_the_text_is_refused(places: list[int]) -> None:
-    with pytest.raises(ValueError, match="splitter gave places outside a text of 5 characters, or not in ascending"):
+@pytest.mark.parametrize("places", [[-1], [999], [3, 1], [(0, 3), (2, 5)], [0.5], ["a."]])
+def test_a_splitter_that_gives_no_places_in_order_is_refused(places: list[Any]) -> None:
+    with pytest.raises(ValueError, match=r"not places in a text of 5 characters, in ascending order.*for spans, their"):
         token_steps(
             np.array(TOKENIZER("a. b.")["input_ids"]), TOKENIZER, lambda text: places, min_tokens=1, max_tokens=9
         )
+
+
+def test_tokens_without_text_are_one_step() -> None:
+    class Silent:
+        def decode(self, ids: list[int], **options: Any) -> str:
+            return ""
+
+        def batch_decode(self, rows: list[list[int]], **options: Any) -> list[str]:
+            return [""] * len(rows)
+
+    assert token_steps(np.arange(5), Silent(), sentences, min_tokens=1, max_tokens=9) == [(0, 5)]
+    assert token_steps(np.arange(0), Silent(), sentences, min_tokens=1, max_tokens=9) == []
+
+
+def test_a_response_that_is_only_code_is_cut_by_its_length_alone() -> None:
+    ids = np.array(TOKENIZER("```\na = 1. \n\nb = 2.\n```")["input_ids"])
+    assert token_steps(ids, TOKENIZER, sentences, min_tokens=1, max_tokens=99) == [(0, len(ids))]
+    halves = token_steps(ids, TOKENIZER, sentences, min_tokens=1, max_tokens=len(ids) - 1)
+    assert halves == [(0, len(ids) // 2), (len(ids) // 2, len(ids))]

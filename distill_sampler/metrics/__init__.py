@@ -4,9 +4,18 @@ Adding one is adding a file here with a frozen dataclass that satisfies `distill
 tests find it by listing this folder.
 """
 
+from distill_sampler.metrics.aslec_drop import AslecDrop
 from distill_sampler.metrics.controls import Random, ResponseLength, RuleQuality
 from distill_sampler.metrics.global_naturalness import GlobalNaturalness
 from distill_sampler.metrics.local_naturalness import LocalNaturalness
 from distill_sampler.metrics.rank_surprisal_ratio import RankSurprisalRatio
 
-__all__ = ["GlobalNaturalness", "LocalNaturalness", "Random", "RankSurprisalRatio", "ResponseLength", "RuleQuality"]
+__all__ = [
+    "AslecDrop",
+    "GlobalNaturalness",
+    "LocalNaturalness",
+    "Random",
+    "RankSurprisalRatio",
+    "ResponseLength",
+    "RuleQuality",
+]
