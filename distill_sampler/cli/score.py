@@ -174,7 +174,8 @@ class Job:
         self.encoder: Encoder | None = None
         # chosen for the whole run (4 bytes a token, roughly), not for each chunk: compilation pays off over all of them
         vocabulary = student.model.config.get_text_config().vocab_size
-        self.impl = fastest(next(student.model.parameters()).device, sources.size // 4 * vocabulary)
+        impl = fastest(next(student.model.parameters()).device, sources.size // 4 * vocabulary)
+        self.scorer = Scorer(batch_tokens=batch_tokens, progress=False, impl=impl)
         self.ends = end_token_ids(student.tokenizer, student.model)
         self.of_scored_prompts = _OfTheFirst(options.prompts)
         self.of_kept_prompts = _OfTheFirst(options.traces)
@@ -190,6 +191,7 @@ class Job:
         self.tokens = 0
         self.seconds = 0.0
         self.non_finite = 0
+        self.too_long = 0
         self.cut = 0
         """Candidates without a token to score, because max_length left none."""
 
@@ -303,13 +305,15 @@ class Job:
         if len(usable):
             rows = [{"input_ids": chunk[row][1].input_ids, "labels": chunk[row][1].labels} for row in usable.tolist()]
             dataset = ScoredDataset(rows, end_token_ids=self.ends)
-            scorer = Scorer(batch_tokens=self.batch_tokens, progress=False, impl=self.impl)
             started, read = time.perf_counter(), 0
-            for block in scorer.score(self.student.model, dataset, [*self.metrics, recorder], np.arange(len(usable))):
+            for block in self.scorer.score(
+                self.student.model, dataset, [*self.metrics, recorder], np.arange(len(usable))
+            ):
                 for name, values in block.columns.items():
                     columns[name][usable[block.indices]] = values
                 self.tokens += block.tokens
                 self.non_finite += len(block.non_finite)
+                self.too_long += len(block.too_long)
                 self.seconds += time.perf_counter() - started
                 read += block.tokens
                 advance(read / len(input_ids))
@@ -423,6 +427,7 @@ class Job:
             (self.bad, "bad rows, left out"),
             (self.cut, "candidates without a score because --max-length cut off all of their response"),
             (self.non_finite, "candidates without a score because the student's logits for them are NaN or infinite"),
+            (self.too_long, "candidates without some score because the student has no positions for so many tokens"),
             (encoder.lost_turns if encoder else 0, "earlier turns not scored because the template rewrites them"),
             (
                 _duplicates(self.options.output) if self.ranks.rank == 0 else 0,
