@@ -46,8 +46,9 @@ def run(
     where = list(data) or json.loads(scores.metadata.get("paths", "[]"))
     if not where:
         raise ValueError(f"{path} does not say where its data lies; name it with --data.")
-    subset = json.loads(scores.metadata.get("subset", "null"))
-    sources = Sources(where, split=scores.metadata.get("split", "train"), subset=subset)
+    subset = scores.metadata.get("subset", "null")  # texts are written as they are, None as JSON
+    split = scores.metadata.get("split", "train")
+    sources = Sources(where, split=split, subset=None if subset == "null" else subset)
     told = json.loads(scores.metadata.get("layout", "{}"))
     layout = Layout(**{part.name: told.get(part.name) for part in fields(Layout)})
     plan = selection.plan
