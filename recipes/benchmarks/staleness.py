@@ -175,7 +175,12 @@ class EveryFewSteps(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0:
             scoring = self.sample.score(kwargs["model"], epoch=0, step=state.global_step)
-            console.print(f"step {state.global_step:4}: {scoring.tokens:,} tokens scored in {scoring.seconds:.0f} s")
+            first, latest = self.sample.store.history[0].columns, self.sample.store.latest
+            alike = [f"{name} {spearman(first[name], latest[name]):.3f}" for name in self.sample.metrics]
+            console.print(
+                f"step {state.global_step}: {scoring.tokens:,} tokens scored in {scoring.seconds:.0f} s; Spearman with "
+                f"step 0: {', '.join(alike)}"
+            )
 
 
 def ages(options: argparse.Namespace) -> None:
