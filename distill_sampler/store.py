@@ -2,7 +2,8 @@
 
 A sample is *measured* when the student reads it: in a scoring pass, or in training, where its scores are *observed*.
 Between measurements the student goes on learning, so what was not measured in a pass is carried on as an *estimate*:
-the drift of those that were, fitted as `new ≈ a + b · old`, is applied to the rest. `estimated` says which is which.
+it moves by the median change of those that were. That keeps the order among the estimates. `estimated` says which is
+which.
 
 Written to a checkpoint as plain JSON values (`state_dict`, arrays through `pack`), to disk as a table (`to_table`).
 What the scores belong to (metric configuration, data set, numerics) travels with them; scores of another origin are
@@ -23,9 +24,6 @@ import pyarrow as pa
 
 from distill_sampler.distributed import Ranks
 from distill_sampler.types import BoolArray, FloatArray, IntArray
-
-_FIT_FROM = 8
-"""Measured pairs from which a slope is fitted; with fewer, drift is a shift by their mean difference."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,8 +51,8 @@ class ScorePass:
     """Optimizer steps the student had taken."""
     measured: list[Measured] = field(default_factory=list)
     """Observed first. What comes later holds."""
-    drift: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """By column `(a, b)`: what was not measured went from `old` to `a + b · old`."""
+    drift: dict[str, float] = field(default_factory=dict)
+    """By column: what was not measured went from `old` to `old + drift`."""
 
     @property
     def columns(self) -> dict[str, FloatArray]:
@@ -128,14 +126,21 @@ class ScoreStore:
         """Close the pass: what was not measured in it moves with the drift of what was."""
         taken = self.history[-1]
         which = taken.which
+        # what training has shown was chosen by score, and what looks best is so by chance in part: it tells of the
+        # others only if nobody was asked
+        asked = np.zeros_like(which)
+        for some in taken.measured:
+            asked[some.indices] |= not some.observed
+        if not asked.any():
+            asked = which
         for name, values in self.latest.items():
             old = self._before[name]
             if name == self._watched:
                 moved = np.abs(values - old)
                 self.change = np.where(which & np.isfinite(moved), moved, self.change).astype(np.float16)
-            pairs = which & np.isfinite(old) & np.isfinite(values)
-            if pairs.any() and not which.all():
-                taken.drift[name] = _drift(old[pairs], values[pairs])
+            change = (values - old)[asked]
+            if np.isfinite(change).any() and not which.all():
+                taken.drift[name] = float(np.nanmedian(np.where(np.isfinite(change), change, np.nan)))
                 self.latest[name] = np.where(which, values, _drifted(values, taken.drift[name]))
         self.times_scored += which
         self.estimated = ~which & (self.estimated | ((self.step >= 0) & bool(taken.drift)))
@@ -268,18 +273,8 @@ class Observations:
         self.columns = {name: unpack(state[name]) for name in self.columns}
 
 
-def _drift(old: FloatArray, new: FloatArray) -> tuple[float, float]:
-    """`(a, b)` of the least squares line `new ≈ a + b · old`; b is not negative, so that it keeps who is better."""
-    x, y = old.astype(np.float64), new.astype(np.float64)
-    shift, spread = y.mean() - x.mean(), x.var()
-    if len(x) < _FIT_FROM or spread == 0:
-        return float(shift), 1.0
-    b = max(0.0, float(((x - x.mean()) * (y - y.mean())).mean() / spread))
-    return float(y.mean() - b * x.mean()), b
-
-
-def _drifted(values: FloatArray, drift: tuple[float, float]) -> FloatArray:
-    return (drift[0] + drift[1] * values.astype(np.float64)).astype(np.float32)
+def _drifted(values: FloatArray, drift: float) -> FloatArray:
+    return (values.astype(np.float64) + drift).astype(np.float32)
 
 
 def differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str:
