@@ -1,7 +1,7 @@
 """A plain accelerate loop with a curriculum: score, plan, train, and go on after an interruption.
 
     python recipes/loop.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data candidates.jsonl
-    accelerate launch --num_processes 2 recipes/loop.py --model … --data candidates.jsonl
+    accelerate launch --config_file accelerate_configs/zero2.yaml recipes/loop.py --model … --data candidates.jsonl
 
 `candidates.jsonl` has rows with `prompt` and `completion` (both lists of messages), `prompt_id` and `teacher`. Run it
 again with `--resume` and it goes on where the last finished epoch left it.
@@ -11,7 +11,8 @@ import argparse
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import GradientAccumulationPlugin
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
@@ -27,7 +28,10 @@ parser.add_argument("--learning-rate", type=float, default=2e-5)
 parser.add_argument("--resume", action="store_true")
 args = parser.parse_args()
 
-accelerator = Accelerator(cpu=not torch.accelerator.is_available())  # says so also to processes without a GPU
+if not torch.accelerator.is_available():
+    PartialState(cpu=True)  # processes without a GPU find each other; Accelerator(cpu=True) would turn DeepSpeed off
+# one batch a step, which is what "auto" in a configuration file of DeepSpeed becomes
+accelerator = Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 model = AutoModelForCausalLM.from_pretrained(args.model)
 optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
@@ -75,8 +79,11 @@ for epoch in range(first, args.epochs):
     accelerator.print(f"epoch {epoch}: last loss {loss.item():.3f}")
     accelerator.save_state(str(checkpoint))
 
-accelerator.wait_for_everyone()
+accelerator.unwrap_model(model).save_pretrained(
+    args.output,
+    is_main_process=accelerator.is_main_process,
+    state_dict=accelerator.get_state_dict(model),  # gathered from all processes where it is sharded
+)
 if accelerator.is_main_process:
-    accelerator.unwrap_model(model).save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
 accelerator.end_training()

@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="interleaved repeats")
     parser.add_argument("--model", type=Path, help="a folder with a student (default: the demo's)")
     parser.add_argument("--data", type=Path, help="traces, .jsonl or .jsonl.gz (default: the demo's)")
-    parser.add_argument("--prompts", type=int, default=4, help="groups to use")
+    parser.add_argument("--prompts", type=int, default=3, help="groups to use")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a trace that are read")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--batch-tokens", type=int, help="default: the library's, 2048 on a CPU")

@@ -1,13 +1,12 @@
 """The recipes run as their docstrings say, on a tiny student: one process, and two on a CPU."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests import tiny
+from tests.distributed.launcher import launch
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -27,18 +26,19 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(stage: Path, recipe: str, *options: str, config: str | None = None) -> str:
-    command = [sys.executable]
-    if config:
-        path = ROOT / "accelerate_configs" / config
-        command += ["-m", "accelerate.commands.launch", "--config_file", str(path), "--main_process_port", "0"]
-    command += [str(ROOT / "recipes" / recipe), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=stage)
+    path = ROOT / "accelerate_configs" / config if config else None
+    if config and "zero" in config:
+        pytest.importorskip("deepspeed", reason="the extra 'deepspeed' is not installed")
+    done = launch(ROOT / "recipes" / recipe, *options, cwd=stage, config=path)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("recipe", ["loop.py", "trainer.py"])
-@pytest.mark.parametrize("config", [None, "cpu.yaml"])
+@pytest.mark.parametrize(
+    ("recipe", "config"),
+    [(recipe, config) for recipe in ("loop.py", "trainer.py") for config in (None, "cpu.yaml", "cpu_zero2.yaml")]
+    + [("loop.py", "cpu_zero3.yaml")],
+)
 def test_a_plain_recipe_trains_and_resumes(recipe: str, config: str | None, stage: Path) -> None:
     name = f"{recipe}-{config}"
     options = ["--model", str(stage / "student"), "--data", str(stage / "candidates.jsonl"), "--batch-size", "2"]
@@ -62,7 +62,6 @@ def test_every_configuration_of_the_sft_recipe_runs(config: Path, stage: Path) -
 
 
 def test_the_sft_recipe_runs_sharded_on_two_processes_as_the_readme_says(stage: Path) -> None:
-    pytest.importorskip("deepspeed", reason="the extra 'deepspeed' is not installed")
     options = ["--config", str(ROOT / "recipes" / "configs" / "best_of_n.yaml"), "--use_cpu", "true", "--bf16", "false"]
     options += ["--data", str(stage / "candidates.jsonl"), "--model_name_or_path", str(stage / "student")]
     options += ["--output_dir", str(stage / "zero3"), "--report_to", "none", "--gradient_accumulation_steps", "1"]
