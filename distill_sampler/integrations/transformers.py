@@ -45,6 +45,7 @@ from distill_sampler.integrations.checkpoints import (
     read_state,
 )
 from distill_sampler.integrations.parallelism import refuse_parallelism
+from distill_sampler.integrations.run_folder import save_run
 from distill_sampler.integrations.sample_log import SampleLog
 from distill_sampler.integrations.sharding import whole_head
 from distill_sampler.integrations.trl import is_sft_trainer, refuse_sft_settings, with_response_labels
@@ -74,6 +75,9 @@ def attach(
     prompt ids and teachers still in it. What is scored is what is trained on, less end-of-turn markers; where the
     trainer trains on prompts too (`messages` without `assistant_only_loss`, `completion_only_loss=False`), the
     responses are found through the chat template, and only they are scored.
+
+    When training ends, the scores and plans of the run are in its output folder (`scores.parquet`, `plans.parquet`):
+    `distill-sampler report OUTPUT` draws them.
 
     Args:
         trainer: a `transformers.Trainer` or `trl.SFTTrainer`.
@@ -246,8 +250,15 @@ class CurriculumCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.curriculum.journal is not None and state.is_world_process_zero:
+        if not state.is_world_process_zero:
+            return
+        if self.curriculum.journal is not None:
             self.curriculum.journal.unlink(missing_ok=True)  # no interrupted pass is left to take up
+        if self.curriculum.plans:
+            try:
+                save_run(self.curriculum, _output(args))
+            except OSError as error:
+                logger.warning("The scores and plans of the run cannot be kept for reports: %s", error)
 
     def finish(self) -> None:
         """Close what training has opened, however it ended."""

@@ -89,7 +89,7 @@ class Scores:
         if not path.exists():
             cure = "Make one with `distill-sampler score DATA --model M --output scores.parquet`."
             if plans is not None or any(path.parent.glob("checkpoint-*")):
-                cure = "Write a run's scores after training, with save_run(curriculum, FOLDER)."
+                cure = "A run leaves them when its training ends; until then, save_run(curriculum, FOLDER) writes them."
             if unfinished.exists():
                 cure = "It is unfinished: run the same `distill-sampler score` again, and it goes on."
             raise ValueError(f"There is no scores file {path}. {cure}")
