@@ -308,7 +308,7 @@ class _Pass:
         each: its own, and its part of a prompt that it shares. `progress` is what the bar goes on by."""
         stats: dict[int, TokenStats] = {}
         tokens = np.zeros(len(views))
-        waves = self._waves(views, prompts)
+        waves = self._plan(views, prompts)
         # agreed on before the first forward: afterwards, others may still wait for this process inside one
         forwards = sum(len(wave.batches) + bool(wave.prompts) for wave in waves)
         idle = self.ranks.most(forwards) - forwards
@@ -340,13 +340,13 @@ class _Pass:
                 torch.cuda.empty_cache()
             places = np.array(left)
             waves = [
-                wave.renumbered(places) for wave in self._waves([views[p] for p in left], [prompts[p] for p in left])
+                wave.renumbered(places) for wave in self._plan([views[p] for p in left], [prompts[p] for p in left])
             ]
         for _ in range(idle):
             self.forward([_IDLE])
         return stats, tokens
 
-    def _waves(self, views: Sequence[View], prompts: Sequence[IntArray | None]) -> list[_Wave]:
+    def _plan(self, views: Sequence[View], prompts: Sequence[IntArray | None]) -> list[_Wave]:
         """What is read with what. Whether prompts can be shared is tried when it first would pay for some process."""
         waves = list(_waves(views, prompts, self.budget))
         if self.sharing is None and self.ranks.most(int(any(wave.prompts for wave in waves))):

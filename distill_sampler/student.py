@@ -328,14 +328,14 @@ def unwrap(model: nn.Module) -> Any:
 
 
 def positions(model: nn.Module) -> float:
-    """Tokens that a student can read at once; infinity if its configuration names no limit.
+    """Tokens that a student can read at once, after YaRN and the like; infinity if its configuration names no limit.
 
     Beyond them, learned positions run out (an error deep inside the model), and rotary ones leave what was trained.
     """
     config = unwrap(model).config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     extended = (rope.get("factor") or 1) * (rope.get("original_max_position_embeddings") or 0)
-    return max(getattr(config, "max_position_embeddings", None) or math.inf, extended)
+    return max(getattr(config, "max_position_embeddings", None) or math.inf, int(extended))
 
 
 @contextmanager

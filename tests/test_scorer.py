@@ -12,7 +12,7 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from distill_sampler import GlobalNaturalness, RankSurprisalRatio, ScoredDataset, Scorer
 from distill_sampler.scorer import token_batches
-from distill_sampler.student import unwrap
+from distill_sampler.student import reading, unwrap
 from distill_sampler.types import Sample, TokenStats, View
 from tests import tiny
 
@@ -343,6 +343,19 @@ def test_batches_hold_at_most_their_tokens_and_every_place_once() -> None:
     )
     padded = sum(len(batch) * lengths[batch].max() for batch in batches)
     assert padded / lengths.sum() < 1.05
+
+
+def test_the_positions_of_a_student_are_those_of_its_configuration(model: PreTrainedModel) -> None:
+    def positions(**config: Any) -> float:
+        for name, value in config.items():
+            setattr(model.config, name, value)
+        with reading(model) as forward:
+            return forward.positions
+
+    assert positions() == 512
+    yarn = {**model.config.rope_parameters, "factor": 4.0, "original_max_position_embeddings": 512}
+    assert positions(rope_parameters=yarn) == 2048
+    assert positions(rope_parameters=None, max_position_embeddings=None) == np.inf
 
 
 def test_what_is_no_causal_language_model_is_refused() -> None:
