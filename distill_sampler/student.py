@@ -139,8 +139,9 @@ class Forward:
         """Read prompts that views begin with. One forward of the student."""
         lengths = np.array([len(prompt) for prompt in prompts])
         longest = int(lengths.max())
-        input_ids = np.zeros((len(prompts), longest), np.int64)
+        input_ids = np.empty((len(prompts), longest), np.int64)
         for row, prompt in enumerate(prompts):
+            input_ids[row, : longest - len(prompt)] = prompt[0]  # never looked at; not a token that others have
             input_ids[row, longest - len(prompt) :] = prompt
         place = np.arange(longest) - (longest - lengths[:, None])
         mask = torch.from_numpy((place >= 0).astype(np.int64)).to(self.device)
