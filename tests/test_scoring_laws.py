@@ -79,7 +79,6 @@ def test_a_poisoned_token_is_reported_for_the_samples_that_have_it_and_no_others
     assert non_finite(model, dataset, batch_tokens=batch_tokens) == hit
 
 
-@pytest.mark.xfail(strict=True, reason="prompts that are shared are padded with token 0, which others then read")
 @pytest.mark.parametrize("batch_tokens", [300, 2048])
 def test_a_poisoned_token_that_nobody_has_harms_nobody(dataset: ScoredDataset, batch_tokens: int) -> None:
     for token in (0, tiny.VOCAB - 3):  # among them what padding might be made of
