@@ -355,7 +355,6 @@ def test_the_positions_of_a_student_are_those_of_its_configuration(model: PreTra
     assert positions() == 512
     yarn = {**model.config.rope_parameters, "factor": 4.0, "original_max_position_embeddings": 512}
     assert positions(rope_parameters=yarn) == 2048
-    assert positions(rope_parameters=None, max_position_embeddings=None) == np.inf
 
 
 def test_what_is_no_causal_language_model_is_refused() -> None:
