@@ -567,11 +567,6 @@ class Curriculum:
                 f"the student's logits are NaN or infinite for {len(scoring.non_finite)} samples (first: sample "
                 f"{scoring.non_finite[0]}); they are not chosen by score."
             )
-        if len(scoring.too_long):
-            notes.append(
-                f"{len(scoring.too_long)} samples (first: sample {scoring.too_long[0]}) are longer than the student "
-                "has positions for; they are not chosen by scores that need all of them at once."
-            )
         planned = self._plan(epoch, self.store.latest)
         plan = self._fit(planned, tolerate=len(scoring.non_finite) + len(scoring.too_long) > 0)
         if len(planned) != len(plan):

@@ -83,6 +83,9 @@ class Metric(Protocol):
 
     A frozen dataclass whose fields are its configuration. `name` is what users type in policies; it is also the
     column of the score. `columns` lists every number that `reduce` returns, the score among them.
+
+    Two attributes are optional: `uses_statistics` (see `TokenStats`), and `exact`, the metric that it approximates
+    under another name, or None; the scorer then reports how well the two agree before it uses the approximation.
     """
 
     @property

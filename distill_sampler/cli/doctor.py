@@ -47,7 +47,7 @@ def run(*, model: str | None, device: str, dtype: str, seconds: float) -> None:
     student, what = _student(model, place, dtype)
     say.print(f"\nThroughput test: {what}, sequences of {LENGTH} tokens, about {seconds:.0f} s", highlight=False)
     kernel = fastest(place, 2048 * student.config.get_text_config().vocab_size)
-    say.print(f"  statistics of a token: '{kernel}' (long passes on an accelerator compile their own kernel)")
+    say.print(f"  statistics of a token: '{kernel}'")
     bare, scored = _throughput(student, place, seconds)
     say.print(f"  bare backbone forward   {bare:>12,.0f} tokens/s   (the limit)")
     say.print(f"  scoring, two metrics    {scored:>12,.0f} tokens/s   ({bare / scored:.2f} x the limit's time)")
