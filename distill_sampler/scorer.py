@@ -79,8 +79,8 @@ class Scorer:
     share_prompts: bool = True
     """Read the prompt that several candidates have in common once, where that pays and gives the same numbers."""
     impl: Literal["auto"] | Impl = "auto"
-    """How logits become statistics (see `token_stats`). Auto: in Triton on CUDA where it is installed, else compiled for
-    passes so long that compiling pays."""
+    """How logits become statistics (see `token_stats`). Auto: in Triton on CUDA where that is installed, else compiled
+    for passes so long that compiling pays."""
     progress: bool = True
     """Show a bar with tokens a second and the remaining time once a pass takes longer than two seconds, and a table of
     each epoch's plan in the trainer's output."""
