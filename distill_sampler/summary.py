@@ -119,7 +119,7 @@ class EpochSummary:
                 f"({rate:,.0f} tokens/s)",
                 style="dim",
             )
-        if len(scoring.tokens_of) > 1 and scoring.tokens:
+        if set(scoring.tokens_of.values()) - {0, scoring.tokens}:  # some share their forwards, some do not
             each = ", ".join(f"{metric.replace('_', ' ')} {tokens:,}" for metric, tokens in scoring.tokens_of.items())
             title.append(f"\ntokens by metric, shared forwards counted for each: {each}", style="dim")
         if scoring.age_max:
