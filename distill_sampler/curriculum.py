@@ -169,14 +169,14 @@ class Curriculum:
         Raises:
             ValueError: the plan has another length than the epochs are laid out for.
         """
-        ranks = Ranks.current(next(model.parameters()).device)
+        ranks = Ranks.of(model)
         if self.epoch == epoch and self.sampler.plan is not None:
             ranks.require_equal(self.sampler.plan.fingerprint, "plan")
             return self.sampler.plan
         ranks.require_equal(self.dataset.fingerprint, "data set")
         if self.sampler.plan is not None:
             self._trained_before = self.times_trained(otherwise=self.num_samples)
-        scoring = self.score(model, epoch=epoch, step=step, which=self._due(model, ranks, epoch=epoch))
+        scoring = self.score(model, epoch=epoch, step=step, which=self._due(ranks, epoch=epoch))
         plan, notes = self._make_plan(epoch, scoring)
         ranks.require_equal(plan.fingerprint, "plan")
         self.sampler.set_plan(plan)
@@ -207,8 +207,8 @@ class Curriculum:
             return None
         assert self.epoch is not None
         assert self.sampler.plan is not None
-        ranks = Ranks.current(next(model.parameters()).device)
-        which = self._due(model, ranks, epoch=self.epoch, into_epoch=into_epoch)
+        ranks = Ranks.of(model)
+        which = self._due(ranks, epoch=self.epoch, into_epoch=into_epoch)
         scoring = self.score(model, epoch=self.epoch, step=step, which=which)
         whole, notes = self._make_plan(self.epoch, scoring)
         plan = with_rest(self.sampler.plan, whole, start, self._groups)
@@ -224,21 +224,29 @@ class Curriculum:
             model: the student.
             epoch: the epoch that it is for.
             step: optimizer steps taken so far.
-            which: samples to score; None: every candidate.
+            which: samples to score; None: every candidate. Scores of other numerics (dtype, tie rule, …) are never
+                mixed: if the student computes otherwise than in the last pass, it is every candidate.
         """
         which = self._candidates if which is None else which
         first = not self.store.passes
-        if not self.metrics:
+        if self.metrics:
+            numerics = self.scorer.numerics(model)
+            if not first and self.store.numerics != numerics:
+                logger.warning(
+                    "Scores from here on cannot be compared with those so far (%s), so every candidate is scored anew.",
+                    differences(self.store.numerics, numerics),
+                )
+                which = self._candidates
+            self.store.numerics = numerics
+        else:
             which = which[:0]
-        ranks = Ranks.current(next(model.parameters()).device)
+        ranks = Ranks.of(model)
         self.store.observed.merge(ranks)
         observed = int((self.store.observed.step >= 0).sum())
         tokens, seconds = 0, 0.0
         tokens_of: Counter[str] = Counter()
         if len(which) or observed:
             started = self._tick()
-            if len(which):
-                self.store.numerics = self.scorer.numerics(model)
             metrics = list(self.metrics.values())
             # what an interrupted pass has left belongs to a pass over the same samples
             with self._pass_journal(model, epoch, step, which) as journal:
@@ -323,12 +331,12 @@ class Curriculum:
 
     def merge_observed(self, model: nn.Module) -> None:
         """Give every process what training has shown the others. Call it on all of them before `state_dict`."""
-        self.store.observed.merge(Ranks.current(next(model.parameters()).device))
+        self.store.observed.merge(Ranks.of(model))
 
     def _pass_journal(self, model: nn.Module, epoch: int, step: int, which: IntArray) -> Journal:
         """What an interrupted pass has left, if it was this one: same data, samples, metrics, weights and batches."""
         parameter = next(model.parameters())
-        ranks = Ranks.current(parameter.device)
+        ranks = Ranks.of(model)
         origin = self._origin
         identity = {
             "dataset": origin["dataset"],
@@ -531,15 +539,9 @@ class Curriculum:
         column = self.dataset.column(name)
         return pa.DictionaryArray.from_arrays(pa.array(column.codes), pa.array(column.values)).dictionary_decode()
 
-    def _due(self, model: nn.Module, ranks: Ranks, *, epoch: int, into_epoch: int = 0) -> IntArray:
+    def _due(self, ranks: Ranks, *, epoch: int, into_epoch: int = 0) -> IntArray:
         """The samples to score now, as far as the budget goes."""
         if not self.store.passes:
-            return self._candidates
-        if self.metrics and self.store.numerics != (here := self.scorer.numerics(model)):
-            logger.warning(
-                "Scores from here on cannot be compared with those so far (%s), so every candidate is scored anew.",
-                differences(self.store.numerics, here),
-            )
             return self._candidates
         if not self.rescore.due(epoch=epoch, into_epoch=into_epoch):
             return self._candidates[:0]

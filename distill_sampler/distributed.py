@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from distill_sampler.types import IntArray
 
@@ -33,6 +34,11 @@ class Ranks:
         if not (dist.is_available() and dist.is_initialized()):
             return cls(device=device)
         return cls(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Ranks:
+        """Those that a student is trained by."""
+        return cls.current(next(model.parameters()).device)
 
     def share(self, tokens: IntArray) -> IntArray:
         """Which pieces of a block this process reads, in their order. Every process finds the same shares.

@@ -201,7 +201,7 @@ class Scorer:
             tokens += [scored.tokens_of[metric.name], scored.tokens_of[exact.name]]
         pair = np.concatenate(pairs, axis=1)
         pair = pair[:, np.isfinite(pair).all(axis=0)]
-        if Ranks.current(next(model.parameters()).device).rank == 0 and pair.shape[1] > 2:
+        if Ranks.of(model).rank == 0 and pair.shape[1] > 2:
             logger.warning(
                 "%r is an approximation: on %d samples its rank correlation with the exact score is %.3f, at %.0f %% "
                 "of the tokens.",

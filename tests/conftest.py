@@ -16,6 +16,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
 
+from distill_sampler import ScoredDataset  # noqa: E402
 from tests import tiny  # noqa: E402
 
 datasets.disable_progress_bars()
@@ -25,6 +26,12 @@ torch.set_num_threads(1)  # threads wait for each other longer than these models
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
     return tiny.tokenizer()
+
+
+@pytest.fixture(scope="session")
+def dataset(tokenizer: PreTrainedTokenizerBase) -> ScoredDataset:
+    """Six sums with an answer of each teacher: 18 samples. Not to be changed."""
+    return ScoredDataset(tiny.tokenised(tiny.candidates(), tokenizer), end_token_ids=[257])
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from distill_sampler import (
     BestOf,
@@ -22,11 +22,6 @@ from distill_sampler.types import Pool
 from tests import tiny
 
 RSR = "rank_surprisal_ratio"
-
-
-@pytest.fixture(scope="module")
-def dataset(tokenizer: PreTrainedTokenizerBase) -> ScoredDataset:
-    return ScoredDataset(tiny.tokenised(tiny.candidates(), tokenizer), end_token_ids=[257])
 
 
 def bound(dataset: ScoredDataset, **changes: Any) -> Curriculum:

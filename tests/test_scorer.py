@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedModel
 
 from distill_sampler import GlobalNaturalness, RankSurprisalRatio, ScoredDataset, Scorer
 from distill_sampler.scorer import token_batches
@@ -17,11 +17,6 @@ from distill_sampler.types import Sample, TokenStats, View
 from tests import tiny
 
 METRICS = [RankSurprisalRatio(), GlobalNaturalness()]
-
-
-@pytest.fixture(scope="module")
-def dataset(tokenizer: PreTrainedTokenizerBase) -> ScoredDataset:
-    return ScoredDataset(tiny.tokenised(tiny.candidates(), tokenizer), end_token_ids=[257])
 
 
 def scores(

@@ -5,17 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from distill_sampler import ScoredDataset, Scorer
 from tests import tiny
 from tests.test_scorer import METRICS, assert_same, reference, rows, scores
 from tests.test_token_stats import IMPLS
-
-
-@pytest.fixture(scope="module")
-def dataset(tokenizer: PreTrainedTokenizerBase) -> ScoredDataset:
-    return ScoredDataset(tiny.tokenised(tiny.candidates(), tokenizer), end_token_ids=[257])
 
 
 def poison(model: PreTrainedModel, token: int, value: float = float("nan")) -> None:

@@ -159,6 +159,8 @@ class CurriculumCallback(TrainerCallback):
         self._batches = 0
         """Batches of this epoch that this process has trained on."""
         self._epoch_started = 0.0
+        self._planned = 0
+        """Plans made before this epoch."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -18,6 +18,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--samples", type=int, default=100_000)
 parser.add_argument("--batch-tokens", type=int, default=16_384)
 parser.add_argument("--columns", type=int, default=3, help="Numbers for each sample; RSR has three.")
+parser.add_argument("--metrics", type=int, default=1)
 options = parser.parse_args()
 
 lengths = np.sort(np.random.default_rng(0).lognormal(np.log(1000), 0.8, options.samples).astype(np.int64))[::-1]
@@ -34,8 +35,10 @@ for world_size in (1, 2, 8, 64, 256):
             counts.append(len(list(token_batches(share, options.batch_tokens))))
         forwards += counts
         most += max(counts)
-    # a block's sum is a float64 for each number, and one for the tokens; a ring sends each byte about twice
-    sent = 0 if world_size == 1 else 8 * (options.columns + 1) * 2 * (world_size - 1) / world_size
+    # a block's sum has a float64 for each number, tokens and lengths of each metric, and all tokens; a ring sends each
+    # byte about twice
+    numbers = options.columns + 2 * options.metrics + 1
+    sent = 0 if world_size == 1 else 8 * numbers * 2 * (world_size - 1) / world_size
     table.add_row(
         str(world_size),
         f"{tokens.max() / tokens.mean():.3f}",

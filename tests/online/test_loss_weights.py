@@ -199,17 +199,6 @@ def test_adapters_learn_by_weight_too(tmp_path: Path, tokenizer: PreTrainedToken
         torch.testing.assert_close(moved, weight * stock[name], rtol=2e-2, atol=1e-8)
 
 
-def test_evaluation_is_not_weighted(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    losses = []
-    for policies in (POLICIES, [Shuffle()]):
-        trainer = trainer_of("Trainer", tmp_path, tokenizer, learning_rate=0.0)
-        trainer.eval_dataset = trainer.train_dataset
-        attach(trainer, weighted(policies))
-        trainer.train()
-        losses.append(trainer.evaluate()["eval_loss"])
-    assert losses[0] == losses[1]
-
-
 @pytest.mark.parametrize("changes", [{"torch_compile": True}, {"use_liger_kernel": True}])
 def test_settings_that_leave_no_place_for_weights_are_refused(
     changes: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerBase

@@ -18,11 +18,6 @@ from tests import tiny
 RSR = "rank_surprisal_ratio"
 
 
-@pytest.fixture(scope="module")
-def dataset(tokenizer: PreTrainedTokenizerBase) -> ScoredDataset:
-    return ScoredDataset(tiny.tokenised(tiny.candidates(), tokenizer), end_token_ids=[257])
-
-
 def bound(dataset: ScoredDataset, journal: Path | None = None, **changes: Any) -> Curriculum:
     settings: dict[str, Any] = {
         "metrics": [RankSurprisalRatio()],
