@@ -85,7 +85,7 @@ class Scorer:
     """Show a bar with tokens a second and the remaining time once a pass takes longer than two seconds, and a table of
     each epoch's plan in the trainer's output."""
     _reported: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
-    """Metrics whose distance from what they approximate was reported."""
+    """What is said once: how far a metric is from what it approximates, and that samples are too long."""
     _sharing: WeakKeyDictionary[nn.Module, bool] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
     )
@@ -173,7 +173,8 @@ class Scorer:
                 if work.sharing is not None and self.share_prompts:
                     self._sharing[model] = work.sharing
                 yield scored
-            if work.too_long and ranks.rank == 0:
+            if work.too_long and ranks.rank == 0 and "too long" not in self._reported:
+                self._reported.add("too long")
                 logger.warning("%s", work.too_long_sentence())
 
     def numerics(self, model: nn.Module) -> dict[str, str]:
@@ -359,10 +360,10 @@ class _Pass:
         samples = {index for index, _ in self.too_long}
         names = ", ".join(dict.fromkeys(name for _, name in self.too_long))
         return (
-            f"{len(samples)} samples (first: sample {min(samples)}) have no {names}: that takes more tokens at once "
-            f"than the {self.forward.positions} that the student has positions for. Cut the samples (max_length of "
-            "the trainer), or score them with LocalNaturalness, which reads a few steps at a time; if the student does "
-            "read farther, raise max_position_embeddings of its config."
+            f"Without {names}: {len(samples)} of the samples (first: sample {min(samples)}), because it takes more "
+            f"tokens at once than the {self.forward.positions} that the student has positions for. Cut the samples "
+            "(max_length of the trainer), or score them with LocalNaturalness, which reads a few steps at a time; if "
+            "the student does read farther, raise max_position_embeddings of its config."
         )
 
 

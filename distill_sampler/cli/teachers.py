@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -42,7 +43,11 @@ def run(path: Path, *, metric: str | None, epoch: int | None, shared: bool, **co
 
 def summary(path: Path, say: Console, *, ranked: bool) -> None:
     """What `score` ends with: the leaderboard without its intervals, if `ranked`, and what to do next."""
-    board = rank_teachers(Scores.open(path), draws=0) if ranked else None
+    try:
+        board = rank_teachers(Scores.open(path), draws=0) if ranked else None
+    except ValueError as error:  # the scores are there all the same
+        say.print(f"[yellow]note:[/] {error}")
+        board = None
     if board is not None and len(board.lines) > 1:
         say.print(_table(board, wide=say.width >= 110), soft_wrap=False)
     say.print(
@@ -112,6 +117,8 @@ def _domains(board: Leaderboard, by_domain: Mapping[str, Leaderboard]) -> Table:
 
 
 def _told(estimate: Estimate, interval: bool) -> str:
+    if math.isnan(estimate.value):
+        return "–"
     return f"{estimate.value:.3f}" + (f" ±{estimate.half:.3f}" if interval else "")
 
 

@@ -7,6 +7,7 @@ draw, so that two teachers are compared on the prompts that they share (Efron, 1
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -95,7 +96,7 @@ def leaderboard(
     draws: int | None = None,
     seed: int = 0,
 ) -> Leaderboard:
-    """Rank teachers by a metric's group score. Samples without a teacher take no part.
+    """Rank teachers by a metric's group score. Samples without a teacher, or without that score, take no part.
 
     Args:
         metrics: what is shown, by name.
@@ -116,16 +117,16 @@ def leaderboard(
     """
     ranking = metrics[metric]
     every = dict.fromkeys(name for item in metrics.values() for name in item.columns)
-    usable: BoolArray = np.all([np.isfinite(numbers[name]) for name in every], axis=0)
-    if among is not None:
-        usable &= among
+    asked = np.ones(len(num_tokens), bool) if among is None else among
+    usable: BoolArray = asked & np.all([np.isfinite(numbers[name]) for name in ranking.columns], axis=0)
+    unscored = int(asked.sum() - usable.sum())
     codes = teachers.codes
     unnamed = np.zeros_like(usable)
     if None in teachers.values:
         unnamed = usable & (codes == list(teachers.values).index(None))
     places = np.flatnonzero(usable & ~unnamed)
     if not len(places):
-        raise ValueError("No sample has a score: there is nothing to rank.")
+        raise ValueError(f"No sample has a {metric}: there is nothing to rank.")
     if shared_only:
         places = places[_shared(codes[places], groups[places])]
         if not len(places):
@@ -145,6 +146,16 @@ def leaderboard(
     bounds = np.flatnonzero(np.r_[True, codes[1:] != codes[:-1], True])
     slices = [slice(start, stop) for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)]
     part_names = [name for name in ranking.columns if name != metric]
+    partial = {item.name for item in metrics.values() if not all(np.isfinite(rows[n]).all() for n in item.columns)}
+
+    def group_score(item: Metric, taken: Mapping[str, FloatArray]) -> float:
+        own = {name: taken[name] for name in item.columns}
+        if item.name in partial:  # not the one that ranks: it has no number for some of these samples
+            known = np.all([np.isfinite(values) for values in own.values()], axis=0)
+            if not known.any():
+                return math.nan
+            own = {name: values[known] for name, values in own.items()}
+        return item.aggregate(own)
 
     def figures(part: slice, picked: IntArray | None) -> list[float]:
         """Every number of a line, for a teacher's rows, or for those drawn among them."""
@@ -153,7 +164,7 @@ def leaderboard(
         taken = {name: values[part] if picked is None else values[part][picked] for name, values in rows.items()}
         wins = chosen[part] if picked is None else chosen[part][picked]
         return [
-            *(item.aggregate({name: taken[name] for name in item.columns}) for item in metrics.values()),
+            *(group_score(item, taken) for item in metrics.values()),
             *(float(taken[name].mean(dtype=float)) for name in part_names),
             float(wins.sum()) / num_prompts,
         ]
@@ -162,7 +173,8 @@ def leaderboard(
         draws = int(np.clip(_WORK // len(order), 50, _DRAWS))
     values = np.array([figures(part, None) for part in slices])  # [teachers, figures]
     drawn = _bootstrap(slices, groups, num_prompts, draws, seed, figures)  # [draws, teachers, figures]
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
         low, high = np.nanquantile(drawn, [0.025, 0.975], axis=0) if draws else (values, values)
 
     place = list(metrics).index(metric)
@@ -199,7 +211,7 @@ def leaderboard(
         verdict=_verdict(
             lines, metric, part_names, sign * drawn[:, :, place], sign * values[:, place], ranked, num_prompts
         ),
-        warnings=_warnings(lines, rows[metric], tokens, num_prompts, int(unnamed.sum())),
+        warnings=_warnings(lines, metric, rows[metric], tokens, num_prompts, int(unnamed.sum()), unscored),
         draws=draws,
     )
 
@@ -408,9 +420,20 @@ def _because(first: TeacherLine, others: Sequence[TeacherLine], rank: str, surpr
 
 
 def _warnings(
-    lines: Sequence[TeacherLine], scores: FloatArray, tokens: IntArray, num_prompts: int, unnamed: int
+    lines: Sequence[TeacherLine],
+    metric: str,
+    scores: FloatArray,
+    tokens: IntArray,
+    num_prompts: int,
+    unnamed: int,
+    unscored: int,
 ) -> list[str]:
     said = []
+    if unscored:
+        said.append(
+            f"{unscored:,} responses have no {metric.replace('_', ' ')} (too long for the student, or without a token "
+            "to score); they are not ranked."
+        )
     if unnamed:
         said.append(f"{unnamed:,} responses do not say who wrote them; they are not ranked.")
     few = [line for line in lines if line.prompts < FEW_PROMPTS]

@@ -193,8 +193,9 @@ def _board(board: Leaderboard) -> dict[str, Any]:
     low, high = min(e.low for e in estimates), max(e.high for e in estimates)
     width = (high - low) or 1.0
 
-    def numbers(estimate: Estimate) -> dict[str, float]:
-        return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "half": estimate.half}
+    def numbers(estimate: Estimate) -> dict[str, float | None]:
+        told = {"value": estimate.value, "low": estimate.low, "high": estimate.high, "half": estimate.half}
+        return {name: value if math.isfinite(value) else None for name, value in told.items()}  # JSON knows no NaN
 
     return {
         "metric": board.metric,

@@ -132,16 +132,22 @@ class Scores:
         )
 
     def metric(self, name: str | None = None) -> Metric:
-        """A metric by name; without one the Rank-Surprisal Ratio if it is there, else the first.
+        """A metric by name; without one the Rank-Surprisal Ratio if any sample has it, else the first that one has.
 
         Raises:
             ValueError: it is not in the file.
         """
         if name is None:
-            name = "rank_surprisal_ratio" if "rank_surprisal_ratio" in self.metrics else next(iter(self.metrics))
+            name = self._usual_metric
         if name not in self.metrics:
             raise ValueError(f"{self.path}: {unknown_name('metric', name, self.metrics, 'in the scores')}")
         return self.metrics[name]
+
+    @cached_property
+    def _usual_metric(self) -> str:
+        names = sorted(self.metrics, key=lambda name: name != "rank_surprisal_ratio")
+        known = (name for name in names if np.isfinite(self.read([name])[name].to_numpy().astype(float)).any())
+        return next(known, names[0])
 
     @cached_property
     def epochs(self) -> list[int]:

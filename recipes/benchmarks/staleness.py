@@ -394,13 +394,17 @@ def figure(outcomes: Sequence[Outcome]) -> str:
         if cost <= most:
             parts.append(f'<line x1="{x(cost):.1f}" x2="{x(cost):.1f}" y1="{top}" y2="{bottom}" class="grid"/>')
             parts.append(f'<text x="{x(cost):.1f}" y="{bottom + 20}" text-anchor="middle">{cost:.0%}</text>')
-    for outcome in outcomes:
-        across, down = x(outcome.cost), y(outcome.mean(0))
-        fits = across < right - 130
+    dots = [(x(outcome.cost), y(outcome.mean(0))) for outcome in outcomes]
+    for outcome, (across, down) in zip(outcomes, dots, strict=True):
+        anchor, to_right, to_bottom = "start", 11, 4
+        if across > right - 130:
+            anchor, to_right = "end", -11
+        elif any(0 < other - across < 130 and abs(beside - down) < 14 for other, beside in dots):
+            to_right, to_bottom = -6, 23
         parts.append(f'<circle cx="{across:.1f}" cy="{down:.1f}" r="6"/>')
         parts.append(
-            f'<text x="{across + (11 if fits else -11):.1f}" y="{down + 4:.1f}" class="name" '
-            f'text-anchor="{"start" if fits else "end"}">{escape(outcome.name)}</text>'
+            f'<text x="{across + to_right:.1f}" y="{down + to_bottom:.1f}" class="name" text-anchor="{anchor}">'
+            f"{escape(outcome.name)}</text>"
         )
     return SVG.format(marks="\n  ".join(parts), middle=(left + right) / 2, low=bottom + 44, half=(top + bottom) / 2)
 

@@ -413,6 +413,32 @@ def test_a_response_that_max_length_cuts_off_has_no_score_and_is_counted(
     assert "without a score because --max-length cut off all of their response: 18." in said
 
 
+def test_traces_longer_than_the_student_reads_are_ranked_by_what_can_be_had(candidates: Path, tmp_path: Path) -> None:
+    tiny.model(max_position_embeddings=52).save_pretrained(tmp_path / "student")
+    tiny.tokenizer().save_pretrained(tmp_path / "student")
+    metrics = ("--metrics", "rank_surprisal_ratio,LocalNaturalness(window=0,min_tokens=1,max_tokens=8)")
+    code, said = scoring(candidates, tmp_path / "student", tmp_path / "s.parquet", *metrics)
+    assert code == 0, said
+    assert "candidates without some score because the student has no positions for so many tokens: 18." in said
+    table = pq.read_table(tmp_path / "s.parquet")
+    assert np.isnan(table["rank_surprisal_ratio"].to_numpy()).all()
+    assert np.isfinite(table["local_naturalness"].to_numpy()).any()
+    ended = call("teachers", tmp_path / "s.parquet")
+    assert ended.code == 0, ended.said
+    assert "first by local naturalness" in ended.said
+    ended = call("report", tmp_path / "s.parquet", "--output", tmp_path / "r.html")
+    assert ended.code == 0, ended.said
+
+
+def test_scores_that_nobody_has_are_kept_and_said(candidates: Path, tmp_path: Path) -> None:
+    tiny.model(max_position_embeddings=52).save_pretrained(tmp_path / "student")
+    tiny.tokenizer().save_pretrained(tmp_path / "student")
+    code, said = scoring(candidates, tmp_path / "student", tmp_path / "s.parquet")
+    assert code == 0
+    assert "note: No sample has a rank_surprisal_ratio: there is nothing to rank." in said
+    assert "The scores are in" in said
+
+
 def test_without_a_teacher_column_the_cure_is_named(tmp_path: Path, student_path: Path) -> None:
     data = write_lines(
         tmp_path / "d.jsonl", [{"prompt": row["prompt"], "response": row["response"]} for row in rows(2)]

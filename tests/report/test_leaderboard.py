@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distill_sampler.metrics import RankSurprisalRatio
+from distill_sampler.metrics import LocalNaturalness, RankSurprisalRatio
 from distill_sampler.report.leaderboard import Leaderboard, leaderboard, spearman
 from distill_sampler.types import Column
 
@@ -127,6 +127,28 @@ def test_samples_without_a_score_do_not_count_and_shares_chosen_add_up() -> None
     ranked = board([2, 3, np.nan, 2], [1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 1, 1], draws=20)
     assert {line.teacher: line.samples for line in ranked.lines} == {"t0": 1, "t1": 2}
     assert sum(line.chosen.value for line in ranked.lines) == pytest.approx(1)
+    assert "1 responses have no rank surprisal ratio" in " ".join(ranked.warnings)
+
+
+def test_a_metric_that_some_samples_lack_does_not_keep_them_from_being_ranked_by_another() -> None:
+    nan = np.nan
+    ratio, local = RankSurprisalRatio(), LocalNaturalness()
+    ranked = leaderboard(
+        metrics={RSR: ratio, "local_naturalness": local},
+        metric="local_naturalness",
+        numbers={
+            **{name: np.array([2.0, nan, nan, nan], np.float32) for name in ratio.columns},
+            **{name: np.array([-1.0, -3.0, -1.5, -1.5], np.float32) for name in local.columns},
+        },
+        teachers=Column(codes=np.array([0, 0, 1, 1]), values=["short", "long"]),
+        groups=np.array([0, 1, 0, 1]),
+        num_tokens=np.full(4, 10),
+        draws=50,
+    )
+    assert [(line.teacher, line.samples) for line in ranked.lines] == [("long", 2), ("short", 2)]
+    assert [line.scores["local_naturalness"].value for line in ranked.lines] == [-1.5, -2]
+    assert np.isnan(ranked.lines[0].scores[RSR].value)
+    assert ranked.lines[1].scores[RSR].value == 1  # of the one that has it
 
 
 def test_spearman_shares_ranks_among_ties() -> None:
@@ -137,5 +159,5 @@ def test_spearman_shares_ranks_among_ties() -> None:
 
 def test_one_teacher_and_no_score_are_said() -> None:
     assert "one teacher" in board([2, 3], [1, 1], [0, 0], [0, 1]).verdict[0]
-    with pytest.raises(ValueError, match="No sample has a score"):
+    with pytest.raises(ValueError, match="No sample has a rank_surprisal_ratio"):
         board([np.nan], [1], [0], [0])
