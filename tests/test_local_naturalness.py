@@ -165,14 +165,15 @@ def test_a_trace_longer_than_the_models_context_is_scored_where_global_scores_ha
     model = build(128).eval()
     dataset = rows(tokenizer, ("Why?", LONG), ("Why?", "Short. And good."), ("Why? " * 40, LONG))
     local, everywhere = LocalNaturalness(window=2, tokenizer=tokenizer), GlobalNaturalness()
-    (scored,) = Scorer(progress=False).score(model, dataset, [local, everywhere], np.arange(3))
+    scorer = Scorer(progress=False)
+    (scored,), _again = (list(scorer.score(model, dataset, [local, everywhere], np.arange(3))) for _ in range(2))
     columns = {name: values[np.argsort(scored.indices)] for name, values in scored.columns.items()}
     assert np.isfinite(columns["local_naturalness"]).tolist() == [True, True, False]  # a prompt longer than the context
     assert np.isfinite(columns["global_naturalness"]).tolist() == [False, True, False]
     assert sorted(scored.too_long.tolist()) == [0, 2]
     assert len(scored.non_finite) == 0
     assert "2 of the samples (first: sample 0), because it takes more tokens at once than" in caplog.text
-    assert "the 128 that the student has positions for" in caplog.text
+    assert caplog.text.count("the 128 that the student has positions for") == 1  # not in every pass
     np.testing.assert_allclose(
         columns["local_naturalness"][:2],
         one_window_at_a_time(model, rows(tokenizer, ("Why?", LONG), ("Why?", "Short. And good.")), local),

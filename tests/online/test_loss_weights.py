@@ -21,6 +21,8 @@ from distill_sampler import (
     WeightBySoftmax,
     attach,
 )
+from distill_sampler.integrations.weights import LossWeights
+from distill_sampler.observer import Batch
 from distill_sampler.types import Pool
 from tests import tiny
 
@@ -197,6 +199,32 @@ def test_adapters_learn_by_weight_too(tmp_path: Path, tokenizer: PreTrainedToken
     assert weight > 1.5
     for name, moved in ours.items():
         torch.testing.assert_close(moved, weight * stock[name], rtol=2e-2, atol=1e-8)
+
+
+def test_the_first_token_of_a_sample_weighs_what_its_sample_does() -> None:
+    """Padded on the left, it is predicted from a place that is nobody's."""
+    model = tiny.model()
+    rows, weights = [[5, 6, 7, 8], [9, 10]], [0.5, 1.5]
+    tokens = torch.tensor([rows[0], [11, 11, *rows[1]]])
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    batch = Batch(
+        samples=np.array([0, 1]), weights=np.array(weights), starts=np.array([0, 6]), lengths=np.array([4, 2])
+    )
+
+    def losses() -> torch.Tensor:
+        labels = tokens.where(mask == 1, -100)[:, 1:]
+        logits = model(input_ids=tokens, attention_mask=mask).logits[:, :-1]
+        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+
+    with LossWeights(model) as loss_weights:
+        loss_weights.expect(batch, tokens.shape)
+        losses().sum().backward()
+        loss_weights.done()
+    ours = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    (torch.tensor(weights)[:, None] * losses()).sum().backward()
+    for gradient, parameter in zip(ours, model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("changes", [{"torch_compile": True}, {"use_liger_kernel": True}])

@@ -143,6 +143,20 @@ def test_in_bfloat16_what_is_seen_is_near_what_is_scored(tmp_path: Path, tokeniz
     assert curriculum.store.numerics["dtype"] == "bfloat16"
 
 
+def test_ties_count_by_the_scorers_rule(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = tiny.model()
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        head.weight[1::2] = head.weight[: len(head.weight) - 1 : 2]  # every token has exactly one equal
+    trainer = trainer_of("SFTTrainer", tmp_path, tokenizer, model=model, learning_rate=0.0)
+    curriculum = observing(scorer=Scorer(ties="mid", progress=False))
+    attach(trainer, curriculum)
+    trainer.train()
+    seen, scored = curriculum.store.observed.columns, curriculum.store.history[0].columns
+    assert (scored["mean_rank"] >= 1.5).all()
+    np.testing.assert_allclose(seen["mean_rank"], scored["mean_rank"], rtol=2e-5)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures_are_observed_as_they_are_scored(
     name: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase

@@ -157,6 +157,11 @@ def test_the_rest_of_a_plan(data: st.DataObject) -> None:
         assert sorted(result.indices.tolist()) == sorted(begun.indices.tolist())
 
 
+def test_what_was_handed_out_is_taken_off_before_others_of_its_group() -> None:
+    begun, new = EpochPlan(indices=np.array([0, 2, 1])), EpochPlan(indices=np.array([0, 1, 2]))
+    assert with_rest(begun, new, 1, groups=np.array([0, 0, 1])).indices.tolist() == [0, 1, 2]
+
+
 def test_a_loader_that_has_read_too_far_is_found_out() -> None:
     sampler = DistillSampler(6)
     sampler.set_plan(EpochPlan(indices=np.arange(6)))
