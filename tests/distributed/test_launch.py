@@ -196,7 +196,8 @@ def test_a_process_that_dies_while_scoring_ends_the_others_soon(stage: Path) -> 
 
 
 def test_a_process_that_hangs_while_scoring_becomes_a_failure_with_stacks(stage: Path) -> None:
-    done = sft_run(stage, "hangs", WAYS["fsdp2"][0], "--rank-1", "hangs", limit=45)
+    done = sft_run(stage, "hangs", WAYS["fsdp2"][0], "--rank-1", "hangs", limit=60)
     assert done.returncode != 0
-    assert "Timeout (0:00:45)!" in done.stderr
-    assert re.search(r"sft_run\.py.* in note", done.stderr)  # where it hangs
+    assert "Timeout (0:01:00)!" in done.stderr
+    # whose time is up first ends the other: the one that hangs, or the one that waits for it
+    assert re.search(r"sft_run\.py.* in note|scorer\.py.* in score", done.stderr)
