@@ -424,7 +424,7 @@ class Curriculum:
         for metric in policy.uses_metrics:
             score = scores[metric][index]
             if np.isnan(score):
-                sentences.append(f"It has no {metric}: the student's logits for it were not finite.")
+                sentences.append(f"It has no {metric}: it is too long for the student, or its logits were not finite.")
                 continue
             sentences.append(f"Its {metric} is {score:.4g}.")
             sign = -1 if self.metrics[metric].higher_is_better else 1
@@ -440,7 +440,7 @@ class Curriculum:
     # ---- State ----
 
     def state_dict(self) -> dict[str, Any]:
-        """Plan, epoch and latest scores as plain JSON values, about 20 bytes a sample with three scores.
+        """Plan, epoch and latest scores as plain JSON values, the arrays compressed.
 
         Goes where the host keeps its state; `accelerator.register_for_checkpointing(curriculum)` takes it as it is.
         """

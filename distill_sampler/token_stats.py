@@ -13,8 +13,8 @@ One function, `token_stats`, with four implementations behind `impl=`:
 | impl | how a chunk of logits becomes statistics | reduction / product alone (2 cores, 49k columns) |
 |---|---|---|
 | `"reference"` | the formulas in float64, everything at once | – |
-| `"chunked"` | a few passes over rows that stay in the cache | 0.1 to 0.2 |
-| `"compiled"` | the formulas through `torch.compile`, two passes | 0.05 to 0.1, after 5 to 25 s of compilation |
+| `"chunked"` | a few passes over rows that stay in the cache | 0.2 |
+| `"compiled"` | the formulas through `torch.compile`, two passes | 0.1, after 5 to 25 s of compilation |
 | `"triton"` | one pass, for accelerators with Triton (`_triton.py`) | – |
 """
 

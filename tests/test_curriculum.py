@@ -214,3 +214,13 @@ def test_what_cannot_be_explained_is_said(dataset: ScoredDataset, model: PreTrai
         curriculum.explain(18, 0)
     with pytest.raises(ValueError, match=r"Epoch 3 was not planned in this process; \[0\] were"):
         curriculum.explain(0, 3)
+
+
+def test_a_sample_that_is_too_long_is_explained_by_that(dataset: ScoredDataset) -> None:
+    curriculum = bound(dataset)
+    plan = curriculum.start_epoch(0, tiny.model(max_position_embeddings=int(np.median(dataset.lengths))))
+    (summary,) = curriculum.summaries
+    long = next(index for index in summary.scoring.too_long if index not in plan.indices)
+    assert f"It has no {RSR}: it is too long for the student, or its logits were not finite." in curriculum.explain(
+        int(long), 0
+    )
