@@ -8,6 +8,7 @@
 | time / global | time against `GlobalNaturalness` of the same samples, by the same scorer |
 | time / predicted | the one over the other |
 | loop / time | how much longer a loop takes that gives each step's window a forward of its own |
+| loop / tokens | how many times the tokens that loop reads |
 
 The loop is what one would write first: one row at a time, the prompt in each, all logits. `--lean-loop` has the model
 compute the logits of the step alone.
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,24 +44,29 @@ def score(model: Any, dataset: ScoredDataset, metric: Metric) -> tuple[np.ndarra
     return column, tokens
 
 
+def windows(dataset: ScoredDataset, index: int, metric: LocalNaturalness) -> Iterator[tuple[Any, int]]:
+    """The tokens that each step of a sample is read with, and how many of them, the last ones, are the step."""
+    sample = dataset.sample(index)
+    steps = metric.steps(sample)
+    prompt = sample.input_ids[: steps[0][0]]
+    for number, (start, stop) in enumerate(steps):
+        width = metric.window if isinstance(metric.window, int) else math.ceil(metric.window * number)
+        yield np.concatenate([prompt, sample.input_ids[steps[max(0, number - width)][0] : stop]]), stop - start
+
+
 @torch.no_grad()
 def one_window_at_a_time(
     model: Any, dataset: ScoredDataset, metric: LocalNaturalness, *, lean: bool = False
 ) -> np.ndarray[Any, Any]:
     means = []
     for index in range(len(dataset)):
-        sample = dataset.sample(index)
-        steps = metric.steps(sample)
-        prompt = sample.input_ids[: steps[0][0]]
         of_steps = []
-        for number, (start, stop) in enumerate(steps):
-            width = metric.window if isinstance(metric.window, int) else math.ceil(metric.window * number)
-            before = sample.input_ids[steps[max(0, number - width)][0] : start]
-            row = torch.from_numpy(np.concatenate([prompt, before, sample.input_ids[start:stop]]))
-            kept = stop - start + 1 if lean else 0  # 0: all of them
-            logits = model(input_ids=row[None], use_cache=False, logits_to_keep=kept).logits[0, start - stop - 1 : -1]
+        for tokens, length in windows(dataset, index, metric):
+            row = torch.from_numpy(tokens)
+            kept = length + 1 if lean else 0  # 0: all of them
+            logits = model(input_ids=row[None], use_cache=False, logits_to_keep=kept).logits[0, -length - 1 : -1]
             log_probs = logits.float().log_softmax(-1)
-            of_steps.append(log_probs.gather(1, row[start - stop :, None]).mean().item())
+            of_steps.append(log_probs.gather(1, row[-length:, None]).mean().item())
         means.append(np.mean(of_steps))
     return np.array(means)
 
@@ -98,15 +104,16 @@ def main() -> None:
     seconds = take_turns(variants, options.rounds)
 
     _, global_tokens = score(model, dataset, GlobalNaturalness())
-    print("| window | tokens / response token | tokens / global | time / global | time / predicted | loop / time |")
-    print("|---:|---:|---:|---:|---:|---:|")
+    head = ["window", "tokens / response token", "tokens / global", "time / global", "time / predicted", "loop / time"]
+    print(f"| {' | '.join([*head, 'loop / tokens'])} |\n|{'---:|' * 7}")
     for metric in metrics:
         tokens = score(model, dataset, metric)[1]
         predicted, took = tokens / global_tokens, ratio(seconds, f"{metric.window}", "global")
         loop = ratio(seconds, f"{metric.window} in a loop", f"{metric.window}") if options.loop else math.nan
+        of_loop = sum(len(row) for index in range(len(dataset)) for row, _ in windows(dataset, index, metric))
         print(
             f"| {metric.window} | {tokens / dataset.num_scored.sum():.2f} | {predicted:.2f} | {took:.2f} "
-            f"| {took / predicted:.2f} | {loop:.2f} |"
+            f"| {took / predicted:.2f} | {loop:.2f} | {of_loop / tokens:.2f} |"
         )
 
 
