@@ -22,6 +22,8 @@ from distill_sampler.metrics import (
     ResponseLength,
     RuleQuality,
 )
+from distill_sampler.planning.rescore import Rescore
+from distill_sampler.planning.sampler import DistillSampler
 from distill_sampler.policies import (
     BestOf,
     BestTeacher,
@@ -40,9 +42,7 @@ from distill_sampler.policies import (
     WeightBySoftmax,
     WithinLength,
 )
-from distill_sampler.rescore import Rescore
-from distill_sampler.sampler import DistillSampler
-from distill_sampler.scorer import Scorer
+from distill_sampler.reading.scorer import Scorer
 from distill_sampler.types import EpochPlan
 
 if TYPE_CHECKING:

@@ -21,18 +21,18 @@ import pyarrow as pa
 import torch
 from torch import nn
 
+from distill_sampler.artifacts.parts import Journal, weights_identity
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.distributed import Ranks
-from distill_sampler.journal import Journal, weights_identity
 from distill_sampler.metrics._tokenizer import with_tokenizer
-from distill_sampler.observer import can_observe
+from distill_sampler.planning.rescore import Rescore, Spent, choose
+from distill_sampler.planning.sampler import DistillSampler, fit_length, with_rest
+from distill_sampler.planning.summary import EpochSummary, ScoringSummary, summarise
 from distill_sampler.policies import apply_policies, trace_policies
-from distill_sampler.rescore import Rescore, Spent, choose
-from distill_sampler.sampler import DistillSampler, fit_length, with_rest
-from distill_sampler.scorer import Scorer, columns_of
+from distill_sampler.reading.in_process import positions
+from distill_sampler.reading.observer import can_observe
+from distill_sampler.reading.scorer import Scorer, columns_of
 from distill_sampler.store import ScoreStore, differences, pack, unpack
-from distill_sampler.student import positions
-from distill_sampler.summary import EpochSummary, ScoringSummary, summarise
 from distill_sampler.types import BoolArray, Column, EpochPlan, FloatArray, IntArray, Metric, Policy, Pool, unknown_name
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch.utils.data
 
-from distill_sampler._hash import splitmix64
+from distill_sampler.hashing import splitmix64
 from distill_sampler.types import BoolArray, Column, HashArray, IntArray, Sample, unknown_name
 
 IGNORED_LABEL = -100

@@ -17,7 +17,7 @@ from datasets import load_dataset
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from distill_sampler import Curriculum, attach
-from distill_sampler.cli.expressions import parse_metrics, parse_policies, parse_rescore
+from distill_sampler.specs import parse_metrics, parse_policies, parse_rescore
 
 
 @dataclass

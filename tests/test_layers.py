@@ -11,13 +11,13 @@ import distill_sampler
 
 PACKAGE = Path(distill_sampler.__file__).parent
 LAYERS = [
-    {"types"},
-    {"_hash", "steps", "token_stats", "_triton", "metrics", "policies"},
-    {"dataset", "store", "rescore", "sampler", "distributed", "journal"},
-    {"student", "scorer", "observer", "summary"},
+    {"types", "hashing", "serialize", "distributed"},
+    {"dataset", "store", "metrics", "policies", "sources"},
+    {"reading", "planning", "specs"},
+    {"artifacts"},
     {"curriculum"},
-    {"integrations"},
-    {"cli", "report"},
+    {"integrations", "report"},
+    {"cli"},
 ]
 HOSTS = {"transformers", "trl", "deepspeed", "peft"}
 MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]

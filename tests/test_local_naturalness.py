@@ -19,7 +19,7 @@ from distill_sampler import (
     ScoredDataset,
     Scorer,
 )
-from distill_sampler.steps import by_pattern
+from distill_sampler.metrics.steps import by_pattern
 from tests import tiny
 
 PROMPT = [{"role": "user", "content": "Why?"}]

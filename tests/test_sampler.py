@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from distill_sampler import DistillSampler, EpochPlan
-from distill_sampler.sampler import fit_length
+from distill_sampler.planning.sampler import fit_length
 
 
 def test_the_sampler_yields_the_plan_and_has_its_length() -> None:

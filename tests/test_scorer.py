@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModel, PreTrainedModel
 
 from distill_sampler import GlobalNaturalness, RankSurprisalRatio, ScoredDataset, Scorer
-from distill_sampler.scorer import token_batches
-from distill_sampler.student import reading, unwrap
+from distill_sampler.reading.in_process import reading, unwrap
+from distill_sampler.reading.scorer import token_batches
 from distill_sampler.types import Sample, TokenStats, View
 from tests import tiny
 

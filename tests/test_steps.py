@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill_sampler.steps import by_pattern, decoded, lines, paragraphs, sentences, token_steps
+from distill_sampler.metrics.steps import by_pattern, decoded, lines, paragraphs, sentences, token_steps
 from tests import tiny
 
 TOKENIZER = tiny.tokenizer()

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distill_sampler import token_stats as kernel
-from distill_sampler.token_stats import EXTRAS, LogitTransform, Project, linear, module, token_stats
+from distill_sampler.reading import token_stats as kernel
+from distill_sampler.reading.token_stats import EXTRAS, LogitTransform, Project, linear, module, token_stats
 
 AS_IT_IS = LogitTransform()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -170,8 +170,8 @@ def score(
     Killed at any point, it goes on where it was when run again. Under `accelerate launch` the processes share the work.
     """
     with refusals():
-        from distill_sampler.cli.candidates import Layout
         from distill_sampler.cli.score import Options, run
+        from distill_sampler.sources.candidates import Layout
 
         run(
             Options(
@@ -254,8 +254,8 @@ def report(
 ) -> None:
     """Draw the scores as one HTML page: teachers, distributions, the choice, traces token by token."""
     with refusals():
-        from distill_sampler.cli.expressions import parse_policies
         from distill_sampler.report.page import write_report
+        from distill_sampler.specs import parse_policies
 
         write_report(
             source,

@@ -19,10 +19,10 @@ from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
 from distill_sampler import BestOf, Curriculum, GlobalNaturalness, RankSurprisalRatio, Shuffle, attach
+from distill_sampler.artifacts.run_folder import save_run
 from distill_sampler.cli.demo_parts import candidates, fastest_dtype, student_folder
-from distill_sampler.integrations.run_folder import save_run
+from distill_sampler.planning.summary import PREFIX
 from distill_sampler.report.page import write_report
-from distill_sampler.summary import PREFIX
 
 RSR = "rank_surprisal_ratio"
 

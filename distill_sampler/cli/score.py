@@ -33,20 +33,20 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from transformers.utils import logging as transformers_logging
 
 from distill_sampler import Scorer, __version__
-from distill_sampler.cli.candidates import Candidate, Layout, read_candidates
-from distill_sampler.cli.encoding import Encoded, Encoder
-from distill_sampler.cli.expressions import parse_metrics
-from distill_sampler.cli.outputs import require_writable
-from distill_sampler.cli.sources import Bad, Sources
-from distill_sampler.cli.student import Student, load_student, pick_device
+from distill_sampler.artifacts.scorefile import TRACE_COLUMNS
+from distill_sampler.cli.loading import Student, load_student, pick_device
 from distill_sampler.dataset import ScoredDataset, response_mask
 from distill_sampler.distributed import Ranks
 from distill_sampler.integrations.transformers import end_token_ids
-from distill_sampler.metrics._response import response_view
 from distill_sampler.metrics._tokenizer import with_tokenizer
-from distill_sampler.report.scores import TRACE_COLUMNS
-from distill_sampler.scorer import columns_of
-from distill_sampler.token_stats import fastest
+from distill_sampler.metrics.response import response_view
+from distill_sampler.reading.scorer import columns_of
+from distill_sampler.reading.token_stats import fastest
+from distill_sampler.sources.candidates import Candidate, Layout, read_candidates
+from distill_sampler.sources.encoding import Encoded, Encoder
+from distill_sampler.sources.files import Bad, Sources
+from distill_sampler.sources.outputs import require_writable
+from distill_sampler.specs import parse_metrics
 from distill_sampler.types import FloatArray, Metric, Sample, TokenStats, View
 
 METADATA = b"distill_sampler."

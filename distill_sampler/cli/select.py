@@ -19,12 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from distill_sampler.cli.candidates import Candidate, Layout, read_candidates
-from distill_sampler.cli.expressions import parse_policies
-from distill_sampler.cli.outputs import require_writable
-from distill_sampler.cli.sources import Bad, Sources
-from distill_sampler.report.scores import Scores
-from distill_sampler.report.selection import Selection, select, short
+from distill_sampler.artifacts.scorefile import Scores
+from distill_sampler.planning.why import Selection, select, short
+from distill_sampler.sources.candidates import Candidate, Layout, read_candidates
+from distill_sampler.sources.files import Bad, Sources
+from distill_sampler.sources.outputs import require_writable
+from distill_sampler.specs import parse_policies
 from distill_sampler.types import IntArray
 
 ROWS = 1024

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from distill_sampler.artifacts.scorefile import Scores
 from distill_sampler.report.leaderboard import Estimate, Leaderboard, rank_domains, rank_teachers, tell_domains
-from distill_sampler.report.scores import Scores
 
 
 def run(path: Path, *, metric: str | None, epoch: int | None, shared: bool, **columns: str | None) -> None:

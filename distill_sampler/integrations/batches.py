@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from distill_sampler.dataset import ScoredDataset
-from distill_sampler.observer import Batch
+from distill_sampler.reading.observer import Batch
 from distill_sampler.types import EpochPlan, IntArray
 
 

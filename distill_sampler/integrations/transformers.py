@@ -30,6 +30,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.training_args import ParallelMode
 
+from distill_sampler.artifacts.run_folder import save_run
 from distill_sampler.curriculum import Curriculum
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.distributed import Ranks
@@ -44,14 +45,13 @@ from distill_sampler.integrations.checkpoints import (
     new_run,
     read_state,
 )
+from distill_sampler.integrations.loss_weights import LossWeights
 from distill_sampler.integrations.parallelism import refuse_parallelism
-from distill_sampler.integrations.run_folder import save_run
 from distill_sampler.integrations.sample_log import SampleLog
 from distill_sampler.integrations.sharding import whole_head
 from distill_sampler.integrations.trl import is_sft_trainer, refuse_sft_settings, with_response_labels
-from distill_sampler.integrations.weights import LossWeights
-from distill_sampler.observer import Observer
-from distill_sampler.summary import PREFIX
+from distill_sampler.planning.summary import PREFIX
+from distill_sampler.reading.observer import Observer
 
 if Version(transformers.__version__) < Version("5.3"):
     raise ImportError(f"distill_sampler needs transformers 5.3 or later; {transformers.__version__} is installed.")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from distill_sampler._hash import splitmix64
+from distill_sampler.hashing import splitmix64
 from distill_sampler.types import FloatArray, Sample, TokenStats, View
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from distill_sampler.metrics._response import response_view
+from distill_sampler.metrics.response import response_view
 from distill_sampler.types import FloatArray, Sample, TokenStats, View
 
 

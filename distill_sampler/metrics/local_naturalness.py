@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from distill_sampler.metrics._windows import WindowMetric
+from distill_sampler.metrics.windows import WindowMetric
 from distill_sampler.types import FloatArray
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distill_sampler.metrics._response import response_view
+from distill_sampler.metrics.response import response_view
 from distill_sampler.types import FloatArray, Sample, TokenStats, View
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distill_sampler.policies._keys import first_of_each, random_keys, starts
+from distill_sampler.policies.keys import first_of_each, random_keys, starts
 from distill_sampler.types import EpochPlan, Pool
 
 

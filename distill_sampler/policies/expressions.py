@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from distill_sampler.policies._keys import descending_bits, sort_by, starts
+from distill_sampler.policies.keys import descending_bits, sort_by, starts
 from distill_sampler.types import FloatArray, Pool
 
 

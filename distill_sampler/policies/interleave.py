@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distill_sampler.policies._keys import descending_bits, occurrence, sort_by
+from distill_sampler.policies.keys import descending_bits, occurrence, sort_by
 from distill_sampler.types import EpochPlan, Pool
 
 

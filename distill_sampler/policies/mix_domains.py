@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from distill_sampler.policies._keys import random_keys
+from distill_sampler.policies.keys import random_keys
 from distill_sampler.types import EpochPlan, Pool, unknown_name
 
 

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from distill_sampler.policies._keys import random_keys
+from distill_sampler.policies.keys import random_keys
 from distill_sampler.types import EpochPlan, Pool
 
 

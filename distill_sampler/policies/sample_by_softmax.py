@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distill_sampler._hash import splitmix64
-from distill_sampler.policies._keys import (
+from distill_sampler.hashing import splitmix64
+from distill_sampler.policies.expressions import MetricExpression, metric_names
+from distill_sampler.policies.keys import (
     HALF,
     best_first,
     first_of_each,
@@ -17,7 +18,6 @@ from distill_sampler.policies._keys import (
     starts,
     unit,
 )
-from distill_sampler.policies.expressions import MetricExpression, metric_names
 from distill_sampler.types import EpochPlan, FloatArray, HashArray, IntArray, Pool
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distill_sampler.policies._keys import random_keys
+from distill_sampler.policies.keys import random_keys
 from distill_sampler.types import EpochPlan, Pool
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distill_sampler.policies._keys import best_first, random_keys, unit
 from distill_sampler.policies.expressions import MetricExpression, metric_names
+from distill_sampler.policies.keys import best_first, random_keys, unit
 from distill_sampler.types import EpochPlan, Pool
 
 

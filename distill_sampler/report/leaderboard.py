@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from distill_sampler.policies._keys import best_first, starts
-from distill_sampler.report.scores import Scores
+from distill_sampler.artifacts.scorefile import Scores
+from distill_sampler.policies.keys import best_first, starts
 from distill_sampler.types import BoolArray, Column, FloatArray, HashArray, IntArray, Metric
 
 FEW_PROMPTS = 100

@@ -18,9 +18,9 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from distill_sampler.cli.outputs import require_writable
+from distill_sampler.artifacts.scorefile import Scores
 from distill_sampler.report.payload import payload
-from distill_sampler.report.scores import Scores
+from distill_sampler.sources.outputs import require_writable
 from distill_sampler.types import Policy
 
 _HERE = Path(__file__).parent

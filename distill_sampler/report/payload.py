@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from distill_sampler.cli.expressions import parse_policies
+from distill_sampler.artifacts.scorefile import TRACE_COLUMNS, Scores
+from distill_sampler.planning.why import Selection, select, short
 from distill_sampler.policies import BestOf
 from distill_sampler.report.leaderboard import Estimate, Leaderboard, rank_domains, rank_teachers, tell_domains
-from distill_sampler.report.scores import TRACE_COLUMNS, Scores
-from distill_sampler.report.selection import Selection, select, short
+from distill_sampler.specs import parse_policies
 from distill_sampler.types import Column, FloatArray, IntArray, Policy
 
 MAX_POINTS = 4000

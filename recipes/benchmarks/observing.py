@@ -28,7 +28,7 @@ from trl import SFTConfig, SFTTrainer
 from distill_sampler import RankSurprisalRatio, ScoredDataset
 from distill_sampler.cli import demo_parts
 from distill_sampler.integrations.batches import batch_of
-from distill_sampler.observer import Observer
+from distill_sampler.reading.observer import Observer
 from distill_sampler.types import EpochPlan
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distill_sampler.distributed import Ranks
-from distill_sampler.scorer import token_batches
+from distill_sampler.reading.scorer import token_batches
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--samples", type=int, default=100_000)

@@ -35,9 +35,10 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from distill_sampler import GlobalNaturalness, RankSurprisalRatio, ScoredDataset, Scorer, student
+from distill_sampler import GlobalNaturalness, RankSurprisalRatio, ScoredDataset, Scorer
 from distill_sampler.cli import demo_parts
-from distill_sampler.token_stats import LogitTransform, Project, chunk_for, float32_copy, linear, token_stats
+from distill_sampler.reading import in_process as student
+from distill_sampler.reading.token_stats import LogitTransform, Project, chunk_for, float32_copy, linear, token_stats
 
 HIDDEN = {49_152: 576, 151_936: 896}
 """Columns of the head and width of the body: SmolLM2-135M, Qwen2.5-0.5B."""

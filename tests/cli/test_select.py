@@ -8,8 +8,8 @@ import pytest
 from datasets import load_dataset
 
 from distill_sampler import BestOf, KeepTop, MixDomains, RankAverage, Shuffle, SortBy
-from distill_sampler.cli.expressions import parse_metrics, parse_policies
 from distill_sampler.metrics import RankSurprisalRatio
+from distill_sampler.specs import parse_metrics, parse_policies
 from tests.cli.conftest import call, rows, write_lines
 
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from distill_sampler import BestOf, Curriculum, Rescore, Scorer, Shuffle, WeightBySoftmax, attach
-from distill_sampler.cli.expressions import parse_metrics
+from distill_sampler.specs import parse_metrics
 
 parser = argparse.ArgumentParser()
 parser.add_argument("student")

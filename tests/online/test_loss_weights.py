@@ -21,8 +21,8 @@ from distill_sampler import (
     WeightBySoftmax,
     attach,
 )
-from distill_sampler.integrations.weights import LossWeights
-from distill_sampler.observer import Batch
+from distill_sampler.integrations.loss_weights import LossWeights
+from distill_sampler.reading.observer import Batch
 from distill_sampler.types import Pool
 from tests import tiny
 

@@ -22,7 +22,7 @@ from distill_sampler import (
     WeightBySoftmax,
     attach,
 )
-from distill_sampler.sampler import with_rest
+from distill_sampler.planning.sampler import with_rest
 from tests import tiny
 from tests.test_attach import TRAINERS, trained
 

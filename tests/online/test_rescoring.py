@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from distill_sampler import BestOf, Curriculum, RankSurprisalRatio, Rescore, ScoredDataset, Scorer, Shuffle
-from distill_sampler.rescore import Spent, choose
+from distill_sampler.planning.rescore import Spent, choose
 from distill_sampler.store import ScoreStore
 from tests import tiny
 

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from distill_sampler.artifacts.scorefile import Scores
 from distill_sampler.report.page import render, write_report
 from distill_sampler.report.payload import MAX_POINTS, MAX_TRACE_TOKENS, payload, visible
-from distill_sampler.report.scores import Scores
 from tests.cli.conftest import call, write_lines
 
 HOSTILE = [

@@ -9,9 +9,9 @@ import pytest
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
 from distill_sampler import BestOf, Curriculum, RankSurprisalRatio, Rescore, Scorer, Shuffle, attach
-from distill_sampler.integrations.run_folder import save_run
+from distill_sampler.artifacts.run_folder import save_run
+from distill_sampler.artifacts.scorefile import Scores
 from distill_sampler.report.payload import payload
-from distill_sampler.report.scores import Scores
 from tests import tiny
 from tests.cli.conftest import call
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distill_sampler.token_stats import (
+from distill_sampler.reading.token_stats import (
     Impl,
     LogitTransform,
     Project,

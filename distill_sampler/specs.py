@@ -13,7 +13,7 @@ from typing import Any
 
 from distill_sampler import metrics as metrics_package
 from distill_sampler import policies as policies_package
-from distill_sampler.rescore import Rescore
+from distill_sampler.planning.rescore import Rescore
 from distill_sampler.types import Metric, Policy, unknown_name
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from distill_sampler._hash import splitmix64
+from distill_sampler.hashing import splitmix64
 from distill_sampler.types import BoolArray, EpochPlan, FloatArray, HashArray, IntArray, Pool
 
 HALF = np.uint64(32)

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from distill_sampler._hash import splitmix64
+from distill_sampler.hashing import splitmix64
 from distill_sampler.store import ScoreStore
 from distill_sampler.types import HashArray, IntArray
 

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from distill_sampler.steps import Splitter, sentences, token_steps
+from distill_sampler.metrics.steps import Splitter, sentences, token_steps
 from distill_sampler.types import FloatArray, Sample, TokenStats, View
 
 Steps = list[tuple[int, int]]
@@ -30,7 +30,7 @@ class WindowMetric(ABC):
     """Steps of context: an int, or a fraction in (0, 1) of the steps before (the paper's second version finds 5-25 %
     to rank teachers correctly, and 50-75 % to behave like the global score)."""
     splitter: Splitter = sentences
-    """From text to the places where steps begin; see `distill_sampler.steps`."""
+    """From text to the places where steps begin; see `distill_sampler.metrics.steps`."""
     min_tokens: int = 4
     """Shorter steps are joined with the next."""
     max_tokens: int = 256

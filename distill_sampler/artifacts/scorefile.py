@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from distill_sampler.cli.candidates import GROUPS, TEACHERS
-from distill_sampler.cli.expressions import known_metrics
+from distill_sampler.sources.candidates import GROUPS, TEACHERS
+from distill_sampler.specs import known_metrics
 from distill_sampler.types import Column, FloatArray, HashArray, IntArray, Metric, unknown_name
 
 DOMAINS = ("domain", "category", "subject", "task", "topic", "level", "source")

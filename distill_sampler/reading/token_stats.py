@@ -220,7 +220,7 @@ def _reduce_in_passes(logits: Tensor, targets: Tensor, extras: frozenset[str]) -
 
 def _reduce_in_triton(logits: Tensor, targets: Tensor, extras: frozenset[str]) -> dict[str, Tensor]:
     """The same sums in one pass, without scratch."""
-    from distill_sampler._triton import reduce_rows  # only here: it needs Triton
+    from distill_sampler.reading.triton_kernel import reduce_rows  # only here: it needs Triton
 
     target = logits.gather(1, targets[:, None])[:, 0]
     sums = _room_for_sums(target, extras)

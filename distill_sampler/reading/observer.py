@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from distill_sampler.dataset import ScoredDataset
-from distill_sampler.scorer import columns_of, extras_of
-from distill_sampler.student import forward_of, reading, unwrap
-from distill_sampler.token_stats import LogitTransform, chunk_for, linear, module, token_stats
+from distill_sampler.reading.in_process import forward_of, reading, unwrap
+from distill_sampler.reading.scorer import columns_of, extras_of
+from distill_sampler.reading.token_stats import LogitTransform, chunk_for, linear, module, token_stats
 from distill_sampler.types import FloatArray, IntArray, Metric, Sample, TokenStats
 
 Whole = Callable[[nn.Module], AbstractContextManager[tuple[Tensor, Tensor | None]]]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from distill_sampler.cli.sources import Bad, Row, Sources
+from distill_sampler.sources.files import Bad, Row, Sources
 
 Message = dict[str, Any]
 

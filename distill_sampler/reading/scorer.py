@@ -31,8 +31,8 @@ from tqdm.auto import tqdm
 
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.distributed import Ranks
-from distill_sampler.student import Forward, reading, unwrap
-from distill_sampler.token_stats import EXTRAS, Impl, available, fastest
+from distill_sampler.reading.in_process import Forward, reading, unwrap
+from distill_sampler.reading.token_stats import EXTRAS, Impl, available, fastest
 from distill_sampler.types import BoolArray, FloatArray, IntArray, Metric, Sample, TokenStats, View
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distill_sampler.cli.candidates import Candidate
 from distill_sampler.dataset import IGNORED_LABEL
+from distill_sampler.sources.candidates import Candidate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

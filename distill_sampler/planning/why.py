@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from distill_sampler.artifacts.scorefile import Scores
 from distill_sampler.policies import trace_policies
-from distill_sampler.policies._keys import best_first, occurrence
-from distill_sampler.report.scores import Scores
+from distill_sampler.policies.keys import best_first, occurrence
 from distill_sampler.types import Column, EpochPlan, FloatArray, IntArray, Policy, Pool
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill_sampler.observer import Batch
-from distill_sampler.student import unwrap
+from distill_sampler.reading.in_process import unwrap
+from distill_sampler.reading.observer import Batch
 
 
 class LossWeights:

@@ -1,0 +1,1 @@
+"""What is kept: one schema of scores and plans, partial passes, the folder of a run."""

@@ -1,0 +1,1 @@
+"""From scores to the order of an epoch, and why each sample is in it or not."""
