@@ -7,48 +7,85 @@ epoch (`policies`) through a torch sampler. Add it to a trainer with two lines:
 
     attach(trainer, Curriculum(metrics=[RankSurprisalRatio()],
                                policies=[BestOf("rank_surprisal_ratio", per="prompt_id"), Shuffle()]))
+
+Everything is loaded when it is first used, so importing the package costs nothing.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from distill_sampler.curriculum import Curriculum
-from distill_sampler.dataset import ScoredDataset
-from distill_sampler.metrics import (
-    AslecDrop,
-    GlobalNaturalness,
-    LocalNaturalness,
-    Random,
-    RankSurprisalRatio,
-    ResponseLength,
-    RuleQuality,
-)
-from distill_sampler.planning.rescore import Rescore
-from distill_sampler.planning.sampler import DistillSampler
-from distill_sampler.policies import (
-    BestOf,
-    BestTeacher,
-    CompetencePacing,
-    GroupByLength,
-    Interleave,
-    KeepCorrect,
-    KeepTop,
-    Lexicographic,
-    MixDomains,
-    MixTeachers,
-    RankAverage,
-    SampleBySoftmax,
-    Shuffle,
-    SortBy,
-    WeightBySoftmax,
-    WithinLength,
-)
-from distill_sampler.reading.scorer import Scorer
-from distill_sampler.types import EpochPlan
-
 if TYPE_CHECKING:
+    from distill_sampler.curriculum import Curriculum
+    from distill_sampler.dataset import ScoredDataset
+    from distill_sampler.integrations.accelerate import CurriculumLoop
     from distill_sampler.integrations.transformers import attach
+    from distill_sampler.metrics.aslec_drop import AslecDrop
+    from distill_sampler.metrics.controls import Random, ResponseLength, RuleQuality
+    from distill_sampler.metrics.global_naturalness import GlobalNaturalness
+    from distill_sampler.metrics.local_naturalness import LocalNaturalness
+    from distill_sampler.metrics.rank_surprisal_ratio import RankSurprisalRatio
+    from distill_sampler.planning.rescore import Rescore
+    from distill_sampler.planning.sampler import DistillSampler
+    from distill_sampler.policies.best_of import BestOf
+    from distill_sampler.policies.best_teacher import BestTeacher
+    from distill_sampler.policies.competence_pacing import CompetencePacing
+    from distill_sampler.policies.expressions import Lexicographic, RankAverage
+    from distill_sampler.policies.group_by_length import GroupByLength
+    from distill_sampler.policies.interleave import Interleave
+    from distill_sampler.policies.keep_correct import KeepCorrect
+    from distill_sampler.policies.keep_top import KeepTop
+    from distill_sampler.policies.mix_domains import MixDomains
+    from distill_sampler.policies.mix_teachers import MixTeachers
+    from distill_sampler.policies.sample_by_softmax import SampleBySoftmax
+    from distill_sampler.policies.shuffle import Shuffle
+    from distill_sampler.policies.sort_by import SortBy
+    from distill_sampler.policies.weight_by_softmax import WeightBySoftmax
+    from distill_sampler.policies.within_length import WithinLength
+    from distill_sampler.reading.model_reader import ModelReader
+    from distill_sampler.reading.scorer import Scorer
+    from distill_sampler.types import EpochPlan, Metric, Policy, Pool, Reader, Sample, TokenStats, View
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+_HOMES = {
+    "curriculum": ("Curriculum",),
+    "dataset": ("ScoredDataset",),
+    "integrations.accelerate": ("CurriculumLoop",),
+    "integrations.transformers": ("attach",),
+    "metrics": (
+        "AslecDrop",
+        "GlobalNaturalness",
+        "LocalNaturalness",
+        "Random",
+        "RankSurprisalRatio",
+        "ResponseLength",
+        "RuleQuality",
+    ),
+    "planning.rescore": ("Rescore",),
+    "planning.sampler": ("DistillSampler",),
+    "policies": (
+        "BestOf",
+        "BestTeacher",
+        "CompetencePacing",
+        "GroupByLength",
+        "Interleave",
+        "KeepCorrect",
+        "KeepTop",
+        "Lexicographic",
+        "MixDomains",
+        "MixTeachers",
+        "RankAverage",
+        "SampleBySoftmax",
+        "Shuffle",
+        "SortBy",
+        "WeightBySoftmax",
+        "WithinLength",
+    ),
+    "reading.model_reader": ("ModelReader",),
+    "reading.scorer": ("Scorer",),
+    "types": ("EpochPlan", "Metric", "Policy", "Pool", "Reader", "Sample", "TokenStats", "View"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AslecDrop",
@@ -56,6 +93,7 @@ __all__ = [
     "BestTeacher",
     "CompetencePacing",
     "Curriculum",
+    "CurriculumLoop",
     "DistillSampler",
     "EpochPlan",
     "GlobalNaturalness",
@@ -65,19 +103,27 @@ __all__ = [
     "KeepTop",
     "Lexicographic",
     "LocalNaturalness",
+    "Metric",
     "MixDomains",
     "MixTeachers",
+    "ModelReader",
+    "Policy",
+    "Pool",
     "Random",
     "RankAverage",
     "RankSurprisalRatio",
+    "Reader",
     "Rescore",
     "ResponseLength",
     "RuleQuality",
+    "Sample",
     "SampleBySoftmax",
     "ScoredDataset",
     "Scorer",
     "Shuffle",
     "SortBy",
+    "TokenStats",
+    "View",
     "WeightBySoftmax",
     "WithinLength",
     "attach",
@@ -85,9 +131,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`attach` is loaded on first use: transformers takes seconds to import, and not everyone needs it."""
-    if name == "attach":
-        from distill_sampler.integrations.transformers import attach
+    """Load a public name on first use."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'distill_sampler' has no attribute '{name}'")
+    found = getattr(import_module(f"distill_sampler.{_HOME_OF[name]}"), name)
+    globals()[name] = found
+    return found
 
-        return attach
-    raise AttributeError(f"module 'distill_sampler' has no attribute '{name}'")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import torch.utils.data
 
 from distill_sampler.hashing import splitmix64
+from distill_sampler.serialize import hash_of
 from distill_sampler.types import BoolArray, Column, HashArray, IntArray, Sample, unknown_name
 
 IGNORED_LABEL = -100
@@ -31,6 +32,9 @@ _TEMPLATE_TAIL = 2
 
 _ROWS = 4096
 """Rows that are read at a time."""
+
+_LONGEST_TEXT = 200
+"""Characters of a text that tells what a row is; longer ones are prompts and responses."""
 
 
 class Rows(Protocol):
@@ -152,20 +156,75 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
         """16 hex digits of the content in its order: every row's tokens and which of them count."""
         return hashlib.blake2b(self.content_hash.tobytes(), digest_size=8).hexdigest()
 
-    def sample(self, index: int) -> Sample:
-        """The row's tokens and which of them count."""
-        return self.samples([index])[0]
+    @cached_property
+    def prompt_hash(self) -> HashArray:
+        """`[samples]` a hash of the tokens before the first that counts: equal for responses to the same prompt."""
+        hashes = []
+        for input_ids, labels, offsets in self._blocks():
+            scored = response_mask(input_ids, labels, offsets, self._end_token_ids)
+            place = np.arange(len(input_ids))
+            first = np.minimum.reduceat(np.where(scored, place, len(input_ids)), offsets[:-1])
+            before = place < np.repeat(np.minimum(first, offsets[1:]), np.diff(offsets))
+            kept = np.r_[0, np.cumsum(before)][offsets]
+            hashes.append(_row_hashes(input_ids[before], np.zeros(kept[-1], bool), kept))
+        return np.concatenate(hashes)
 
-    def samples(self, indices: Sequence[int] | IntArray) -> list[Sample]:
-        """Several rows at once, which is far quicker than one by one."""
+    def telling_columns(self, *needed: str) -> list[str]:
+        """The columns that tell a person what a row is: those that are needed, and all with short single values."""
+        first = self[0]
+
+        def telling(value: Any) -> bool:
+            return isinstance(value, (bool, int, float)) or (isinstance(value, str) and len(value) <= _LONGEST_TEXT)
+
+        return list(dict.fromkeys([*needed, *(name for name in self.column_names if telling(first.get(name)))]))
+
+    def sample(self, index: int, columns: Sequence[str] = ()) -> Sample:
+        """One row's tokens and which of them count; see `samples`."""
+        return self.samples([index], columns)[0]
+
+    def samples(self, indices: Sequence[int] | IntArray, columns: Sequence[str] = ()) -> list[Sample]:
+        """Several rows at once, which is far quicker than one by one.
+
+        Args:
+            indices: row numbers.
+            columns: columns of the data set whose values the samples carry.
+
+        Raises:
+            ValueError: there is no such column.
+        """
         if len(indices) == 0:
             return []
-        input_ids, labels, offsets = self._tokens([int(index) for index in indices])
+        rows = [int(index) for index in indices]
+        input_ids, labels, offsets = self._tokens(rows)
         scored = response_mask(input_ids, labels, offsets, self._end_token_ids)
         return [
-            Sample(index=int(index), input_ids=input_ids[start:stop], scored=scored[start:stop])
-            for index, (start, stop) in zip(indices, pairwise(offsets.tolist()), strict=True)
+            Sample(index=index, input_ids=input_ids[start:stop], scored=scored[start:stop], columns=values)
+            for index, (start, stop), values in zip(
+                rows, pairwise(offsets.tolist()), self._values(rows, columns), strict=True
+            )
         ]
+
+    def _values(self, rows: list[int], columns: Sequence[str]) -> list[dict[str, Any]]:
+        """The values of some columns in some rows, a dictionary for each row."""
+        if not columns:
+            return [{} for _ in rows]
+        for name in columns:
+            if name not in self.column_names:
+                raise ValueError(unknown_name("column", name, self.column_names, "in the data set"))
+        if _is_arrow(self.rows):
+            table = self.rows.select_columns(list(columns)).with_format("arrow")[rows]  # type: ignore[attr-defined]
+            return cast("list[dict[str, Any]]", table.to_pylist())
+        return [{name: self.rows[row][name] for name in columns} for row in rows]
+
+    def column_fingerprint(self, name: str) -> str:
+        """16 hex digits of a column's values in the order of the rows.
+
+        Raises:
+            ValueError: there is no such column.
+        """
+        column = self.column(name)
+        values = json.dumps([str(value) for value in column.values])
+        return hash_of(column.codes.tobytes(), values.encode(errors="surrogatepass"))
 
     def column(self, name: str, *, complete: bool = False) -> Column:
         """A column, dictionary-encoded. Columns of lists and dictionaries are compared by value.

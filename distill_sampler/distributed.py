@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,8 @@ import torch.distributed as dist
 from torch import nn
 
 from distill_sampler.types import IntArray
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +84,14 @@ class Ranks:
         tensor = torch.from_numpy(values).to(self.device)
         dist.all_reduce(tensor)
         return tensor.cpu().numpy()
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in the order of the ranks. The values are pickled."""
+        if self.world_size == 1:
+            return [value]
+        everyones: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyones, value)
+        return everyones
 
     def require_equal(self, fingerprint: str, what: str) -> None:
         """Stop the run if the processes do not hold the same thing.

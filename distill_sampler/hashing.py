@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from distill_sampler.types import HashArray
+from distill_sampler.types import HashArray, IntArray
 
 
 def splitmix64(x: HashArray) -> HashArray:
@@ -14,3 +14,17 @@ def splitmix64(x: HashArray) -> HashArray:
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return x ^ (x >> np.uint64(31))
+
+
+def content_uniform(input_ids: IntArray, seed: int) -> float:
+    """A uniform number in [0, 1) that belongs to a sequence of tokens: the same wherever and whenever it is drawn.
+
+    Args:
+        input_ids: `[length]` the tokens.
+        seed: another seed, other numbers.
+    """
+    with np.errstate(over="ignore"):
+        place = np.arange(len(input_ids), dtype=np.uint64)
+        content = splitmix64(splitmix64(input_ids.astype(np.uint64)) + place).sum(dtype=np.uint64)
+        drawn = splitmix64(np.array([content ^ splitmix64(np.array([seed], np.uint64))[0]]))[0]
+    return float(drawn >> np.uint64(40)) / 2**24  # as many bits as a float32 holds

@@ -1,29 +1,25 @@
-"""The score store: for every sample its latest numbers, the step they were taken at, and the history of all passes.
+"""The score store: for every sample its latest numbers, and the optimizer step they were measured at.
 
 A sample is *measured* when the student reads it: in a scoring pass, or in training, where its scores are *observed*.
-Between measurements the student goes on learning, so what was not measured in a pass is carried on as an *estimate*:
-it moves by the median change of those that were. That keeps the order among the estimates. `estimated` says which is
-which.
+The student goes on learning in between, so a score that a pass did not measure becomes an *estimate*: it moves by the
+median change of the scores that were measured, which keeps the order among the estimates.
 
-Written to a checkpoint as plain JSON values (`state_dict`, arrays through `pack`), to disk as a table (`to_table`).
-What the scores belong to (metric configuration, data set, numerics) travels with them; scores of another origin are
-refused, never mixed.
+`state_dict` gives all of it as plain JSON values, for a checkpoint. What each pass measured is kept by the run's record
+(`artifacts/record.py`), not here. The store knows what its scores belong to (metrics, data set, numerics), and scores of
+another origin are refused.
 """
 
 from __future__ import annotations
 
-import base64
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 
 from distill_sampler.distributed import Ranks
-from distill_sampler.types import BoolArray, FloatArray, IntArray
+from distill_sampler.serialize import differences, pack, unpack
+from distill_sampler.types import BoolArray, FloatArray, IntArray, Missing
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,14 +31,16 @@ class Measured:
     step: IntArray
     """`[n]` optimizer steps the student had taken."""
     columns: Mapping[str, FloatArray]
-    """`[n]` each, float32; NaN where the student's logits were not finite."""
+    """`[n]` each, float32; NaN where there is none."""
+    missing: Mapping[str, IntArray] = field(default_factory=dict)
+    """By metric, `[n]` why there is no score (`Missing`); 0 where there is one."""
     observed: bool = False
-    """Whether they come from the forward of training, not from one of scoring."""
+    """Whether they come from a forward pass of training, not of scoring."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ScorePass:
-    """What was known when a plan was made: an entry of the history."""
+    """What was measured for a plan: an entry of the run's record."""
 
     num_samples: int
     epoch: int
@@ -50,7 +48,7 @@ class ScorePass:
     step: int
     """Optimizer steps the student had taken."""
     measured: list[Measured] = field(default_factory=list)
-    """Observed first. What comes later holds."""
+    """What was observed comes first. Of several numbers of a sample the last one holds."""
     drift: dict[str, float] = field(default_factory=dict)
     """By column: what was not measured went from `old` to `old + drift`."""
 
@@ -65,6 +63,16 @@ class ScorePass:
         return columns
 
     @property
+    def missing(self) -> dict[str, IntArray]:
+        """By metric, `[samples]` why a sample that was measured has no score; 0 elsewhere."""
+        names = self.measured[-1].missing if self.measured else ()
+        missing = {name: np.zeros(self.num_samples, np.int64) for name in names}
+        for some in self.measured:
+            for name, codes in some.missing.items():
+                missing[name][some.indices] = codes
+        return missing
+
+    @property
     def which(self) -> BoolArray:
         """`[samples]` True where a sample was measured."""
         which = np.zeros(self.num_samples, bool)
@@ -72,23 +80,41 @@ class ScorePass:
             which[some.indices] = True
         return which
 
+    def carry(self, before: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+        """What is known after this pass, `[samples]` each, if `before` was known before it."""
+        measured, which = self.columns, self.which
+        known = {}
+        for name, old in before.items():
+            carried = drifted(old, self.drift[name]) if name in self.drift else old
+            known[name] = np.where(which, measured.get(name, carried), carried)
+        return known
+
 
 class ScoreStore:
-    """Latest scores and history of `num_samples` samples. A pass is `begin`, any number of `write`, `settle`.
+    """The latest scores of `num_samples` samples. A pass is `begin`, any number of `write`, `settle`.
 
     Args:
         num_samples: rows of the data set.
         columns: names of the numbers that the metrics give.
-        origin: what the scores belong to, as plain values: metric configuration, data set fingerprint, numerics.
+        origin: what the scores belong to, as plain values: metrics, data set, policies, seed.
+        metrics: names of the metrics, for which the store keeps why a sample has no score.
         watched: the column whose changes are kept; left out, the first.
     """
 
     def __init__(
-        self, num_samples: int, columns: Sequence[str], origin: Mapping[str, Any], *, watched: str | None = None
+        self,
+        num_samples: int,
+        columns: Sequence[str],
+        origin: Mapping[str, Any],
+        *,
+        metrics: Sequence[str] = (),
+        watched: str | None = None,
     ) -> None:
         self.origin = dict(origin)
         self.latest: dict[str, FloatArray] = {name: np.full(num_samples, np.nan, np.float32) for name in columns}
         """`[samples]` each: the last measurement, or the estimate that it has become since."""
+        self.missing: dict[str, IntArray] = {name: np.full(num_samples, Missing.UNREAD, np.int64) for name in metrics}
+        """By metric, `[samples]` why a sample has no score; 0 where it has one."""
         self.step: IntArray = np.full(num_samples, -1, np.int64)
         """`[samples]` optimizer step of the last measurement; -1: never."""
         self.times_scored: IntArray = np.zeros(num_samples, np.int64)
@@ -97,74 +123,71 @@ class ScoreStore:
         """`[samples]` how far the watched column's last measurement was from its estimate; NaN: fewer than two."""
         self._watched = watched or next(iter(columns), None)
         self.estimated: BoolArray = np.zeros(num_samples, bool)
-        """`[samples]` True where `latest` is a measurement carried on by the drift of others, not one of its own."""
-        self.observed = Observations(num_samples, columns)
+        """`[samples]` True where `latest` is an estimate."""
+        self.observed = Observations(num_samples, columns, metrics)
         """What training has shown since the last pass."""
-        self.history: list[ScorePass] = []
-        """The passes of this process; of those before a resume the latest numbers are in `latest`."""
         self.numerics: dict[str, str] = {}
-        """What decided the latest scores besides weights and data (`Scorer.numerics`): dtype, tie rule and so on."""
+        """What decided the latest scores besides weights and data: dtype, tie rule and so on."""
         self.passes: list[tuple[int, int]] = []
-        """`(epoch, step)` of every pass of the run, those before a resume included: where the history stands."""
+        """`(epoch, step)` of every pass of the run, those before a resume included."""
+        self._open: ScorePass | None = None
+        self._before: dict[str, FloatArray] = {}
 
     def begin(self, *, epoch: int, step: int) -> None:
-        """Open a pass with what was observed since the last; what `write` brings from now on was taken at `step`."""
+        """Open a pass with what was observed since the last; what `write` brings from now on was measured at `step`."""
         self._before = {name: values.copy() for name, values in self.latest.items()}
-        self.history.append(ScorePass(num_samples=len(self.step), epoch=epoch, step=step))
+        self._open = ScorePass(num_samples=len(self.step), epoch=epoch, step=step)
         self.passes.append((epoch, step))
         seen = self.observed.measured()
         if len(seen.indices):
             self._take_in(seen)
-            self.observed = Observations(len(self.step), list(self.latest))
+            self.observed = Observations(len(self.step), list(self.latest), list(self.missing))
 
-    def write(self, indices: IntArray, columns: Mapping[str, FloatArray]) -> None:
+    def write(
+        self, indices: IntArray, columns: Mapping[str, FloatArray], missing: Mapping[str, IntArray] | None = None
+    ) -> None:
         """Take in the numbers of some samples, as soon as they are known. `[len(indices)]` each."""
-        step = np.full(len(indices), self.history[-1].step)
-        self._take_in(Measured(indices=indices, step=step, columns=columns))
+        assert self._open is not None
+        step = np.full(len(indices), self._open.step)
+        self._take_in(Measured(indices=indices, step=step, columns=columns, missing=missing or {}))
 
-    def settle(self) -> None:
-        """Close the pass: what was not measured in it moves with the drift of what was."""
-        taken = self.history[-1]
+    def settle(self) -> ScorePass:
+        """Close the pass: scores that it did not measure move with the drift of those that it did. Gives the pass."""
+        taken = self._open
+        assert taken is not None
         which = taken.which
-        # what training has shown was chosen by score, and what looks best is so by chance in part: it tells of the
-        # others only if nobody was asked
-        asked = np.zeros_like(which)
+        # Samples were trained on because their scores were good, in part by chance, so the change of observed scores is
+        # biased. The drift comes from samples that were scored on purpose, where there are any.
+        scored = np.zeros_like(which)
         for some in taken.measured:
-            asked[some.indices] |= not some.observed
-        if not asked.any():
-            asked = which
+            scored[some.indices] |= not some.observed
+        if not scored.any():
+            scored = which
         for name, values in self.latest.items():
             old = self._before[name]
             if name == self._watched:
                 moved = np.abs(values - old)
                 self.change = np.where(which & np.isfinite(moved), moved, self.change).astype(np.float16)
-            change = (values - old)[asked]
+            change = (values - old)[scored]
             if np.isfinite(change).any() and not which.all():
                 taken.drift[name] = float(np.nanmedian(np.where(np.isfinite(change), change, np.nan)))
-                self.latest[name] = np.where(which, values, _drifted(values, taken.drift[name]))
+                self.latest[name] = np.where(which, values, drifted(values, taken.drift[name]))
         self.times_scored += which
         self.estimated = ~which & (self.estimated | ((self.step >= 0) & bool(taken.drift)))
-        del self._before
+        self._open, self._before = None, {}
+        return taken
 
     def _take_in(self, measured: Measured) -> None:
-        self.history[-1].measured.append(measured)
+        assert self._open is not None
+        self._open.measured.append(measured)
         self.step[measured.indices] = measured.step
         for name, values in measured.columns.items():
             self.latest[name][measured.indices] = values
-
-    def before(self, epoch: int) -> dict[str, FloatArray]:
-        """The numbers that the plans of the epoch before this one went by, `[samples]` each; NaN without any."""
-        columns = {name: np.full_like(values, np.nan) for name, values in self.latest.items()}
-        for taken in self.history:
-            if taken.epoch < epoch:
-                measured, which = taken.columns, taken.which
-                for name, old in columns.items():
-                    carried = _drifted(old, taken.drift[name]) if name in taken.drift else old
-                    columns[name] = np.where(which, measured.get(name, carried), carried)
-        return columns
+        for name, codes in measured.missing.items():
+            self.missing[name][measured.indices] = codes
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the history, as plain JSON values; see `load_state_dict`."""
+        """Everything that a resume needs, as plain JSON values; see `load_state_dict`."""
         return {
             "origin": self.origin,
             "numerics": self.numerics,
@@ -174,6 +197,7 @@ class ScoreStore:
             "times_scored": pack(self.times_scored),
             "change": pack(self.change),
             "latest": {name: pack(values) for name, values in self.latest.items()},
+            "missing": {name: pack(codes) for name, codes in self.missing.items()},
             "observed": self.observed.state_dict(),
         }
 
@@ -194,56 +218,45 @@ class ScoreStore:
         self.step, self.times_scored = (unpack(state[name]).astype(np.int64) for name in ("step", "times_scored"))
         self.change = unpack(state["change"])
         self.latest = {name: unpack(state["latest"][name]) for name in self.latest}
+        self.missing = {name: unpack(state["missing"][name]).astype(np.int64) for name in self.missing}
         self.observed.load_state_dict(state["observed"])
-
-    def to_table(self, **columns: pa.Array | Sequence[Any]) -> pa.Table:
-        """One row for each measurement, by pass and sample: the given columns (`[samples]` each), `sample, epoch, step,
-        observed` and the scores. The table's metadata holds the origin.
-        """
-        given = pa.table({"sample": pa.array(np.arange(len(self.step))), **columns})
-        parts = []
-        for taken in self.history:
-            where = np.flatnonzero(taken.which)
-            step, observed = np.empty(len(self.step), np.int64), np.empty(len(self.step), bool)
-            for some in taken.measured:
-                step[some.indices], observed[some.indices] = some.step, some.observed
-            rows = given.take(pa.array(where))
-            for name, values in (
-                ("epoch", np.full(len(where), taken.epoch)),
-                ("step", step[where]),
-                ("observed", observed[where]),
-                *((name, values[where]) for name, values in taken.columns.items()),
-            ):
-                rows = rows.append_column(name, pa.array(values))
-            parts.append(rows)
-        described = {**self.origin, **self.numerics}
-        metadata = {f"distill_sampler.{name}": str(value) for name, value in described.items()}
-        return pa.concat_tables(parts).replace_schema_metadata(metadata) if parts else given
 
 
 class Observations:
-    """What the forwards of training have shown of samples, the latest of each.
+    """What the forward passes of training have shown of samples, the latest of each.
 
     Args:
         num_samples: rows of the data set.
         columns: names of the numbers.
+        metrics: names of the metrics.
     """
 
-    def __init__(self, num_samples: int, columns: Sequence[str]) -> None:
+    def __init__(self, num_samples: int, columns: Sequence[str], metrics: Sequence[str] = ()) -> None:
         self.step: IntArray = np.full(num_samples, -1, np.int64)
         """`[samples]` optimizer steps the student had taken; -1: not observed."""
         self.columns: dict[str, FloatArray] = {name: np.full(num_samples, np.nan, np.float32) for name in columns}
         """`[samples]` each, float32; NaN where not observed."""
+        self.missing: dict[str, IntArray] = {name: np.zeros(num_samples, np.int64) for name in metrics}
+        """By metric, `[samples]` why an observed sample has no score."""
 
-    def write(self, indices: IntArray, columns: Mapping[str, FloatArray], *, step: int) -> None:
+    def write(
+        self,
+        indices: IntArray,
+        columns: Mapping[str, FloatArray],
+        missing: Mapping[str, IntArray] | None = None,
+        *,
+        step: int,
+    ) -> None:
         """Take in the numbers of some samples, `[len(indices)]` each."""
         self.step[indices] = step
         for name, values in columns.items():
             self.columns[name][indices] = values
+        for name, codes in (missing or {}).items():
+            self.missing[name][indices] = codes
 
     def merge(self, ranks: Ranks) -> None:
-        """Give every process what the others have seen: of each sample the latest; if several saw it in one step, the
-        mean of it."""
+        """Give every process what the others have seen: the latest of each sample, or the mean of what several processes
+        saw in the same step."""
         if ranks.world_size == 1:
             return
         latest = ranks.largest(self.step)
@@ -258,50 +271,52 @@ class Observations:
         for place, name in enumerate(self.columns):
             self.columns[name] = np.full(len(latest), np.nan, np.float32)
             self.columns[name][seen] = rows[seen, place] / rows[seen, -1]
+        for name, codes in self.missing.items():
+            self.missing[name] = ranks.largest(np.where(ours, codes, 0))
 
     def measured(self) -> Measured:
         """All of them, as measurements."""
         indices = np.flatnonzero(self.step >= 0)
-        columns = {name: values[indices] for name, values in self.columns.items()}
-        return Measured(indices=indices, step=self.step[indices], columns=columns, observed=True)
+        return Measured(
+            indices=indices,
+            step=self.step[indices],
+            columns={name: values[indices] for name, values in self.columns.items()},
+            missing={name: codes[indices] for name, codes in self.missing.items()},
+            observed=True,
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": pack(self.step), **{name: pack(values) for name, values in self.columns.items()}}
+        """Everything as plain JSON values."""
+        return {
+            "step": pack(self.step),
+            "columns": {name: pack(values) for name, values in self.columns.items()},
+            "missing": {name: pack(codes) for name, codes in self.missing.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
         self.step = unpack(state["step"]).astype(np.int64)
-        self.columns = {name: unpack(state[name]) for name in self.columns}
+        self.columns = {name: unpack(state["columns"][name]) for name in self.columns}
+        self.missing = {name: unpack(state["missing"][name]).astype(np.int64) for name in self.missing}
 
 
-def _drifted(values: FloatArray, drift: float) -> FloatArray:
+def drifted(values: FloatArray, drift: float) -> FloatArray:
+    """Scores moved by the drift of others."""
     return (values.astype(np.float64) + drift).astype(np.float32)
 
 
-def differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """What differs between two origins, in words: `their seed is 0, here it is 1`. Empty if nothing does."""
-    return "; ".join(
-        f"their {name} is {saved.get(name)!r}, here it is {here.get(name)!r}"
-        for name in sorted(saved.keys() | here.keys())
-        if saved.get(name) != here.get(name)
-    )
+def replay(passes: Iterable[ScorePass], before: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+    """What was known after these passes, `[samples]` each, if `before` was known before them."""
+    known = dict(before)
+    for taken in passes:
+        known = taken.carry(known)
+    return known
 
 
-def pack(array: npt.NDArray[Any]) -> dict[str, str]:
-    """An array of numbers as JSON: compressed with zlib, which finds more in it if all first bytes come first.
-
-    A plan or scores of a million samples take 3 to 5 MB and a tenth of a second each; a constant takes nothing.
-    """
-    if array.dtype.kind == "i":  # indices and steps are small numbers most of the time
-        narrow = (np.iinfo(kind) for kind in (np.int8, np.int16, np.int32, np.int64))
-        low, high = array.min(initial=0), array.max(initial=0)
-        array = array.astype(next(kind.dtype for kind in narrow if kind.min <= low and high <= kind.max))
-    array = array.astype(array.dtype.newbyteorder("<"))
-    by_place = np.frombuffer(array.tobytes(), np.uint8).reshape(-1, array.itemsize).T.tobytes()
-    return {"dtype": array.dtype.str, "data": base64.b64encode(zlib.compress(by_place, 1)).decode()}
-
-
-def unpack(packed: Mapping[str, str]) -> npt.NDArray[Any]:
-    """The array that `pack` was given; integers come back as narrow as they were packed."""
-    dtype = np.dtype(packed["dtype"])
-    by_place = np.frombuffer(zlib.decompress(base64.b64decode(packed["data"])), np.uint8)
-    return np.frombuffer(by_place.reshape(dtype.itemsize, -1).T.tobytes(), dtype).copy()
+def replay_missing(passes: Iterable[ScorePass], metrics: Iterable[str], num_samples: int) -> dict[str, IntArray]:
+    """By metric, `[num_samples]` why a sample had no score after these passes."""
+    known = {name: np.full(num_samples, Missing.UNREAD, np.int64) for name in metrics}
+    for taken in passes:
+        which, codes = taken.which, taken.missing
+        known = {name: np.where(which, codes.get(name, before), before) for name, before in known.items()}
+    return known

@@ -38,7 +38,7 @@ from transformers import (
 )
 
 from distill_sampler import ScoredDataset, Scorer
-from distill_sampler.reading.in_process import reading
+from distill_sampler.reading.forward import reading
 from distill_sampler.types import View
 from tests import tiny
 from tests.test_scorer import assert_same, reference, scores

@@ -146,14 +146,14 @@ def test_each_epoch_trains_on_the_best_response_of_each_prompt(
     attach(trainer, attached)
     trainer.train()
     prompts = trainer.train_dataset["prompt_id"]
-    for taken, plan in zip(attached.store.history, attached.plans, strict=True):
+    for taken, plan in zip(attached.cycle.record.passes, attached.plans, strict=True):
         scores = taken.columns[RSR]
         best = {
             min((i for i, p in enumerate(prompts) if p == prompt), key=lambda i: scores[i]) for prompt in set(prompts)
         }
         assert set(plan.indices.tolist()) == best
-    assert attached.store.history[1].step == 3  # scored anew by the student after epoch 0
-    assert not np.allclose(*(taken.columns[RSR] for taken in attached.store.history))
+    assert attached.cycle.record.passes[1].step == 3  # scored anew by the student after epoch 0
+    assert not np.allclose(*(taken.columns[RSR] for taken in attached.cycle.record.passes))
 
 
 @pytest.mark.parametrize("kind", TRAINERS)
@@ -336,7 +336,7 @@ def test_a_lora_student_is_scored_as_it_is_trained(tmp_path: Path, tokenizer: Pr
     attach(trainer, attached)
     trainer.train()
     assert trained(trainer) == planned(attached)
-    first, _, last = (taken.columns["mean_surprisal"] for taken in attached.store.history)
+    first, _, last = (taken.columns["mean_surprisal"] for taken in attached.cycle.record.passes)
     assert last.mean() < first.mean()  # the adapter has learnt, and the scores show it
 
 
@@ -379,13 +379,13 @@ def test_training_again_starts_again(tmp_path: Path, tokenizer: PreTrainedTokeni
     attached = curriculum()
     attach(trainer, attached)
     trainer.train()
-    scored_first = attached.store.history[0]
+    scored_first = attached.cycle.record.passes[0]
     trainer.batches.clear()
     trainer.train()
     assert len(attached.plans) == 2  # not four
     assert trained(trainer) == planned(attached)
-    assert len(attached.store.history) == 2
-    assert not np.allclose(attached.store.history[0].columns[RSR], scored_first.columns[RSR])  # a student that learnt
+    assert len(attached.cycle.record.passes) == 2
+    assert not np.allclose(attached.cycle.record.passes[0].columns[RSR], scored_first.columns[RSR])  # a student that learnt
 
 
 def test_a_checkpoint_of_other_data_or_without_a_curriculum_is_refused(
@@ -497,7 +497,7 @@ def test_policies_that_need_no_scores_score_nothing(tmp_path: Path, tokenizer: P
     attach(trainer, attached)
     trainer.train()
     assert trained(trainer) == planned(attached)
-    assert attached.store.history == []
+    assert attached.cycle.record.passes == []
 
 
 def test_selection_and_order_compose(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -506,7 +506,7 @@ def test_selection_and_order_compose(tmp_path: Path, tokenizer: PreTrainedTokeni
     attach(trainer, attached)
     trainer.train()
     assert trained(trainer) == planned(attached)
-    for taken, plan in zip(attached.store.history, attached.plans, strict=True):
+    for taken, plan in zip(attached.cycle.record.passes, attached.plans, strict=True):
         scores = taken.columns[RSR]
         assert scores[plan.indices].tolist() == sorted(scores.tolist())[:9]
 

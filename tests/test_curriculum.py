@@ -63,7 +63,7 @@ def test_an_epoch_that_has_a_plan_keeps_it(dataset: ScoredDataset, model: PreTra
     curriculum = bound(dataset)
     plan = curriculum.start_epoch(0, model)
     assert curriculum.start_epoch(0, tiny.model(seed=1)) is plan
-    assert len(curriculum.store.history) == 1
+    assert len(curriculum.cycle.record.passes) == 1
     assert curriculum.start_epoch(1, model).fingerprint != plan.fingerprint
 
 
@@ -81,7 +81,7 @@ def test_the_state_is_plain_json_and_comes_back_whole(dataset: ScoredDataset, mo
     restored = bound(dataset)
     restored.load_state_dict(json.loads(json.dumps(curriculum.state_dict())))
     assert restored.start_epoch(1, tiny.model(seed=1)) == plan  # loaded, not computed
-    assert restored.store.history == []
+    assert restored.cycle.record.passes == []
     assert restored.store.step.tolist() == [9] * 18
     for name, values in curriculum.store.latest.items():
         np.testing.assert_array_equal(restored.store.latest[name], values)

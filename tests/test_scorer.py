@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModel, PreTrainedModel
 
 from distill_sampler import GlobalNaturalness, RankSurprisalRatio, ScoredDataset, Scorer
-from distill_sampler.reading.in_process import reading, unwrap
+from distill_sampler.reading.forward import reading, unwrap
 from distill_sampler.reading.scorer import token_batches
 from distill_sampler.types import Sample, TokenStats, View
 from tests import tiny

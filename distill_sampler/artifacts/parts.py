@@ -1,134 +1,118 @@
-"""What an interrupted scoring pass has left on disk: the blocks it had done, so that only the rest is read again.
+"""Work that is kept piece by piece: a folder of tables, each written aside and renamed, so that a kill costs one piece.
 
-A text file of one line for each block, `<hash> <json>`, appended and synced as the block is done; the first line says
-which pass it is. A line that a kill cut off, or that was damaged, does not have its hash: it and what follows are
-dropped and scored again. A journal of another pass is overwritten.
+`identity.json` says what the pieces belong to. The command line keeps the chunks of a data set this way, a curriculum the
+blocks of a scoring pass. Pieces carry checksums: one that was damaged later is dropped with all that follow it, and made
+again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-import numpy as np
-import torch
-from torch import nn
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from distill_sampler.store import pack, unpack
-from distill_sampler.types import FloatArray, IntArray
+from distill_sampler.serialize import write_aside
 
 logger = logging.getLogger(__name__)
 
+_IDENTITY = "identity.json"
 
-class Journal:
-    """The journal of one pass, open for more. Use it in a `with` statement.
 
-    Where it cannot be written (a full disk, a read-only folder) scoring goes on without one, which is said once.
+class Parts:
+    """The pieces in a folder, in the order in which they were added.
 
     Args:
-        path: the file; None: keep nothing.
-        identity: which pass this is, as plain JSON values.
+        folder: where they lie. It need not exist yet.
     """
 
-    def __init__(self, path: Path | None, identity: Mapping[str, Any]) -> None:
-        self.found: list[tuple[IntArray, dict[str, FloatArray]]] = []
-        """The blocks that are there already: `[n]` samples, and `[n]` numbers for each column."""
-        self._path = path
-        self._file: int | None = None
-        if path is None:
-            return
-        head = json.loads(json.dumps(identity))
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def identity(self) -> dict[str, Any] | None:
+        """What the pieces belong to; None if there are none, or nobody can tell."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            lines, size = _whole_lines(path.read_bytes())
-            if lines[:1] == [head]:
-                for line in lines[1:]:
-                    columns = {name: unpack(packed) for name, packed in line["columns"].items()}
-                    self.found.append((unpack(line["samples"]).astype(np.int64), columns))
-                if size < path.stat().st_size:
-                    logger.warning("%s ends in the middle of a block; it is scored again from there.", path)
-            else:
-                size = 0
-            os.ftruncate(self._file, size)
-            os.lseek(self._file, size, os.SEEK_SET)
-            if size == 0:
-                self._write(head)
-        except OSError as error:
-            self._give_up(error)
+            found = json.loads((self.folder / _IDENTITY).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
 
-    def __enter__(self) -> Journal:
-        return self
+    def begin(self, identity: Mapping[str, Any]) -> None:
+        """Throw away what is there, and start with pieces of something else.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._close()
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        self.remove()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_aside(self.folder / _IDENTITY, json.dumps(identity, indent=1).encode())
 
-    def append(self, indices: IntArray, columns: Mapping[str, FloatArray]) -> None:
-        """Keep a block. It is on the disk when this returns."""
-        if self._file is None:
-            return
-        try:
-            self._write({"samples": pack(indices), "columns": {name: pack(values) for name, values in columns.items()}})
-        except OSError as error:
-            self._give_up(error)
+    def paths(self) -> list[Path]:
+        """The files of the pieces."""
+        return sorted(self.folder.glob("[0-9]*.parquet"))
 
-    def _write(self, content: Mapping[str, Any]) -> None:
-        assert self._file is not None
-        text = json.dumps(content).encode()
-        line = _hash(text) + b" " + text + b"\n"
-        while line:
-            line = line[os.write(self._file, line) :]
-        os.fsync(self._file)
+    def check(self) -> int:
+        """Drop a damaged piece and all that follow it. Gives the number of whole ones.
 
-    def _give_up(self, error: OSError) -> None:
-        logger.warning(
-            "Scores cannot be kept while they are computed (%s). Scoring goes on; an interruption would cost the "
-            "whole pass. Make %s writable to keep them.",
-            error,
-            self._path,
-        )
-        self._close()
+        Raises:
+            OSError: a piece cannot be removed.
+        """
+        paths = self.paths()
+        for number, path in enumerate(paths):
+            if path.stem != f"{number:07d}" or not _is_whole(path):
+                logger.warning("%s is damaged; what it held, and what came after it, is done again.", path)
+                for later in paths[number:]:
+                    later.unlink()
+                return number
+        return len(paths)
 
-    def _close(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+    def tables(self) -> Iterator[pa.Table]:
+        """The pieces, one at a time."""
+        return map(read_part, self.paths())
+
+    def add(self, table: pa.Table) -> None:
+        """Keep a piece. It is on the disk when this returns.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        write_part(table, self.folder / f"{len(self.paths()):07d}.parquet")
+
+    def remove(self) -> None:
+        """Remove the folder with all that is in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def weights_identity(model: nn.Module) -> str:
-    """16 hex digits that tell a student from the same one after a training step: of 16 weights of each parameter.
+def write_part(table: pa.Table, path: Path) -> None:
+    """A table as a file that is whole or not there, with a checksum of every page."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    with open(unfinished, "wb") as file:
+        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.rename(path)
 
-    Of a sharded student, those that this process holds.
+
+def read_part(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """A file that `write_part` wrote, in this thread: others would keep their memory with the process.
+
+    Raises:
+        OSError, pyarrow.ArrowException: it is damaged.
     """
-    found = hashlib.blake2b(digest_size=8)
-    for name, parameter in model.named_parameters():
-        local = parameter.detach()
-        flat = (local.to_local() if hasattr(local, "to_local") else local).reshape(-1)
-        places = torch.arange(16, device=flat.device) * max(len(flat) - 1, 0) // 15
-        found.update(name.encode())
-        found.update(flat[places].float().cpu().numpy().tobytes() if len(flat) else b"")
-    return found.hexdigest()
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        return file.read(columns, use_threads=False)
 
 
-def _whole_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
-    """The lines up to the first that is cut off or damaged, and how many bytes they take."""
-    lines, size = [], 0
-    for line in content.splitlines(keepends=True):
-        check, _, text = line.rstrip(b"\n").partition(b" ")
-        if not line.endswith(b"\n") or check != _hash(text):
-            break
-        lines.append(json.loads(text))
-        size += len(line)
-    return lines, size
-
-
-def _hash(text: bytes) -> bytes:
-    return hashlib.blake2b(text, digest_size=8).hexdigest().encode()
+def _is_whole(path: Path) -> bool:
+    try:
+        read_part(path)
+    except (OSError, pa.ArrowException):
+        return False
+    return True

@@ -1,31 +1,41 @@
-"""Scores that were written to disk, read back as arrays: by the `score` command, or by a curriculum's `to_table`.
+"""Scores that were kept, read back as arrays: the file of `distill-sampler score`, or the folder of a run.
 
-A folder of a run has `scores.parquet`, and `plans.parquet` if epochs were planned. Which column is the teacher, the
-prompt, the domain and the verdict stands in the file's metadata, or is told by their usual names.
+A run's folder is read from its record while the run goes on and after an interruption, and from `scores.parquet` and
+`plans.parquet` where only these are left. Which column is the teacher, the prompt, the domain and the verdict stands in
+the metadata, or is recognised by its usual name.
 """
 
 from __future__ import annotations
 
-import ast
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from distill_sampler.sources.candidates import GROUPS, TEACHERS
-from distill_sampler.specs import known_metrics
-from distill_sampler.types import Column, FloatArray, HashArray, IntArray, Metric, unknown_name
-
-DOMAINS = ("domain", "category", "subject", "task", "topic", "level", "source")
-VERDICTS = ("correct", "is_correct", "passed")
-TRACE_COLUMNS = ("prompt_text", "tokens", "token_ranks", "token_surprisals")
+from distill_sampler import metrics as metrics_package
+from distill_sampler.artifacts.passes import missing_column
+from distill_sampler.artifacts.record import RECORD, Record, read_run, read_samples
+from distill_sampler.artifacts.run_folder import PLANS, SCORES, measurements, plan_rows
+from distill_sampler.artifacts.schema import decoded, metrics_from
+from distill_sampler.column_names import DOMAINS, GROUPS, TEACHERS, VERDICTS
+from distill_sampler.planning.why import Choice, PolicyFacts
+from distill_sampler.store import drifted
+from distill_sampler.types import (
+    Column,
+    EpochPlan,
+    FloatArray,
+    HashArray,
+    IntArray,
+    Metric,
+    Policy,
+    Pool,
+    unknown_name,
+)
 
 
 class Values(Sequence[Any]):
@@ -50,21 +60,26 @@ class Values(Sequence[Any]):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scores:
-    """One file of scores. Columns are read when they are asked for."""
+    """The scores of one file or run. Columns are read when they are asked for; rows are samples, in ascending order."""
 
     path: Path
+    """The file, or the run's folder."""
     names: Sequence[str]
-    """Columns of the file."""
-    metadata: dict[str, str]
-    """What the scores belong to: model, data, settings."""
+    """Columns that there are."""
+    facts: Mapping[str, Any]
+    """What the scores belong to: model, data, metrics, settings."""
     metrics: dict[str, Metric]
-    """The metrics whose numbers are there, by name."""
+    """The metrics whose numbers there are, by name."""
     group: str | None
     teacher: str | None
     domain: str | None
     correct: str | None
-    plans: Path | None
-    """The plans of a run's epochs."""
+    load: Callable[[list[str]], pa.Table] = field(repr=False)
+    """Columns with a row for each measurement."""
+    load_plans: Callable[[], pa.Table] | None = field(default=None, repr=False)
+    """The rows of a run's plans; None where nothing was planned."""
+    record: Record | None = field(default=None, repr=False)
+    """The run's record, if it is there."""
 
     @classmethod
     def open(
@@ -81,54 +96,58 @@ class Scores:
         Raises:
             ValueError: there is none, it is no Parquet file, or it holds no scores.
         """
-        plans = None
-        if path.is_dir():
-            plans = path / "plans.parquet" if (path / "plans.parquet").exists() else None
-            path = path / "scores.parquet"
-        unfinished = path.with_name(path.name + ".parts")
-        if not path.exists():
-            cure = "Make one with `distill-sampler score DATA --model M --output scores.parquet`."
-            if plans is not None or any(path.parent.glob("checkpoint-*")):
-                cure = "A run leaves them when its training ends; until then, save_run(curriculum, FOLDER) writes them."
-            if unfinished.exists():
-                cure = "It is unfinished: run the same `distill-sampler score` again, and it goes on."
-            raise ValueError(f"There is no scores file {path}. {cure}")
-        try:
-            schema = pq.read_schema(path)
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path} is no Parquet file ({str(error).splitlines()[0]}).") from None
-        names = schema.names
-        metadata = {
-            key.decode().removeprefix("distill_sampler."): value.decode(errors="replace")
-            for key, value in (schema.metadata or {}).items()
-            if key.startswith(b"distill_sampler.")
-        }
-        metrics = known_metrics(names, _listed(metadata.get("metrics", "")))
+        record: Record | None = None
+        plans: Callable[[], pa.Table] | None = None
+        if path.is_dir() and _has_passes(path / RECORD):
+            folder = path / RECORD
+            record = Record(folder, write=False)
+            facts, samples = read_run(folder), read_samples(folder)
+            names = measurements(record, samples, None).column_names
+
+            def load(columns: list[str], record: Record = record, samples: pa.Table = samples) -> pa.Table:
+                return measurements(record, samples, columns)
+
+            if len(record.plans):
+                plans = lambda: plan_rows(record, samples, ["epoch", "sample"])  # noqa: E731
+            facts = {**facts, "drift": [dict(taken.drift) for taken in record.passes]}
+        else:
+            file = path / SCORES if path.is_dir() else path
+            schema = _schema_of(file)
+            names, facts = schema.names, decoded(schema.metadata)
+
+            def load(columns: list[str], file: Path = file) -> pa.Table:  # type: ignore[misc]
+                return pq.read_table(file, columns=columns)
+
+            planned = path / PLANS
+            if path.is_dir() and planned.exists():
+                plans = lambda: pq.read_table(planned, columns=["epoch", "sample"])  # noqa: E731
+            path = file
+        metrics = _metrics_of(facts, names)
         if not metrics or "sample" not in names:
             raise ValueError(
                 f"{path} holds no scores (its columns: {', '.join(names[:12])}). Give the file that `distill-sampler "
                 "score` wrote, or the folder of a run."
             )
-        try:
-            columns: dict[str, str] = json.loads(metadata.get("columns", "{}"))
-        except ValueError:
-            columns = {}
+        told = facts.get("columns")
+        columns: Mapping[str, Any] = told if isinstance(told, dict) else {}
 
-        def find(said: str | None, told: str | None, usual: Sequence[str]) -> str | None:
+        def find(said: str | None, known: str | None, usual: Sequence[str]) -> str | None:
             if said is not None and said not in names:
                 raise ValueError(f"{path}: {unknown_name('column', said, names, 'in the scores')}")
-            return next((name for name in (said, told, *usual) if name in names), None)
+            return next((name for name in (said, known, *usual) if name in names), None)
 
         return cls(
             path=path,
             names=names,
-            metadata=metadata,
+            facts=facts,
             metrics=metrics,
             group=find(group, columns.get("group"), GROUPS),
             teacher=find(teacher, columns.get("teacher"), TEACHERS),
             domain=find(domain, None, DOMAINS),
             correct=find(correct, None, VERDICTS),
-            plans=plans,
+            load=load,
+            load_plans=plans,
+            record=record,
         )
 
     def metric(self, name: str | None = None) -> Metric:
@@ -146,43 +165,93 @@ class Scores:
     @cached_property
     def _usual_metric(self) -> str:
         names = sorted(self.metrics, key=lambda name: name != "rank_surprisal_ratio")
-        known = (name for name in names if np.isfinite(self.read([name])[name].to_numpy().astype(float)).any())
+        known = (name for name in names if np.isfinite(self.load([name])[name].to_numpy().astype(float)).any())
         return next(known, names[0])
+
+    # ---- Passes ----
+
+    @cached_property
+    def _where(self) -> tuple[IntArray, IntArray, IntArray]:
+        """`[measurements]` the pass of each row, from 0, its epoch, and its sample."""
+        names = [name for name in ("pass", "epoch", "sample") if name in self.names]
+        table = self.load(names)
+        sample = np.asarray(table["sample"].to_numpy(), np.int64)
+        zeros = np.zeros(len(sample), np.int64)
+        epoch = np.asarray(table["epoch"].to_numpy(), np.int64) if "epoch" in names else zeros
+        if "pass" in names:
+            return np.asarray(table["pass"].to_numpy(), np.int64), epoch, sample
+        return epoch, epoch, sample
 
     @cached_property
     def epochs(self) -> list[int]:
-        """The passes that are in the file; `[0]` for a file of one pass."""
-        if "epoch" not in self.names:
-            return [0]
-        return sorted(pc.unique(pq.read_table(self.path, columns=["epoch"])["epoch"]).to_pylist())
+        """The epochs that were scored for; `[0]` for a file of one pass."""
+        return sorted(set(self._where[1].tolist())) or [0]
 
-    def read(self, names: Sequence[str], *, epoch: int | None = None) -> pa.Table:
-        """Some columns as they were known for an epoch (None: the last): each sample's last score until then."""
-        epoch = self.epochs[-1] if epoch is None else epoch
+    def _until(self, epoch: int | None) -> int:
+        """The last pass that is known for an epoch (None: the last one)."""
+        passes, epochs, _ = self._where
+        if epoch is None:
+            return int(passes.max(initial=0))
         if epoch not in self.epochs:
             raise ValueError(f"{self.path} has no epoch {epoch}; it has {', '.join(map(str, self.epochs))}.")
-        if "epoch" not in self.names:
-            return pq.read_table(self.path, columns=list(names))
-        until = pc.less_equal(pc.field("epoch"), epoch)
-        return pq.read_table(self.path, columns=list(names), filters=until).take(self._last[epoch])
+        return int(passes[epochs <= epoch].max(initial=0))
+
+    def _last(self, until: int) -> IntArray:
+        """`[samples]` where each sample's last measurement lies among the rows, up to a pass. Samples ascend."""
+        if until not in self._last_rows:
+            passes, _, samples = self._where
+            rows = np.flatnonzero(passes <= until)
+            latest = np.full(int(samples.max(initial=-1)) + 1, -1, np.int64)
+            latest[samples[rows]] = rows  # a later row replaces an earlier one
+            self._last_rows[until] = latest[latest >= 0]
+        return self._last_rows[until]
 
     @cached_property
-    def _last(self) -> dict[int, pa.Array]:
-        """By epoch: where each sample's last score lies among the rows until then. A pass may score some again only."""
-        table = pq.read_table(self.path, columns=["epoch", "sample"])
-        epochs, samples = table["epoch"].to_numpy(), table["sample"].to_numpy()
-        found = {}
-        for epoch in self.epochs:
-            until = samples[epochs <= epoch]
-            _, from_behind = np.unique(until[::-1], return_index=True)
-            found[epoch] = pa.array(len(until) - 1 - from_behind)
-        return found
+    def _last_rows(self) -> dict[int, IntArray]:
+        return {}
+
+    def read(self, names: Sequence[str], *, epoch: int | None = None) -> pa.Table:
+        """Columns as they were last measured for an epoch (None: the last), a row for each sample.
+
+        The numbers of metrics come through `numbers`, which also carries on what was not measured again.
+        """
+        rows = self._last(self._until(epoch))
+        table = self.load(list(names))
+        return table if len(rows) == table.num_rows and (np.diff(rows) == 1).all() else table.take(pa.array(rows))
 
     def numbers(self, *, epoch: int | None = None) -> dict[str, FloatArray]:
-        """Every number of every metric, `[samples]` each; NaN where there is none."""
-        columns = dict.fromkeys(column for metric in self.metrics.values() for column in metric.columns)
-        table = self.read(list(columns), epoch=epoch)
-        return {name: np.asarray(table[name].to_numpy(), np.float32) for name in columns}
+        """Every number of every metric as a plan of this epoch would go by, `[samples]` each; NaN where there is none.
+
+        What a pass did not measure moves with the drift of what it did, as in training.
+        """
+        columns = list(dict.fromkeys(column for metric in self.metrics.values() for column in metric.columns))
+        until = self._until(epoch)
+        if until == 0:
+            return _float_columns(self.read(columns, epoch=epoch), columns)
+        passes, _, samples = self._where
+        drift: Sequence[Mapping[str, float]] = self.facts.get("drift") or []
+        measured = _float_columns(self.load(columns), columns)
+        size = int(samples.max(initial=-1)) + 1
+        known = {name: np.full(size, np.nan, np.float32) for name in columns}
+        there = np.zeros(size, bool)
+        for number in range(until + 1):
+            rows = np.flatnonzero(passes == number)
+            which = np.zeros(size, bool)
+            which[samples[rows]] = True
+            there |= which
+            for name, moved in (drift[number] if number < len(drift) else {}).items():
+                known[name] = np.where(which, known[name], drifted(known[name], moved))
+            for name in columns:
+                known[name][samples[rows]] = measured[name][rows]
+        return {name: values[there] for name, values in known.items()}
+
+    def missing(self, *, epoch: int | None = None) -> dict[str, IntArray]:
+        """By metric, `[samples]` why there is no score (`Missing`), where the file says so."""
+        names = {name: missing_column(name) for name in self.metrics if missing_column(name) in self.names}
+        table = self.read(list(names.values()), epoch=epoch) if names else None
+        return {} if table is None else {n: table[c].to_numpy().astype(np.int64) for n, c in names.items()}
+
+    # ---- Columns ----
 
     def integers(self, name: str, *, epoch: int | None = None) -> IntArray | None:
         """A column of whole numbers; None if it is not there."""
@@ -223,28 +292,127 @@ class Scores:
             values = pa.concat_arrays(values.chunks)
         return values.dictionary_encode(null_encoding="encode")
 
+    # ---- Choices ----
+
     @property
-    def policies(self) -> list[str]:
-        """Those of the run that the scores come from, as text; empty for a file without."""
-        return _listed(self.metadata.get("policies", ""))
+    def policies(self) -> list[PolicyFacts]:
+        """What chose in the run that the scores come from; empty for a file without."""
+        told = self.facts.get("policies")
+        return [PolicyFacts.from_json(one) for one in told] if isinstance(told, list) else []
+
+    def choose(self, policies: Sequence[Policy], *, seed: int = 0, epoch: int | None = None) -> Choice:
+        """Apply policies to the scores of an epoch (None: the last). Indices count the rows.
+
+        Raises:
+            ValueError: a policy names a metric or column that is not there, or leaves nothing.
+        """
+        needed = dict.fromkeys(name for policy in policies for name in policy.uses_columns)
+        columns = {name: column for name in needed if (column := self.column(name, epoch=epoch)) is not None}
+        tokens = self.integers("num_tokens", epoch=epoch)
+        lengths = self.integers("length", epoch=epoch)
+        hashes = self.hashes(epoch=epoch)
+        if lengths is None:
+            lengths = np.zeros(len(hashes), np.int64) if tokens is None else tokens
+        pool = Pool(
+            epoch=self.epochs[-1] if epoch is None else epoch,
+            metrics=self.metrics,
+            scores=self.numbers(epoch=epoch),
+            columns=columns,
+            lengths=lengths,
+            content_hash=hashes,
+        )
+        candidates = np.arange(len(hashes)) if tokens is None else np.flatnonzero(tokens > 0)
+        choice = Choice.by(policies, candidates, pool, seed)
+        return Choice(
+            **{**{f.name: getattr(choice, f.name) for f in fields(Choice)}, "missing": self.missing(epoch=epoch)}
+        )
+
+    def planned(self) -> Choice | None:
+        """The last plan of a run, with the reasons that were recorded when it was made; None without a record.
+
+        Indices count the rows.
+        """
+        if self.record is None or not len(self.record.plans):
+            return None
+        made = self.record.plans[-1]
+        epoch = made.epoch if made.epoch in self.epochs else None
+        samples = self.integers("sample", epoch=epoch)
+        assert samples is not None
+        row = np.full(len(made.left_out_by), -1, np.int64)
+        row[samples] = np.arange(len(samples))
+        names = dict.fromkeys(name for policy in self.policies for name in policy.columns)
+        columns = {name: column for name in names if (column := self.column(name, epoch=epoch)) is not None}
+        lengths = self.integers("length", epoch=epoch)
+        assert lengths is not None
+        return Choice(
+            policies=self.policies,
+            plan=EpochPlan(indices=row[made.plan.indices], weights=made.plan.weights),
+            left_out_by=made.left_out_by[samples],
+            start=made.start,
+            scores=self.numbers(epoch=epoch),
+            higher_is_better={name: metric.higher_is_better for name, metric in self.metrics.items()},
+            columns=columns,
+            lengths=lengths,
+            content_hash=self.hashes(epoch=epoch),
+            missing=self.missing(epoch=epoch),
+        )
+
+    def plans(self) -> dict[int, IntArray]:
+        """By epoch the samples of its plan, by their numbers in the data; empty for a file without."""
+        if self.load_plans is None:
+            return {}
+        table = self.load_plans()
+        epochs, samples = (np.asarray(table[name].to_numpy(), np.int64) for name in ("epoch", "sample"))
+        return {epoch: samples[epochs == epoch] for epoch in sorted(set(epochs.tolist()))}
 
     def about(self) -> dict[str, Any]:
         """What a person wants to know of where the scores come from."""
-        told = {name: self.metadata.get(name) for name in ("model", "revision", "lora", "dtype", "dataset")}
-        about = {name: None if value in ("null", "") else value for name, value in told.items()}
+        about = {name: self.facts.get(name) or None for name in ("model", "revision", "lora", "dtype", "dataset")}
         model = about["model"]
         if model and model.startswith((".", "/", "~")):  # a page is passed on: the folder's name says enough
             about["model"] = Path(model).name or model
         return about
 
 
-def _listed(text: str) -> list[str]:
-    """A list of strings that was written as JSON or as Python; empty if it is neither."""
+def _has_passes(folder: Path) -> bool:
+    return folder.is_dir() and bool(read_run(folder)) and len(Record(folder, write=False).passes) > 0
+
+
+def _schema_of(file: Path) -> pa.Schema:
+    """A Parquet file's schema.
+
+    Raises:
+        ValueError: there is no such file, or it is no Parquet file; the message says how to get one.
+    """
+    if not file.exists():
+        cure = "Make one with `distill-sampler score DATA --model M --output scores.parquet`."
+        if (file.parent / PLANS).exists() or any(file.parent.glob("checkpoint-*")):
+            cure = "A run with attach keeps them as it goes; for one without, save_run(curriculum, FOLDER) writes them."
+        if file.with_name(file.name + ".parts").exists():
+            cure = "It is unfinished: run the same `distill-sampler score` again, and it goes on."
+        raise ValueError(f"There is no scores file {file}. {cure}")
     try:
-        values = ast.literal_eval(text)  # reads a JSON list of strings as well
-    except (ValueError, SyntaxError):
-        return []
-    return [str(value) for value in values] if isinstance(values, list) else []
+        return pq.read_schema(file)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file} is no Parquet file ({str(error).splitlines()[0]}).") from None
+
+
+def _metrics_of(facts: Mapping[str, Any], names: Sequence[str]) -> dict[str, Metric]:
+    """The metrics that a file names; in a table that somebody made by hand, those whose columns it has."""
+    told = facts.get("metrics")
+    if isinstance(told, list) and all(isinstance(one, dict) for one in told):
+        return {name: metric for name, metric in metrics_from(told).items() if set(metric.columns) <= set(names)}
+    usual: dict[str, Metric] = {}
+    for item in (getattr(metrics_package, name) for name in metrics_package.__all__):
+        if isinstance(item, type) and issubclass(item, Metric):
+            metric = item()
+            if set(metric.columns) <= set(names):
+                usual[metric.name] = metric
+    return usual
+
+
+def _float_columns(table: pa.Table, names: Sequence[str]) -> dict[str, FloatArray]:
+    return {name: np.array(table[name].to_numpy(), np.float32) for name in names}
 
 
 def _codes(encoded: pa.DictionaryArray) -> IntArray:

@@ -19,7 +19,6 @@ from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
 from distill_sampler import BestOf, Curriculum, GlobalNaturalness, RankSurprisalRatio, Shuffle, attach
-from distill_sampler.artifacts.run_folder import save_run
 from distill_sampler.cli.demo_parts import candidates, fastest_dtype, student_folder
 from distill_sampler.planning.summary import PREFIX
 from distill_sampler.report.page import write_report
@@ -96,13 +95,13 @@ def run(*, prompts: int, max_length: int, epochs: int, output: Path, full: bool,
 
 def _write(trainer: SFTTrainer, curriculum: Curriculum, output: Path) -> None:
     trainer.save_model(str(output / "model"))
-    save_run(curriculum, output)
+    curriculum.save_run(output)
     write_report(output, output / "scores.html", title="SmolLM2-135M-Instruct reads four teachers")
 
 
 def _show(say: Console, curriculum: Curriculum, rows: Any) -> None:
     """The best and the worst trace of the problem where the choice mattered most, by the scores of the first epoch."""
-    first = curriculum.store.history[0].columns
+    first = curriculum.cycle.record.passes[0].columns
     prompt_ids = rows["prompt_id"]
     groups: dict[str, list[int]] = {}
     for index, prompt_id in enumerate(prompt_ids):

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from distill_sampler import GlobalNaturalness, RankSurprisalRatio, ScoredDataset, Scorer
 from distill_sampler.cli.loading import load_student, pick_device
-from distill_sampler.reading.in_process import unwrap
+from distill_sampler.reading.forward import unwrap
 from distill_sampler.reading.token_stats import fastest
 from distill_sampler.types import Metric
 

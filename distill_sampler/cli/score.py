@@ -15,7 +15,6 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,24 +32,23 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from transformers.utils import logging as transformers_logging
 
 from distill_sampler import Scorer, __version__
-from distill_sampler.artifacts.scorefile import TRACE_COLUMNS
+from distill_sampler.artifacts.parts import Parts, read_part
+from distill_sampler.artifacts.passes import missing_column
+from distill_sampler.artifacts.schema import OWN_COLUMNS, decoded, encoded, run_facts
 from distill_sampler.cli.loading import Student, load_student, pick_device
 from distill_sampler.dataset import ScoredDataset, response_mask
 from distill_sampler.distributed import Ranks
 from distill_sampler.integrations.transformers import end_token_ids
-from distill_sampler.metrics._tokenizer import with_tokenizer
-from distill_sampler.metrics.response import response_view
-from distill_sampler.reading.scorer import columns_of
+
+from distill_sampler.reading.reduce import columns_of
 from distill_sampler.reading.token_stats import fastest
+from distill_sampler.serialize import hash_of, require_writable
 from distill_sampler.sources.candidates import Candidate, Layout, read_candidates
 from distill_sampler.sources.encoding import Encoded, Encoder
 from distill_sampler.sources.files import Bad, Sources
-from distill_sampler.sources.outputs import require_writable
 from distill_sampler.specs import parse_metrics
-from distill_sampler.types import FloatArray, Metric, Sample, TokenStats, View
+from distill_sampler.types import FloatArray, Metric, Missing, TokenStats
 
-METADATA = b"distill_sampler."
-"""Prefix of our entries in the file's metadata, as in `ScoreStore.to_table`."""
 BATCHES_PER_CHUNK = 8
 """A chunk holds this many batches' tokens, the scorer's own measure: what a kill costs, at most."""
 ROWS_PER_READ = 64
@@ -137,7 +135,7 @@ def run(options: Options) -> None:
         "traces": options.traces,
         "prompts": options.prompts,
     }
-    parts = Parts(options.output, settings, overwrite=options.overwrite, ranks=ranks)
+    parts = ScoreOutput(options.output, settings, overwrite=options.overwrite, ranks=ranks)
     if parts.complete:
         say.print(f"{options.output} already holds the scores of this data by this model; nothing to do.")
         _show(options.output, say)
@@ -157,14 +155,14 @@ class Job:
         student: Student,
         metrics: list[Metric],
         sources: Sources,
-        parts: Parts,
+        parts: ScoreOutput,
         ranks: Ranks,
         batch_tokens: int,
         say: Console,
     ) -> None:
         self.options = options
         self.student = student
-        self.metrics = [with_tokenizer(metric, student.tokenizer) for metric in metrics]
+        self.metrics = [metric.with_tokenizer(student.tokenizer) for metric in metrics]
         self.sources = sources
         self.parts = parts
         self.ranks = ranks
@@ -176,15 +174,16 @@ class Job:
         vocabulary = student.model.config.get_text_config().vocab_size
         impl = fastest(next(student.model.parameters()).device, sources.size // 4 * vocabulary)
         self.scorer = Scorer(batch_tokens=batch_tokens, progress=False, impl=impl)
+        self.reader = self.scorer.reader(student.model)
         self.ends = end_token_ids(student.tokenizer, student.model)
         self.of_scored_prompts = _OfTheFirst(options.prompts)
         self.of_kept_prompts = _OfTheFirst(options.traces)
         self.kinds: dict[str, pa.DataType] | None = None
         """Of the columns that are carried along; settled by the first chunk."""
         if parts.schema is not None:
-            own = {*_OWN, *columns_of(metrics)}
+            own = {*OWN_COLUMNS, *columns_of(metrics), *(missing_column(m.name) for m in metrics)}
             fields = [field for field in parts.schema if field.name not in own]
-            self.kinds = {field.name: field.type for field in fields[3:]}  # behind sample, group, teacher
+            self.kinds = {field.name: field.type for field in fields[2:]}  # behind group and teacher
         self.read_before = 0
         """Bytes of the data that were read before this chunk's."""
         self.bad = 0
@@ -217,7 +216,7 @@ class Job:
         if not self.parts.rows:
             raise ValueError(f"None of the rows could be used ({self.bad} bad); see the reasons above.")
         if self.ranks.rank == 0:
-            self.parts.join(self._metadata())
+            self.parts.join(self._facts())
         self._notes(time.perf_counter() - started)
 
     # ---- Reading ----
@@ -301,14 +300,20 @@ class Job:
         usable = np.flatnonzero(counts)
         self.cut += size - len(usable)
         columns: dict[str, FloatArray] = {name: np.full(size, np.nan, np.float32) for name in columns_of(self.metrics)}
-        recorder = _Recorder({place for place, row in enumerate(usable.tolist()) if chunk[row][2]})
+        wanted = [place for place, row in enumerate(usable.tolist()) if chunk[row][2]]
+        missing = {metric.name: np.full(size, Missing.NO_RESPONSE, np.int8) for metric in self.metrics}
+        traces: dict[int, TokenStats] = {}
         if len(usable):
-            rows = [{"input_ids": chunk[row][1].input_ids, "labels": chunk[row][1].labels} for row in usable.tolist()]
+            rows = [
+                {**chunk[row][0].extra, "input_ids": chunk[row][1].input_ids, "labels": chunk[row][1].labels}
+                for row in usable.tolist()
+            ]
             dataset = ScoredDataset(rows, end_token_ids=self.ends)
             started, read = time.perf_counter(), 0
-            for block in self.scorer.score(
-                self.student.model, dataset, [*self.metrics, recorder], np.arange(len(usable))
-            ):
+            for block in self.scorer.score(self.reader, dataset, self.metrics, np.arange(len(usable)), traces=wanted):
+                traces |= block.traces
+                for name, codes in block.missing.items():
+                    missing[name][usable[block.indices]] = codes
                 for name, values in block.columns.items():
                     columns[name][usable[block.indices]] = values
                 self.tokens += block.tokens
@@ -318,7 +323,6 @@ class Job:
                 read += block.tokens
                 advance(read / len(input_ids))
                 started = time.perf_counter()
-        traces = self._gather(recorder)
         places = {int(row): place for place, row in enumerate(usable.tolist())}
         table = self._identity([candidate for candidate, _, _ in chunk], begin)
         numbers = {
@@ -327,6 +331,7 @@ class Job:
             "content_hash": pa.array([candidate.content_hash for candidate, _, _ in chunk], pa.uint64()),
             "prompt_hash": pa.array([candidate.prompt_hash for candidate, _, _ in chunk], pa.uint64()),
             **{name: pa.array(values, pa.float32()) for name, values in columns.items()},
+            **{missing_column(name): pa.array(codes, pa.int8()) for name, codes in missing.items()},
         }
         for name, values in numbers.items():
             table = table.append_column(name, values)
@@ -340,17 +345,11 @@ class Job:
         return (
             table.append_column("prompt_text", pa.array(prompts, pa.large_string()))
             .append_column("tokens", pa.array(texts, pa.list_(pa.large_string())))
-            .append_column("token_ranks", pa.array([t and t[0] for t in kept], pa.list_(pa.int32())))
-            .append_column("token_surprisals", pa.array([t and t[1] for t in kept], pa.list_(pa.float32())))
+            .append_column("token_ranks", pa.array([_ranks_of(t) for t in kept], pa.list_(pa.int32())))
+            .append_column(
+                "token_surprisals", pa.array([None if t is None else t.surprisal for t in kept], pa.list_(pa.float32()))
+            )
         )
-
-    def _gather(self, recorder: _Recorder) -> dict[int, tuple[Any, Any]]:
-        """The kept tokens of every process."""
-        if self.ranks.world_size == 1:
-            return recorder.kept
-        everyones: list[dict[int, tuple[Any, Any]]] = [{}] * self.ranks.world_size
-        torch.distributed.all_gather_object(everyones, recorder.kept)
-        return {place: trace for one in everyones for place, trace in one.items()}
 
     def _identity(self, candidates: list[Candidate], begin: int) -> pa.Table:
         """The identifying columns, then whatever else the rows carry."""
@@ -361,7 +360,7 @@ class Job:
             teacher: pa.array([candidate.teacher for candidate in candidates], pa.string()),
         }
         if self.kinds is None:
-            taken = {*columns, *_OWN, *columns_of(self.metrics)}
+            taken = {*columns, *OWN_COLUMNS, *columns_of(self.metrics)}
             names = dict.fromkeys(name for candidate in candidates for name in candidate.extra)
             if clash := [name for name in names if name in taken]:
                 self.say.print(
@@ -404,17 +403,18 @@ class Job:
             rate = f"{self.parts.rows:,} rows  {self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
             progress.update(task, completed=position, rate=rate)
 
-    def _metadata(self) -> dict[str, Any]:
-        layout = {"group": self.layout.group or "prompt_id", "teacher": self.layout.teacher or "teacher"}
-        return {
-            "version": __version__,
-            **self.parts.settings,
-            "columns": layout,
-            "layout": _said(self.layout),
-            "template": "chat" if self.encoder is None or self.encoder.template else "plain",
-            "on_error": self.options.on_error,
-            "paths": [str(Path(name).resolve()) if Path(name).exists() else name for name in self.options.data],
-        }
+    def _facts(self) -> dict[str, Any]:
+        return run_facts(
+            run=None,
+            metrics=self.metrics,
+            group=self.layout.group or "prompt_id",
+            teacher=self.layout.teacher or "teacher",
+            **{name: value for name, value in self.parts.settings.items() if name not in ("metrics", "columns")},
+            version=__version__,
+            layout=_said(self.layout),
+            on_error=self.options.on_error,
+            paths=[str(Path(name).resolve()) if Path(name).exists() else name for name in self.options.data],
+        ) | {"template": "chat" if self.encoder is None or self.encoder.template else "plain"}
 
     def _notes(self, seconds: float) -> None:
         if self.tokens:
@@ -438,10 +438,6 @@ class Job:
                 self.say.print(f"[yellow]note:[/] {what}: {number:,}.")
 
 
-_OWN = ("num_tokens", "length", "content_hash", "prompt_hash", *TRACE_COLUMNS)
-"""Columns of ours, which a column of the data cannot be called."""
-
-
 class _OfTheFirst:
     """Whether a candidate is of one of the first `number` prompts; of any for None."""
 
@@ -457,32 +453,8 @@ class _OfTheFirst:
         return candidate.group in self._groups
 
 
-@dataclass(frozen=True)
-class _Recorder:
-    """A metric without numbers: it keeps what the student made of each token of some samples."""
-
-    wanted: set[int]
-    name: str = "tokens"
-    kept: dict[int, tuple[Any, Any]] = field(default_factory=dict)
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return ()
-
-    @property
-    def higher_is_better(self) -> bool:
-        return True
-
-    def views(self, sample: Sample) -> Sequence[View]:
-        return (response_view(sample),) if sample.index in self.wanted else ()
-
-    def reduce(self, sample: Sample, stats: Sequence[TokenStats]) -> Mapping[str, float]:
-        if stats:
-            self.kept[sample.index] = (stats[0].rank.astype(np.int32), stats[0].surprisal.astype(np.float32))
-        return {}
-
-    def aggregate(self, columns: Mapping[str, FloatArray]) -> float:
-        return float("nan")
+def _ranks_of(trace: TokenStats | None) -> Any:
+    return None if trace is None or trace.rank is None else trace.rank.astype(np.int32)
 
 
 class _Entered:
@@ -499,8 +471,8 @@ class _Entered:
         self.progress.stop()
 
 
-class Parts:
-    """The chunks that are done, on disk beside the output, and the settings they were made with.
+class ScoreOutput:
+    """The chunks that are done, as parts beside the output, and the settings they were made with.
 
     Args:
         output: the file that they are joined into.
@@ -514,46 +486,41 @@ class Parts:
 
     def __init__(self, output: Path, settings: Mapping[str, Any], *, overwrite: bool, ranks: Ranks) -> None:
         self.output = output
-        self.folder = output.with_name(output.name + ".parts")
         self.settings = dict(settings)
         self.rows = 0
         """Candidates that are scored and written."""
         self.schema: pa.Schema | None = None
         self.complete = False
+        self._parts = Parts(output.with_name(output.name + ".parts"))
         self._ranks = ranks
-        self._count = 0
         failure: str | None = None
         if ranks.rank == 0:
             try:
                 self._open(overwrite)
             except ValueError as error:
                 failure = str(error)
-        if ranks.world_size > 1:
-            state = [(failure, self.rows, self.schema, self.complete, self._count)]
-            torch.distributed.broadcast_object_list(state, src=0)
-            failure, self.rows, self.schema, self.complete, self._count = state[0]
+        failure, self.rows, self.schema, self.complete = ranks.gather((failure, self.rows, self.schema, self.complete))[
+            0
+        ]
         if failure:
             raise ValueError(failure)
 
     def _open(self, overwrite: bool) -> None:
         if overwrite:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._parts.remove()
             self.output.unlink(missing_ok=True)
         if self.output.exists():
             self._compare(_settings_of(self.output), str(self.output))
             self.complete = True
             return
-        told = self.folder / "settings.json"
-        if told.exists():
-            self._compare(json.loads(told.read_text(encoding="utf-8")), f"The unfinished {self.output}")
+        if (before := self._parts.identity) is not None:
+            self._compare(before, f"The unfinished {self.output}")
+            self._parts.check()
         else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _write_aside(told, json.dumps(self.settings, indent=1).encode())
-        for part in self._paths():
-            written = pq.read_schema(part)
-            self.schema = self.schema or written
+            self._parts.begin(self.settings)
+        for part in self._parts.paths():
+            self.schema = self.schema or pq.read_schema(part)
             self.rows += pq.read_metadata(part).num_rows
-            self._count += 1
 
     def _compare(self, before: Mapping[str, Any], what: str) -> None:
         for name, now in self.settings.items():
@@ -563,61 +530,38 @@ class Parts:
                     "settings it was made with, give another --output, or start over with --overwrite."
                 )
 
-    def _paths(self) -> list[Path]:
-        return sorted(self.folder.glob("[0-9]*.parquet"))
-
     def add(self, table: pa.Table) -> None:
         """Keep a chunk for good."""
         if self._ranks.rank == 0:
-            path = self.folder / f"{self._count:07d}.parquet"
-            unfinished = path.with_suffix(".unfinished")
-            pq.write_table(table, unfinished, compression="zstd")
-            unfinished.rename(path)
-        self._count += 1
+            self._parts.add(table)
         self.rows += table.num_rows
 
-    def join(self, metadata: Mapping[str, Any]) -> None:
+    def join(self, facts: Mapping[str, Any]) -> None:
         """Write the one file, in row groups of a useful size, and clear away the parts."""
-        paths = self._paths()
-        digest = hashlib.blake2b(digest_size=8)
-        for path in paths:
-            digest.update(_read(path, ["content_hash"])["content_hash"].to_numpy().tobytes())
-        told = {**metadata, "dataset": digest.hexdigest(), "settings": self.settings}
-        entries = {METADATA + k.encode(): v if isinstance(v, str) else json.dumps(v) for k, v in told.items()}
+        paths = self._parts.paths()
+        contents = (read_part(path, ["content_hash"])["content_hash"].to_numpy().tobytes() for path in paths)
+        entries = encoded({**facts, "dataset": hash_of(*contents), "settings": self.settings})
         unfinished = self.output.with_name(self.output.name + ".unfinished")
         schema = pq.read_schema(paths[0]).with_metadata(entries)
         with pq.ParquetWriter(unfinished, schema, compression="zstd") as writer:
             waiting: list[pa.Table] = []
             for path in paths:
-                waiting.append(_read(path))
+                waiting.append(read_part(path))
                 if sum(table.num_rows for table in waiting) >= ROW_GROUP or path == paths[-1]:
                     writer.write_table(pa.concat_tables(waiting).replace_schema_metadata(entries))
                     waiting = []
         unfinished.rename(self.output)
-        shutil.rmtree(self.folder)
-
-
-def _read(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """A small file at once. `read_table` would start threads, whose memory stays with the process."""
-    with pq.ParquetFile(path) as file:
-        return file.read(columns, use_threads=False)
+        self._parts.remove()
 
 
 def _settings_of(output: Path) -> dict[str, Any]:
     try:
-        entries = pq.read_schema(output).metadata or {}
-        found: dict[str, Any] = json.loads(entries[METADATA + b"settings"])
-    except (pa.ArrowException, KeyError, ValueError, OSError):
-        raise ValueError(
-            f"{output} exists and holds no scores of this command; give another --output, or --overwrite."
-        ) from None
+        found = decoded(pq.read_schema(output).metadata).get("settings")
+    except (pa.ArrowException, OSError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{output} exists and holds no scores of this command; give another --output, or --overwrite.")
     return found
-
-
-def _write_aside(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_bytes(content)
-    unfinished.rename(path)
 
 
 def _require_lengths(options: Options) -> None:

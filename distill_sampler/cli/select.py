@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from distill_sampler.artifacts.scorefile import Scores
-from distill_sampler.planning.why import Selection, select, short
+from distill_sampler.planning.why import Choice
+from distill_sampler.serialize import require_writable
 from distill_sampler.sources.candidates import Candidate, Layout, read_candidates
 from distill_sampler.sources.files import Bad, Sources
-from distill_sampler.sources.outputs import require_writable
 from distill_sampler.specs import parse_policies
 from distill_sampler.types import IntArray
 
@@ -42,24 +42,22 @@ def run(
     say = Console(stderr=True, soft_wrap=True)
     require_writable(output, ".jsonl", ".parquet")
     scores = Scores.open(path)
-    selection = select(scores, parse_policies(policies), seed=seed, epoch=epoch)
-    where = list(data) or json.loads(scores.metadata.get("paths", "[]"))
+    choice = scores.choose(parse_policies(policies), seed=seed, epoch=epoch)
+    where = list(data) or list(scores.facts.get("paths") or [])
     if not where:
         raise ValueError(f"{path} does not say where its data lies; name it with --data.")
-    subset = scores.metadata.get("subset", "null")  # texts are written as they are, None as JSON
-    split = scores.metadata.get("split", "train")
-    sources = Sources(where, split=split, subset=None if subset == "null" else subset)
-    told = json.loads(scores.metadata.get("layout", "{}"))
+    sources = Sources(where, split=scores.facts.get("split") or "train", subset=scores.facts.get("subset"))
+    told = scores.facts.get("layout") or {}
     layout = Layout(**{part.name: told.get(part.name) for part in fields(Layout)})
-    plan = selection.plan
-    wanted = np.zeros(len(selection.left_out_by), bool)
+    plan = choice.plan
+    wanted = np.zeros(len(choice.left_out_by), bool)
     wanted[plan.indices] = True
     unfinished = output.with_name(output.name + ".unfinished")
     with tempfile.TemporaryFile() as kept:
-        places = _keep(read_candidates(sources, layout), selection.pool.content_hash, wanted, kept, scores, path)
-        _write(_rows(selection, kept, places), unfinished, parquet=output.suffix == ".parquet")
+        places = _keep(read_candidates(sources, layout), choice.content_hash, wanted, kept, scores, path)
+        _write(_rows(choice, kept, places), unfinished, parquet=output.suffix == ".parquet")
         unfinished.rename(output)
-    chain = ", then ".join(short(policy) for policy in selection.policies)
+    chain = ", then ".join(policy.text for policy in choice.policies)
     distinct = len(np.unique(plan.indices))
     say.print(
         f"{output}: {len(plan):,} rows ({distinct:,} distinct of {len(wanted):,} candidates) by {chain}.", markup=False
@@ -71,7 +69,7 @@ def _keep(
 ) -> IntArray:
     """Write the wanted candidates one after the other. Gives where each begins; -1 for the others."""
     places = np.full(len(wanted), -1, np.int64)
-    chat = scores.metadata.get("template") != "plain"
+    chat = scores.facts.get("template") != "plain"
     row = 0
     for candidate in candidates:
         if row == len(wanted):
@@ -107,18 +105,18 @@ def _record(candidate: Candidate, scores: Scores, chat: bool) -> dict[str, Any]:
     return {**candidate.extra, **record, **identity}
 
 
-def _rows(selection: Selection, kept: IO[bytes], places: IntArray) -> Iterator[dict[str, Any]]:
+def _rows(choice: Choice, kept: IO[bytes], places: IntArray) -> Iterator[dict[str, Any]]:
     """The rows of the training set, in the order of the plan."""
-    plan = selection.plan
+    plan = choice.plan
     weighted = bool((plan.weights != 1).any())
     for sample, weight in zip(map(int, plan.indices), map(float, plan.weights), strict=True):  # made as they are used
         kept.seek(int(places[sample]))
         row = json.loads(kept.readline())
-        numbers = {name: float(values[sample]) for name, values in selection.pool.scores.items()}
+        numbers = {name: float(values[sample]) for name, values in choice.scores.items()}
         row.update({name: value if np.isfinite(value) else None for name, value in numbers.items()})
         if weighted:
             row["weight"] = weight
-        row["reason"] = selection.reason(sample)
+        row["reason"] = choice.reason(sample)
         yield row
 
 

@@ -9,7 +9,7 @@ import typer
 
 from distill_sampler.integrations.checkpoints import FOLDER, entry_of, read_state, why_broken
 from distill_sampler.integrations.sample_log import compare, read_log
-from distill_sampler.store import unpack
+from distill_sampler.serialize import unpack
 from distill_sampler.types import EpochPlan
 
 

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from distill_sampler.dataset import ScoredDataset
-from distill_sampler.reading.observer import Batch
-from distill_sampler.types import EpochPlan, IntArray
+from distill_sampler.types import Batch, EpochPlan, IntArray
 
 
 def layout(inputs: Mapping[str, Any]) -> tuple[IntArray, IntArray]:
@@ -47,21 +46,52 @@ def rows_of(inputs: Mapping[str, Any]) -> list[IntArray]:
     return [tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)]
 
 
-def batch_of(inputs: Mapping[str, Any], plan: EpochPlan, dataset: ScoredDataset, place: int) -> Batch:
-    """The batch that a plan has at `place`, found in the host's.
+def batch_of(
+    inputs: Mapping[str, Any], plan: EpochPlan, dataset: ScoredDataset, *, place: int, epoch: int, step: int
+) -> Batch:
+    """Which samples a host's batch holds, if it is the one that a plan has at `place`; -1 for other tokens.
+
+    Args:
+        inputs: the host's batch.
+        plan: the epoch's.
+        dataset: where the samples are.
+        place: position of the batch's first sample in the plan.
+        epoch: from 0.
+        step: optimizer steps taken so far.
 
     Raises:
-        ValueError: its tokens are others than the planned samples'.
+        ValueError: the batch has no token ids.
     """
     starts, lengths = layout(inputs)
     # where the batches do not come out even, accelerate fills the last ones from the epoch's start
     places = (place + np.arange(len(starts))) % len(plan)
-    samples = plan.indices[places]
-    for tokens, sample in zip(rows_of(inputs), dataset.samples(samples), strict=True):
+    samples = plan.indices[places].copy()
+    for row, (tokens, sample) in enumerate(zip(rows_of(inputs), dataset.samples(samples), strict=True)):
         if not np.array_equal(tokens, sample.input_ids):
-            raise ValueError(
-                f"The batch does not hold the tokens of sample {sample.index}, which the plan has there, so weights "
-                "and scores cannot be told whose they are. Is there a collator that changes or cuts tokens? Do that "
-                "in the data set, or leave out observe=True and policies that weight."
-            )
-    return Batch(samples=samples, weights=plan.weights[places], starts=starts, lengths=lengths)
+            samples[row] = -1
+    return Batch(
+        samples=samples,
+        weights=plan.weights[places],
+        starts=starts,
+        lengths=lengths,
+        shape=tuple(inputs["input_ids"].shape),
+        place=place,
+        epoch=epoch,
+        step=step,
+    )
+
+
+def require_exact(batch: Batch, plan: EpochPlan) -> None:
+    """Refuse a batch that is not the plan's.
+
+    Raises:
+        ValueError: it holds other tokens than the planned samples'.
+    """
+    wrong = np.flatnonzero(batch.samples < 0)
+    if len(wrong):
+        planned = plan.indices[(batch.place + wrong[0]) % len(plan)]
+        raise ValueError(
+            f"The batch does not hold the tokens of sample {planned}, which the plan has there, so weights and scores "
+            "cannot be told whose they are. Is there a collator that changes or cuts tokens? Do that in the data set, or "
+            "leave out observe=True and policies that weight."
+        )

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from distill_sampler.curriculum import digest
+from distill_sampler.serialize import digest
 
 if sys.platform != "win32":
     import fcntl

@@ -12,68 +12,62 @@ TRL's fused head makes no logits: there the gradient of `log_probs`, one number 
 
 from __future__ import annotations
 
-from types import TracebackType
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distill_sampler.reading.in_process import unwrap
-from distill_sampler.reading.observer import Batch
+from distill_sampler.reading.forward import unwrap
+from distill_sampler.types import Batch, Tap
 
 
-class LossWeights:
-    """Multiplies what a batch's samples contribute to the gradient. Use it in a `with` statement while training.
+class LossWeights(Tap):
+    """Multiplies what a batch's samples contribute to the gradient."""
 
-    Args:
-        model: the student as the host trains it.
-    """
+    needs_exact_batches = True
 
-    def __init__(self, model: nn.Module) -> None:
-        self._student: Any = unwrap(model)
+    def __init__(self) -> None:
+        self._student: Any = None
         self._weights: Tensor | None = None
         self._applied = False
 
-    def __enter__(self) -> LossWeights:
+    @contextmanager
+    def open(self, model: nn.Module, *, step: int) -> Iterator[None]:
+        self._student = unwrap(model)
         head: nn.Module = self._student.get_output_embeddings()
-        self._handles = [
+        handles = [
             head.register_forward_hook(lambda module, args, output: self._weigh(output)),
             self._student.register_forward_hook(
                 lambda module, args, output: self._weigh(getattr(output, "log_probs", None))
             ),
         ]
-        return self
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def expect(self, batch: Batch, shape: torch.Size) -> None:
-        """The next forward and backward are of this batch.
-
-        Args:
-            batch: whose weights.
-            shape: of its `input_ids`.
-        """
+    def before(self, batch: Batch) -> None:
         self._applied = False
         self._weights = None
         if (batch.weights == 1).all():
             return
-        weights = torch.ones(shape.numel())
+        weights = torch.ones(math.prod(batch.shape))
         for start, length, weight in zip(batch.starts, batch.lengths, batch.weights, strict=True):
             weights[start : start + length] = float(weight)
-        self._weights = weights.reshape(shape)
+        self._weights = weights.reshape(batch.shape)
 
-    def done(self) -> None:
-        """The batch's backward is over.
+    def after(self, batch: Batch) -> None:
+        """Check that the weights were applied.
 
         Raises:
-            ValueError: it did not come through the logits.
+            ValueError: the loss did not come through the logits.
         """
-        asked, self._weights = self._weights is not None, None
-        if asked and not self._applied:
+        expected, self._weights = self._weights is not None, None
+        if expected and not self._applied:
             raise ValueError(
                 "The policies give loss weights, but this trainer's loss does not come through the logits of "
                 f"{type(self._student).__name__}, so they cannot be applied (use_liger_kernel=True?). Use "

@@ -12,51 +12,53 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from distill_sampler.dataset import ScoredDataset
-from distill_sampler.integrations.batches import rows_of
-from distill_sampler.types import EpochPlan
+from distill_sampler.serialize import write_aside
+from distill_sampler.types import Batch, EpochPlan, Tap
 
 
-class SampleLog:
+class SampleLog(Tap):
     """Writes the log of one process.
 
     Args:
-        path: the file. Lines of steps after `step` are removed: a run that goes on from a checkpoint takes them anew.
-        step: optimizer steps taken so far; 0 begins a new log.
+        path: the file. Lines of steps after the one that training goes on from are removed; they will come again.
     """
 
-    def __init__(self, path: Path, *, step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _lines(path) if line["step"] <= step] if step else []
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        unfinished.replace(path)
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+    needs_exact_batches = False
 
-    def batch(
-        self, inputs: Mapping[str, Any], plan: EpochPlan, dataset: ScoredDataset, *, step: int, epoch: int, start: int
-    ) -> None:
-        """Note a batch, in one write: a kill does not tear it.
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = -1
 
-        Raises:
-            ValueError: the batch has no token ids.
-        """
-        samples = []
-        for offset, tokens in enumerate(rows_of(inputs)):
-            # where the batches do not come out even, accelerate fills the last ones from the epoch's start
-            planned = int(plan.indices[(start + offset) % len(plan)])
-            samples.append(planned if np.array_equal(tokens, dataset.sample(planned).input_ids) else -1)
-        line = {"step": step, "epoch": epoch, "start": start, "samples": samples}
+    @contextmanager
+    def open(self, model: Any, *, step: int) -> Iterator[None]:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in _lines(self._path) if line["step"] <= step] if step else []
+        write_aside(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+        try:
+            yield
+        finally:
+            os.close(self._file)
+
+    def before(self, batch: Batch) -> None:
+        """Note a batch, in one write: a kill does not tear it."""
+        line = {
+            "step": batch.step + 1,
+            "epoch": batch.epoch,
+            "start": batch.place,
+            "samples": batch.samples.tolist(),
+        }
         os.write(self._file, (json.dumps(line) + "\n").encode())
 
-    def close(self) -> None:
-        os.close(self._file)
+    def after(self, batch: Batch) -> None:
+        pass
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

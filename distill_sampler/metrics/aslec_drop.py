@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from distill_sampler.field_docs import documents_fields
 from distill_sampler.metrics.windows import WindowMetric
 from distill_sampler.types import FloatArray
 
 
+@documents_fields
 @dataclass(frozen=True, kw_only=True, repr=False)
 class AslecDrop(WindowMetric):
     """`LocalNaturalness` with the first `skip` tokens of each step left out. Higher is better.

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
-import numpy as np
+from distill_sampler.field_docs import documents_fields
+from distill_sampler.hashing import content_uniform
+from distill_sampler.types import Metric, Sample, TokenStats, View
 
-from distill_sampler.hashing import splitmix64
-from distill_sampler.types import FloatArray, Sample, TokenStats, View
 
-
+@documents_fields
 @dataclass(frozen=True, kw_only=True)
-class ResponseLength:
+class ResponseLength(Metric):
     """Number of response tokens. The longest response is a strong control: 57.9 where teacher-guided selection reached
     58.7 and global naturalness 55.1 (arXiv:2512.20908)."""
 
@@ -22,10 +22,6 @@ class ResponseLength:
     """False: shorter is better."""
     name: str = "response_length"
     """What policies call it, and the score's column."""
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return (self.name,)
 
     @property
     def higher_is_better(self) -> bool:
@@ -37,12 +33,10 @@ class ResponseLength:
     def reduce(self, sample: Sample, stats: Sequence[TokenStats]) -> Mapping[str, float]:
         return {self.name: float(sample.scored.sum())}
 
-    def aggregate(self, columns: Mapping[str, FloatArray]) -> float:
-        return float(columns[self.name].mean(dtype=float))
 
-
+@documents_fields
 @dataclass(frozen=True, kw_only=True)
-class Random:
+class Random(Metric):
     """A uniform number in [0, 1) drawn from the sample's content and a seed, the same in every pass. The control of
     every selection, for example of arXiv:2510.03988; `Shuffle` draws anew each epoch instead."""
 
@@ -51,30 +45,16 @@ class Random:
     name: str = "random"
     """What policies call it, and the score's column."""
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return (self.name,)
-
-    @property
-    def higher_is_better(self) -> bool:
-        return True
-
     def views(self, sample: Sample) -> Sequence[View]:
         return ()
 
     def reduce(self, sample: Sample, stats: Sequence[TokenStats]) -> Mapping[str, float]:
-        with np.errstate(over="ignore"):
-            place = np.arange(len(sample.input_ids), dtype=np.uint64)
-            content = splitmix64(splitmix64(sample.input_ids.astype(np.uint64)) + place).sum(dtype=np.uint64)
-            drawn = splitmix64(np.array([content ^ splitmix64(np.array([self.seed], np.uint64))[0]]))[0]
-        return {self.name: float(drawn >> np.uint64(40)) / 2**24}  # as many bits as a float32 holds
-
-    def aggregate(self, columns: Mapping[str, FloatArray]) -> float:
-        return float(columns[self.name].mean(dtype=float))
+        return {self.name: content_uniform(sample.input_ids, self.seed)}
 
 
+@documents_fields
 @dataclass(frozen=True, kw_only=True)
-class RuleQuality:
+class RuleQuality(Metric):
     """Words of reasoning in the response, for each hundred words: checks, alternatives, conclusions. Higher is better.
 
     The rule-based quality score in the style of LIMO (arXiv:2502.03387), as a control that reads no model.
@@ -90,13 +70,8 @@ class RuleQuality:
     name: str = "rule_quality"
     """What policies call it, and the score's column."""
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return (self.name,)
-
-    @property
-    def higher_is_better(self) -> bool:
-        return True
+    def with_tokenizer(self, tokenizer: Any) -> Self:
+        return replace(self, tokenizer=tokenizer) if self.tokenizer is None else self
 
     def views(self, sample: Sample) -> Sequence[View]:
         return ()
@@ -109,6 +84,3 @@ class RuleQuality:
         text = self.tokenizer.decode(sample.input_ids[sample.scored].tolist())
         found = len(re.findall(self.pattern, text, flags=re.IGNORECASE))
         return {self.name: 100 * found / max(len(text.split()), 1)}
-
-    def aggregate(self, columns: Mapping[str, FloatArray]) -> float:
-        return float(columns[self.name].mean(dtype=float))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from distill_sampler.metrics.response import response_view
-from distill_sampler.types import FloatArray, Sample, TokenStats, View
+from distill_sampler.field_docs import documents_fields
+from distill_sampler.types import Metric, Sample, TokenStats
 
 
+@documents_fields
 @dataclass(frozen=True, kw_only=True)
-class GlobalNaturalness:
+class GlobalNaturalness(Metric):
     """Mean log-probability (nats) of the response's tokens under the student. Higher is better.
 
     The negative of the mean surprisal. One forward a sample, shared with `RankSurprisalRatio`. A group of samples has
@@ -21,20 +22,6 @@ class GlobalNaturalness:
     name: str = "global_naturalness"
     """What policies call it, and the score's column."""
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return (self.name,)
-
-    @property
-    def higher_is_better(self) -> bool:
-        return True
-
-    def views(self, sample: Sample) -> Sequence[View]:
-        return (response_view(sample),)
-
     def reduce(self, sample: Sample, stats: Sequence[TokenStats]) -> Mapping[str, float]:
         (tokens,) = stats
         return {self.name: -float(tokens.surprisal.mean(dtype=float))}
-
-    def aggregate(self, columns: Mapping[str, FloatArray]) -> float:
-        return float(columns[self.name].mean(dtype=float))

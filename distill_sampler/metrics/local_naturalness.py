@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from distill_sampler.field_docs import documents_fields
 from distill_sampler.metrics.windows import WindowMetric
 from distill_sampler.types import FloatArray
 
 
+@documents_fields
 @dataclass(frozen=True, kw_only=True, repr=False)
 class LocalNaturalness(WindowMetric):
     """Mean over a response's steps of the mean log-probability (nats) of the step's tokens, each step read after the

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distill_sampler.metrics.response import response_view
-from distill_sampler.types import FloatArray, Sample, TokenStats, View
+from distill_sampler.field_docs import documents_fields
+from distill_sampler.types import FloatArray, Metric, Sample, TokenStats
 
 
+@documents_fields
 @dataclass(frozen=True, kw_only=True)
-class RankSurprisalRatio:
+class RankSurprisalRatio(Metric):
     """RSR = Σ_k min(rank_k, r_max) / Σ_k surprisal_k over the response's tokens. Lower is better.
 
     A low ratio means tokens that the student finds surprising (there is something to learn) while it ranks them high
@@ -44,9 +45,6 @@ class RankSurprisalRatio:
     @property
     def higher_is_better(self) -> bool:
         return False
-
-    def views(self, sample: Sample) -> Sequence[View]:
-        return (response_view(sample),)
 
     def reduce(self, sample: Sample, stats: Sequence[TokenStats]) -> Mapping[str, float]:
         (tokens,) = stats

@@ -7,23 +7,29 @@ prompt, the `window` steps before it, and the step.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from distill_sampler.field_docs import documents_fields
 from distill_sampler.metrics.steps import Splitter, sentences, token_steps
-from distill_sampler.types import FloatArray, Sample, TokenStats, View
+from distill_sampler.serialize import described
+from distill_sampler.types import FloatArray, Metric, Sample, TokenStats, View
 
 Steps = list[tuple[int, int]]
 """`(start, stop)` of each step, as places among the sample's tokens."""
 
+_STEPS: WeakKeyDictionary[Sample, dict[Any, Steps]] = WeakKeyDictionary()
+"""The steps of samples between `views` and `reduce`, so that nothing is decoded twice."""
 
+
+@documents_fields
 @dataclass(frozen=True, kw_only=True, repr=False)
-class WindowMetric(ABC):
+class WindowMetric(Metric):
     """The unweighted mean over a response's steps of a number of each step. Abstract: variants say which number."""
 
     window: int | float = 4
@@ -39,12 +45,10 @@ class WindowMetric(ABC):
     """Steps in a row: 1 is exact. More is an approximation that reads fewer tokens: the first step of a row has its
     window, those behind it have up to `stride - 1` steps more. How well it orders samples is reported before it is
     used."""
-    name: str
+    name: str = ""
     """What policies call it, and the score's column."""
     tokenizer: Any = field(default=None, compare=False)
     """Turns tokens into text. `attach` and the command line fill it in; give it yourself in a loop of your own."""
-    _steps: WeakKeyDictionary[Sample, Steps] = field(default_factory=WeakKeyDictionary, init=False, compare=False)
-    """The steps of samples between `views` and `reduce`, so that nothing is decoded twice."""
 
     def __post_init__(self) -> None:
         kind, window = type(self).__name__, self.window
@@ -60,10 +64,8 @@ class WindowMetric(ABC):
             raise ValueError(f"{kind}(stride={self.stride}): give 1 step in a row, which is exact, or more.")
 
     def __repr__(self) -> str:
-        """The configuration, the same in every process: a splitter by its name. Scores are known by it."""
-        said = {each.name: repr(getattr(self, each.name)) for each in fields(self) if each.compare}
-        said["splitter"] = getattr(self.splitter, "__qualname__", said["splitter"])
-        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in said.items())})"
+        """The configuration, the same in every process."""
+        return described(self)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -71,13 +73,11 @@ class WindowMetric(ABC):
         return (f"{prefix}num_steps", self.name)
 
     @property
-    def higher_is_better(self) -> bool:
-        return True
-
-    @property
-    def exact(self) -> Self | None:
-        """What this approximates, under another name; None where it is exact."""
+    def approximates(self) -> Self | None:
         return None if self.stride == 1 else replace(self, stride=1, name=f"{self.name}_exact")
+
+    def with_tokenizer(self, tokenizer: Any) -> Self:
+        return replace(self, tokenizer=tokenizer) if self.tokenizer is None else self
 
     @abstractmethod
     def of_step(self, surprisal: FloatArray) -> float:
@@ -87,12 +87,19 @@ class WindowMetric(ABC):
         steps = self.steps(sample)
         starts = [start for start, _ in steps]
         no_response = np.flatnonzero(~sample.scored)
+        prompt = View(input_ids=sample.input_ids, scored=sample.scored).shareable
         views = []
         for first, last in self._rows(len(steps)):
             oldest = starts[first - self._context(first)] if first else 0
             before = no_response[: np.searchsorted(no_response, oldest)]
             kept = np.concatenate([before, np.arange(oldest, steps[last - 1][1])])
-            views.append(View(input_ids=sample.input_ids[kept], scored=sample.scored[kept] & (kept >= starts[first])))
+            views.append(
+                View(
+                    input_ids=sample.input_ids[kept],
+                    scored=sample.scored[kept] & (kept >= starts[first]),
+                    shared=len(prompt),
+                )
+            )
         return views
 
     def reduce(self, sample: Sample, stats: Sequence[TokenStats]) -> Mapping[str, float]:
@@ -102,17 +109,16 @@ class WindowMetric(ABC):
         of_steps = [self.of_step(step) for step in np.split(surprisal, ends[:-1])]
         return dict(zip(self.columns, (float(len(steps)), float(np.mean(of_steps))), strict=True))
 
-    def aggregate(self, columns: Mapping[str, FloatArray]) -> float:
-        return float(columns[self.name].mean(dtype=float))
-
     def steps(self, sample: Sample) -> Steps:
         """The steps of all stretches of the sample's response, in order.
 
         Raises:
             ValueError: there is no tokenizer, or the splitter names places that are not in the text.
         """
-        if sample in self._steps:
-            return self._steps[sample]
+        known = _STEPS.setdefault(sample, {})
+        key = (self.splitter, self.min_tokens, self.max_tokens, id(self.tokenizer))
+        if key in known:
+            return known[key]
         kind = type(self).__name__
         if self.tokenizer is None:
             raise ValueError(
@@ -133,7 +139,7 @@ class WindowMetric(ABC):
             except ValueError as error:
                 raise ValueError(f"{kind}, sample {sample.index}: {error}") from error
             steps += [(first + start, first + stop) for start, stop in found]
-        self._steps[sample] = steps
+        known[key] = steps
         return steps
 
     def _rows(self, num_steps: int) -> list[tuple[int, int]]:

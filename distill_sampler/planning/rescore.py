@@ -6,33 +6,74 @@ Pure arithmetic: a `Rescore` says what the user wants, `choose` picks the sample
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
+from distill_sampler.field_docs import documents_fields
 from distill_sampler.hashing import splitmix64
 from distill_sampler.store import ScoreStore
 from distill_sampler.types import HashArray, IntArray
 
 
 @dataclass(kw_only=True)
-class Spent:
+class Clock:
     """What a run has spent so far, its first scoring pass left out."""
 
     run: float = 0.0
-    """Seconds."""
+    """Seconds of the run."""
     scoring: float = 0.0
-    """Seconds of them."""
+    """Seconds of them that scoring took."""
     tokens_per_second: float = 0.0
     """Tokens of samples in a second of scoring, in the last pass."""
+    _last: float = field(default_factory=time.perf_counter, repr=False, compare=False)
+
+    def tick(self) -> float:
+        """Count the time since the last tick as the run's. Gives the time of now."""
+        now = time.perf_counter()
+        self.run += now - self._last
+        self._last = now
+        return now
+
+    def passed(self, seconds: float, tokens: int, *, first: bool) -> None:
+        """A scoring pass is over.
+
+        Args:
+            seconds: that it took.
+            tokens: of the samples that it scored; 0 if it only took in what was observed.
+            first: whether it was the run's first, whose time is not counted.
+        """
+        if tokens:
+            self.tokens_per_second = tokens / seconds
+        if first:
+            self.run = 0.0
+        else:
+            self.scoring += seconds
+
+    @property
+    def share(self) -> float:
+        """Of the run's time so far that scoring took."""
+        return self.scoring / self.run if self.run else 0.0
 
     def affords(self, max_share: float) -> int:
         """Tokens of samples that can be scored now so that scoring stays within its share of the run's time."""
         seconds = (max_share * self.run - self.scoring) / max(1 - max_share, 1e-9)
         return int(max(0.0, seconds) * self.tokens_per_second)
 
+    def state_dict(self) -> dict[str, float]:
+        """As plain JSON values."""
+        return {"run": self.run, "scoring": self.scoring, "tokens_per_second": self.tokens_per_second}
 
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Take back what `state_dict` gave."""
+        self.run, self.scoring = state["run"], state["scoring"]
+        self.tokens_per_second = state["tokens_per_second"]
+
+
+@documents_fields
 @dataclass(frozen=True, kw_only=True)
 class Rescore:
     """A budget for scores. Left as it is: every candidate at the beginning of every epoch.

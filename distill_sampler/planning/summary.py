@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from distill_sampler.metrics.groups import group_score
 from distill_sampler.policies import effective_sample_size
 from distill_sampler.types import Column, EpochPlan, FloatArray, IntArray, Metric
 
@@ -56,6 +57,8 @@ class ScoringSummary:
     """Candidates left out because the student's logits for them were NaN or infinite."""
     too_long: IntArray
     """Candidates without the score of some metric: they have more tokens than the student has positions for."""
+    not_applicable: Mapping[str, int] = field(default_factory=dict)
+    """By metric, candidates that it does not apply to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +185,7 @@ def summarise(
                     candidates=len(own),
                     chosen=int(chosen_counts[code]),
                     tokens=float(num_scored[own].mean()) if len(own) else 0.0,
-                    scores={name: _group_score(metric, scores, own) for name, metric in metrics.items()},
+                    scores={name: group_score(metric, scores, own) for name, metric in metrics.items()},
                 )
             )
         rows.sort(key=lambda row: (-row.chosen, row.teacher))
@@ -199,15 +202,6 @@ def summarise(
         scoring=scoring,
         notes=tuple(notes),
     )
-
-
-def _group_score(metric: Metric, scores: Mapping[str, FloatArray], indices: IntArray) -> float:
-    """The metric's aggregate over the samples that have a score."""
-    columns = {name: scores[name][indices] for name in metric.columns}
-    finite = np.all([np.isfinite(values) for values in columns.values()], axis=0)
-    if not finite.any():
-        return float("nan")
-    return metric.aggregate({name: values[finite] for name, values in columns.items()})
 
 
 def _nanmean(values: FloatArray) -> float:

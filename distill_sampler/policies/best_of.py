@@ -6,13 +6,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from distill_sampler.field_docs import documents_fields
 from distill_sampler.policies.expressions import MetricExpression, metric_names
 from distill_sampler.policies.keys import best_first, first_of_each, group_codes
-from distill_sampler.types import EpochPlan, Pool
+from distill_sampler.types import EpochPlan, Policy, Pool
 
 
+@documents_fields
 @dataclass(frozen=True)
-class BestOf:
+class BestOf(Policy):
     """Keep the best `k` samples of each group; the order of the plan stays.
 
     With `RankSurprisalRatio` and `k=1` this is the trajectory selection of arXiv:2601.14249 (argmin over all
@@ -53,6 +55,10 @@ class BestOf:
     @property
     def uses_columns(self) -> tuple[str, ...]:
         return (self.per,)
+
+    @property
+    def group_by(self) -> str | None:
+        return self.per
 
     def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
         goodness = pool.goodness(self.metric)[plan.indices]

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from distill_sampler.field_docs import documents_fields
 from distill_sampler.policies.keys import first_of_each, random_keys, starts
-from distill_sampler.types import EpochPlan, Pool
+from distill_sampler.types import EpochPlan, Policy, Pool
 
 
+@documents_fields
 @dataclass(frozen=True)
-class BestTeacher:
+class BestTeacher(Policy):
     """Keep all samples of the teacher that a metric's *group* score finds best; the order of the plan stays.
 
     The group score of a teacher is `aggregate` of the metric (for RSR a ratio of sums) over at most `num_samples` of

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from distill_sampler.field_docs import documents_fields
 from distill_sampler.policies.expressions import MetricExpression, metric_names
 from distill_sampler.policies.keys import best_first, random_keys
-from distill_sampler.types import EpochPlan, Pool
+from distill_sampler.types import EpochPlan, Policy, Pool
 
 
+@documents_fields
 @dataclass(frozen=True)
-class CompetencePacing:
+class CompetencePacing(Policy):
     """Train each epoch on the best share c of the scored samples, repeated evenly to the plan's length.
 
     c = min(1, sqrt(epoch (1 - initial²) / epochs + initial²)), epochs from 0 (Platanios et al. 2019, arXiv:1903.09848,
@@ -38,10 +40,6 @@ class CompetencePacing:
     @property
     def uses_metrics(self) -> tuple[str, ...]:
         return metric_names(self.metric)
-
-    @property
-    def uses_columns(self) -> tuple[str, ...]:
-        return ()
 
     def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
         goodness = pool.goodness(self.metric)[plan.indices]

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from distill_sampler.field_docs import documents_fields
 from distill_sampler.policies.keys import descending_bits, sort_by, starts
 from distill_sampler.types import FloatArray, Pool
 
@@ -25,6 +26,7 @@ class MetricExpression(Protocol):
     def __call__(self, pool: Pool) -> FloatArray: ...
 
 
+@documents_fields
 @dataclass(frozen=True, init=False, repr=False)
 class RankAverage:
     """The mean of a sample's ranks by several metrics: a compromise that does not depend on the metrics' units.
@@ -69,6 +71,7 @@ class RankAverage:
         return result
 
 
+@documents_fields
 @dataclass(frozen=True, init=False, repr=False)
 class Lexicographic:
     """The first metric decides; the next one only between samples that the ones before it hold equal.

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from distill_sampler.field_docs import documents_fields
 from distill_sampler.policies.keys import HALF, sort_by
-from distill_sampler.types import EpochPlan, Pool
+from distill_sampler.types import EpochPlan, Policy, Pool
 
 
+@documents_fields
 @dataclass(frozen=True)
-class GroupByLength:
+class GroupByLength(Policy):
     """Sort each stretch of `mega_batch` samples by length, longest first, so that batches need little padding.
 
     A curriculum stays in order at the larger scale: only neighbours change places. Large stretches save more padding,
@@ -24,14 +26,6 @@ class GroupByLength:
     def __post_init__(self) -> None:
         if self.mega_batch < 1:
             raise ValueError(f"GroupByLength(mega_batch={self.mega_batch}): a stretch holds at least 1 sample.")
-
-    @property
-    def uses_metrics(self) -> tuple[str, ...]:
-        return ()
-
-    @property
-    def uses_columns(self) -> tuple[str, ...]:
-        return ()
 
     def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
         stretch = np.arange(len(plan), dtype=np.uint64) // np.uint64(self.mega_batch)

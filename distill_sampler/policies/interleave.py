@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from distill_sampler.field_docs import documents_fields
 from distill_sampler.policies.keys import descending_bits, occurrence, sort_by
-from distill_sampler.types import EpochPlan, Pool
+from distill_sampler.types import EpochPlan, Policy, Pool
 
 
+@documents_fields
 @dataclass(frozen=True)
-class Interleave:
+class Interleave(Policy):
     """Give every stretch of the epoch its share of each value of a column; within a value the order of the plan stays.
 
     The j-th of n samples of a value goes to (j + ½)/n of the epoch, so a curriculum runs through every value at the
@@ -20,10 +22,6 @@ class Interleave:
 
     column: str
     """The column, for example `"teacher"` or `"domain"`."""
-
-    @property
-    def uses_metrics(self) -> tuple[str, ...]:
-        return ()
 
     @property
     def uses_columns(self) -> tuple[str, ...]:

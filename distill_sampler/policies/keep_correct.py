@@ -7,13 +7,15 @@ from typing import Any, Literal
 
 import numpy as np
 
+from distill_sampler.field_docs import documents_fields
 from distill_sampler.policies.expressions import MetricExpression, metric_names
 from distill_sampler.policies.keys import best_first, group_codes, starts
-from distill_sampler.types import EpochPlan, Pool
+from distill_sampler.types import EpochPlan, Policy, Pool
 
 
+@documents_fields
 @dataclass(frozen=True)
-class KeepCorrect:
+class KeepCorrect(Policy):
     """Keep the correct samples, and say what becomes of a prompt that has none; the order of the plan stays.
 
     The correctness filter of DeepSeek-R1's distillation recipe (arXiv:2501.12948). Trade-off: hard prompts, which few
@@ -58,6 +60,10 @@ class KeepCorrect:
     @property
     def uses_columns(self) -> tuple[str, ...]:
         return (self.column,) if self.per is None else (self.column, self.per)
+
+    @property
+    def group_by(self) -> str | None:
+        return self.per
 
     def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
         verdicts = pool.column(self.column)

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from distill_sampler.field_docs import documents_fields
 from distill_sampler.policies.expressions import MetricExpression, metric_names
 from distill_sampler.policies.keys import best_first
-from distill_sampler.types import EpochPlan, Pool
+from distill_sampler.types import EpochPlan, Policy, Pool
 
 
+@documents_fields
 @dataclass(frozen=True)
-class KeepTop:
+class KeepTop(Policy):
     """Keep the best samples of the whole plan, a fraction of it or a number; the order of the plan stays.
 
     Samples without a finite score count in the fraction's base but are never kept. Ties are broken by content.
@@ -39,10 +41,6 @@ class KeepTop:
     @property
     def uses_metrics(self) -> tuple[str, ...]:
         return metric_names(self.metric)
-
-    @property
-    def uses_columns(self) -> tuple[str, ...]:
-        return ()
 
     def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
         if self.num is not None:

@@ -10,12 +10,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from distill_sampler.field_docs import documents_fields
 from distill_sampler.policies.keys import random_keys
-from distill_sampler.types import EpochPlan, Pool, unknown_name
+from distill_sampler.types import EpochPlan, Policy, Pool, unknown_name
 
 
+@documents_fields
 @dataclass(frozen=True)
-class MixDomains:
+class MixDomains(Policy):
     """Give each domain its share of the plan, to one sample; the order of the plan stays.
 
     DeepSeek-R1's recipe is `{"reasoning": 3, "general": 1}` (arXiv:2501.12948). Which samples of a domain are left out
@@ -42,10 +44,6 @@ class MixDomains:
             raise ValueError(f"MixDomains(by={self.by!r}): choose 'samples' or 'tokens'.")
         if self.num is not None and self.num < 1:
             raise ValueError(f"MixDomains(num={self.num}): num must be at least 1.")
-
-    @property
-    def uses_metrics(self) -> tuple[str, ...]:
-        return ()
 
     @property
     def uses_columns(self) -> tuple[str, ...]:

@@ -8,12 +8,14 @@ from fractions import Fraction
 
 import numpy as np
 
+from distill_sampler.field_docs import documents_fields
 from distill_sampler.policies.keys import random_keys
-from distill_sampler.types import EpochPlan, Pool
+from distill_sampler.types import EpochPlan, Policy, Pool
 
 
+@documents_fields
 @dataclass(frozen=True)
-class MixTeachers:
+class MixTeachers(Policy):
     """Leave out samples of the most frequent teachers until none has more than its share; the order stays.
 
     In the paper of RSR (arXiv:2601.14249) one teacher supplies 45-77 % of each selected set. Which samples are left
@@ -28,10 +30,6 @@ class MixTeachers:
     def __post_init__(self) -> None:
         if not 0 < self.max_share <= 1:
             raise ValueError(f"MixTeachers(max_share={self.max_share}): the share must lie in (0, 1]; a half is 0.5.")
-
-    @property
-    def uses_metrics(self) -> tuple[str, ...]:
-        return ()
 
     @property
     def uses_columns(self) -> tuple[str, ...]:

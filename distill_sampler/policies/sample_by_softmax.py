@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from distill_sampler.field_docs import documents_fields
 from distill_sampler.hashing import splitmix64
 from distill_sampler.policies.expressions import MetricExpression, metric_names
 from distill_sampler.policies.keys import (
@@ -18,11 +19,12 @@ from distill_sampler.policies.keys import (
     starts,
     unit,
 )
-from distill_sampler.types import EpochPlan, FloatArray, HashArray, IntArray, Pool
+from distill_sampler.types import EpochPlan, FloatArray, HashArray, IntArray, Policy, Pool
 
 
+@documents_fields
 @dataclass(frozen=True)
-class SampleBySoftmax:
+class SampleBySoftmax(Policy):
     """Draw samples with probability proportional to exp(goodness / temperature), anew each epoch.
 
     `goodness` is the score, or its negative where lower is better. Between `BestOf`/`KeepTop` (temperature → 0) and a
@@ -66,6 +68,10 @@ class SampleBySoftmax:
     @property
     def uses_columns(self) -> tuple[str, ...]:
         return () if self.per is None else (self.per,)
+
+    @property
+    def group_by(self) -> str | None:
+        return self.per
 
     def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
         if not len(plan):

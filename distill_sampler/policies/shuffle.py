@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from distill_sampler.field_docs import documents_fields
 from distill_sampler.policies.keys import random_keys
-from distill_sampler.types import EpochPlan, Pool
+from distill_sampler.types import EpochPlan, Policy, Pool
 
 
+@documents_fields
 @dataclass(frozen=True)
-class Shuffle:
+class Shuffle(Policy):
     """Shuffle the plan, anew each epoch, the same on every rank. Uniform over the orders of distinct samples.
 
     With `bucket`, only neighbours change places: batches get mixed while a curriculum stays in order at the larger
@@ -24,14 +26,6 @@ class Shuffle:
     def __post_init__(self) -> None:
         if self.bucket is not None and self.bucket < 1:
             raise ValueError(f"Shuffle(bucket={self.bucket}): a bucket holds at least 1 sample; None shuffles all.")
-
-    @property
-    def uses_metrics(self) -> tuple[str, ...]:
-        return ()
-
-    @property
-    def uses_columns(self) -> tuple[str, ...]:
-        return ()
 
     def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
         keys = random_keys(plan, pool, rng)

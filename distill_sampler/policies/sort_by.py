@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from distill_sampler.field_docs import documents_fields
 from distill_sampler.policies.expressions import MetricExpression, metric_names
 from distill_sampler.policies.keys import best_first, random_keys, unit
-from distill_sampler.types import EpochPlan, Pool
+from distill_sampler.types import EpochPlan, Policy, Pool
 
 
+@documents_fields
 @dataclass(frozen=True)
-class SortBy:
+class SortBy(Policy):
     """Sort the plan by a metric, best first or last; samples without a score come last. Ties are broken by content.
 
     Curriculum learning in its plain form (Bengio et al., 2009). Trade-off: neighbours in the epoch resemble each
@@ -35,10 +37,6 @@ class SortBy:
     @property
     def uses_metrics(self) -> tuple[str, ...]:
         return metric_names(self.metric)
-
-    @property
-    def uses_columns(self) -> tuple[str, ...]:
-        return ()
 
     def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
         goodness = pool.goodness(self.metric)[plan.indices]

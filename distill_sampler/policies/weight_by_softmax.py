@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from distill_sampler.field_docs import documents_fields
 from distill_sampler.policies.expressions import MetricExpression, metric_names
-from distill_sampler.types import EpochPlan, Pool
+from distill_sampler.types import EpochPlan, Policy, Pool
 
 
+@documents_fields
 @dataclass(frozen=True)
-class WeightBySoftmax:
+class WeightBySoftmax(Policy):
     """Multiply each sample's loss weight by floor + (1 - floor) · n · softmax(goodness / temperature); mean 1.
 
     `goodness` is the score, or its negative where lower is better. Order and length of the plan stay: the gentlest way
@@ -36,10 +38,6 @@ class WeightBySoftmax:
     @property
     def uses_metrics(self) -> tuple[str, ...]:
         return metric_names(self.metric)
-
-    @property
-    def uses_columns(self) -> tuple[str, ...]:
-        return ()
 
     def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
         goodness = pool.goodness(self.metric)[plan.indices].astype(np.float64)

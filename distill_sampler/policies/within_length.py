@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distill_sampler.types import EpochPlan, Pool
+from distill_sampler.field_docs import documents_fields
+from distill_sampler.types import EpochPlan, Policy, Pool
 
 
+@documents_fields
 @dataclass(frozen=True)
-class WithinLength:
+class WithinLength(Policy):
     """Keep the samples whose number of tokens, prompt included, is within bounds; the order of the plan stays.
 
     The paper of RSR uses no length filter; long traces are where most of the cost is. Trade-off: long responses are
@@ -31,14 +33,6 @@ class WithinLength:
                 f"WithinLength(min_tokens={self.min_tokens}, max_tokens={self.max_tokens}): no length is within these "
                 f"bounds; give the smaller number as min_tokens."
             )
-
-    @property
-    def uses_metrics(self) -> tuple[str, ...]:
-        return ()
-
-    @property
-    def uses_columns(self) -> tuple[str, ...]:
-        return ()
 
     def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
         lengths = pool.lengths[plan.indices]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -22,36 +21,25 @@ import torch
 from torch import Tensor, nn
 
 from distill_sampler.dataset import ScoredDataset
-from distill_sampler.reading.in_process import forward_of, reading, unwrap
-from distill_sampler.reading.scorer import columns_of, extras_of
+from distill_sampler.reading.forward import forward_of, reading, unwrap
+from distill_sampler.reading.reduce import columns_of, data_columns_of, extras_of, reduced
 from distill_sampler.reading.token_stats import LogitTransform, chunk_for, linear, module, token_stats
-from distill_sampler.types import FloatArray, IntArray, Metric, Sample, TokenStats
+from distill_sampler.types import Batch, FloatArray, IntArray, Metric, Missing, Sample, TokenStats
 
 Whole = Callable[[nn.Module], AbstractContextManager[tuple[Tensor, Tensor | None]]]
 """Weight and bias of a linear output head, gathered if they are sharded. Every process enters it."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Batch:
-    """Which samples a batch of training holds, and where their tokens are in its `input_ids`."""
-
-    samples: IntArray
-    """`[rows]` indices of the data set."""
-    weights: FloatArray
-    """`[rows]` of each in the loss."""
-    starts: IntArray
-    """`[rows]` place of the first token in the flattened `input_ids`."""
-    lengths: IntArray
-    """`[rows]` tokens, without padding."""
-
-
-def can_observe(metrics: Sequence[Metric], samples: Sequence[Sample]) -> list[str]:
-    """Names of the metrics that need other sequences than the samples themselves, which training never reads."""
+def not_observable(metrics: Sequence[Metric], samples: Sequence[Sample]) -> list[str]:
+    """Names of the metrics that need other sequences than the samples themselves, or other readers than the student."""
     return [
         metric.name
         for metric in metrics
-        if any(
-            not np.array_equal(view.input_ids, sample.input_ids) for sample in samples for view in metric.views(sample)
+        if metric.readers
+        or any(
+            not np.array_equal(view.input_ids, sample.input_ids)
+            for sample in samples
+            for view in metric.views(sample) or ()
         )
     ]
 
@@ -103,14 +91,14 @@ class Observer:
     def expect(self, batch: Batch) -> None:
         """The next forward reads this batch."""
         self._batch = batch
-        self._samples = self._dataset.samples(batch.samples)
+        self._samples = self._dataset.samples(batch.samples, data_columns_of(self._metrics))
         self._stats = None
 
-    def take(self) -> tuple[IntArray, dict[str, FloatArray]]:
-        """The samples of the batch that was read, `[n]`, and their numbers, `[n]` each.
+    def take(self) -> tuple[IntArray, dict[str, FloatArray], dict[str, IntArray]]:
+        """The samples of the batch that was read, `[n]`, their numbers, `[n]` each, and by metric why there is none.
 
         Raises:
-            ValueError: no forward of the student read it.
+            ValueError: no forward pass of the student read it.
         """
         batch, self._batch = self._batch, None
         assert batch is not None
@@ -124,22 +112,24 @@ class Observer:
         if self._mid_ranks:
             stats["rank"] = stats["rank"] + stats["ties"] / 2
         names = columns_of(self._metrics)
-        rows = np.full((len(names), len(batch.samples)), np.nan, np.float32)
+        rows = {name: np.full(len(batch.samples), np.nan, np.float32) for name in names}
+        missing = {metric.name: np.zeros(len(batch.samples), np.int64) for metric in self._metrics}
         stop = 0
         for row, sample in enumerate(self._samples):
             start, stop = stop, stop + int(sample.scored.sum())
             own = {name: values[start:stop] for name, values in stats.items()}
-            if not np.isfinite(own["surprisal"]).all():
-                continue
-            numbers: dict[str, float] = {}
             for metric in self._metrics:
                 views = metric.views(sample)
+                if views is None:
+                    missing[metric.name][row] = Missing.NOT_APPLICABLE
+                    continue
                 assert all(np.array_equal(view.input_ids, sample.input_ids) for view in views)
                 wanted = [view.scored[sample.scored] for view in views]
                 of_views = [TokenStats(**{name: own[name][which] for name in own}) for which in wanted]
-                numbers.update(metric.reduce(sample, of_views))
-            rows[:, row] = [numbers[name] for name in names]
-        return batch.samples, dict(zip(names, rows, strict=True))
+                numbers, missing[metric.name][row] = reduced(metric, sample, of_views)
+                for name, number in zip(metric.columns, numbers, strict=True):
+                    rows[name][row] = number
+        return batch.samples, rows, missing
 
     @torch.no_grad()
     def _see(self, decoder: nn.Module, args: Any, output: Any) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distill_sampler.artifacts.scorefile import Scores
+from distill_sampler.correlation import spearman
 from distill_sampler.policies.keys import best_first, starts
 from distill_sampler.types import BoolArray, Column, FloatArray, HashArray, IntArray, Metric
 
@@ -289,20 +290,6 @@ def tell_domains(board: Leaderboard, by_domain: Mapping[str, Leaderboard]) -> st
         near = any(line.tied and line.teacher == first for line in own.lines)
         told.append(f"{firsts[domain]} in {domain}" + (f" (not to be told apart from {first})" if near else ""))
     return f"By domain, the first is {', '.join(told)}."
-
-
-def spearman(left: npt.ArrayLike, right: npt.ArrayLike) -> float:
-    """Rank correlation, ties sharing their mean rank; NaN if one side is constant."""
-    a, b = _mid_ranks(np.asarray(left)), _mid_ranks(np.asarray(right))
-    if a.std() == 0 or b.std() == 0:
-        return math.nan
-    return float(np.corrcoef(a, b)[0, 1])
-
-
-def _mid_ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    result: npt.NDArray[np.float64] = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    return result
 
 
 def _shared(codes: IntArray, groups: IntArray) -> BoolArray:

@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from distill_sampler.artifacts.scorefile import TRACE_COLUMNS, Scores
-from distill_sampler.planning.why import Selection, select, short
+from distill_sampler.artifacts.schema import TRACE_COLUMNS
+from distill_sampler.artifacts.scorefile import Scores
+from distill_sampler.planning.why import Choice
 from distill_sampler.policies import BestOf
 from distill_sampler.report.leaderboard import Estimate, Leaderboard, rank_domains, rank_teachers, tell_domains
-from distill_sampler.specs import parse_policies
 from distill_sampler.types import Column, FloatArray, IntArray, Policy
 
 MAX_POINTS = 4000
@@ -53,13 +53,13 @@ def payload(
     teachers, domains = scores.column(scores.teacher), scores.column(scores.domain)
     groups, correct = scores.column(scores.group), scores.column(scores.correct)
     board = rank_teachers(scores, metric=ranking.name)
-    plans = _plans(scores)
-    selection = _selection(scores, policies, seed, ranking.name, groups, None if plans is None else max(plans))
+    plans = {} if policies else scores.plans()
+    choice = _choice(scores, policies, seed, ranking.name, groups)
     chosen = np.zeros(len(samples), bool)
-    if plans is not None:
+    if plans:
         chosen[np.isin(samples, plans[max(plans)])] = True
-    elif selection is not None:
-        chosen[selection.plan.indices] = True
+    elif choice is not None:
+        chosen |= choice.in_plan
 
     teacher_codes, teacher_names = _named(teachers, len(samples), board)
     domain_codes, domain_names = _named(domains, len(samples), None)
@@ -91,15 +91,15 @@ def payload(
             "correct": _verdicts(correct, len(samples))[shown].tolist(),
             "tokens": [] if tokens is None else tokens[shown].tolist(),
             "chosen": chosen[shown].astype(int).tolist(),
-            "reason": [_reason(selection, row, plans, bool(chosen[row])) for row in shown.tolist()],
+            "reason": [_reason(choice, row, plans, bool(chosen[row])) for row in shown.tolist()],
             "scores": {name: _rounded(values[shown]) for name, values in numbers.items()},
         },
-        "composition": _composition(samples, teacher_codes, len(teacher_names), finite, plans, selection),
-        "chosen": int(chosen.sum()) if plans or selection else None,
-        "policies": [] if selection is None else [short(policy) for policy in selection.policies],
+        "composition": _composition(samples, teacher_codes, len(teacher_names), finite, plans, choice),
+        "chosen": int(chosen.sum()) if plans or choice else None,
+        "policies": [] if choice is None else [policy.text for policy in choice.policies],
         "passes": _passes(scores, ranking.name, samples, teacher_codes, shown),
         "traces": _traces(
-            scores, ranking.columns, numbers, selection, plans, chosen, teacher_codes, domain_codes, correct
+            scores, ranking.columns, numbers, choice, plans, chosen, teacher_codes, domain_codes, correct
         ),
     }
 
@@ -118,38 +118,15 @@ def _mark(character: str) -> str:
     return chr(0x2400 + code) if code < 0x20 else f"⟦U+{code:04X}⟧"
 
 
-def _selection(
-    scores: Scores, policies: Sequence[Policy], seed: int, metric: str, groups: Column | None, epoch: int | None
-) -> Selection | None:
-    """By the policies that were given, those of the run, or the best of each prompt where there is a choice."""
-    if not policies:
-        try:
-            policies = parse_policies(scores.policies)
-        except ValueError:
-            policies = []
-    given = bool(policies)
-    if not policies and scores.group is not None and groups is not None and len(groups.values) < len(groups.codes):
-        policies = [BestOf(metric, per=scores.group)]
-    if not policies:
+def _choice(scores: Scores, policies: Sequence[Policy], seed: int, metric: str, groups: Column | None) -> Choice | None:
+    """By the policies that were given; else what a run planned last; else the best of each prompt, if there is a choice."""
+    if policies:
+        return scores.choose(policies, seed=seed)
+    if scores.load_plans is not None:
+        return scores.planned()
+    if scores.group is None or groups is None or len(groups.values) == len(groups.codes):
         return None
-    try:
-        return select(scores, policies, seed=seed, epoch=epoch if epoch in scores.epochs else None)
-    except ValueError:
-        if given and not scores.plans:
-            raise
-        return None
-
-
-def _plans(scores: Scores) -> dict[int, IntArray] | None:
-    """By epoch the samples of its plan, for a run's folder."""
-    if scores.plans is None:
-        return None
-    table = pq.read_table(scores.plans, columns=["epoch", "sample"])
-    found = {
-        int(epoch): np.asarray(table.filter(pc.equal(table["epoch"], epoch))["sample"].to_numpy(), np.int64)
-        for epoch in sorted(pc.unique(table["epoch"]).to_pylist())
-    }
-    return found or None
+    return scores.choose([BestOf(metric, per=scores.group)], seed=seed)
 
 
 def _named(column: Column | None, size: int, board: Leaderboard | None) -> tuple[IntArray, list[str]]:
@@ -178,11 +155,9 @@ def _verdicts(correct: Column | None, size: int) -> IntArray:
     ]
 
 
-def _reason(selection: Selection | None, row: int, plans: dict[int, IntArray] | None, chosen: bool) -> str:
-    why = ""
-    if selection is not None and (selection.left_out_by[row] < 0) == chosen:
-        why = visible(selection.reason(row), 400)
-    if plans is None:
+def _reason(choice: Choice | None, row: int, plans: Mapping[int, IntArray], chosen: bool) -> str:
+    why = "" if choice is None else visible(choice.reason(row), 400)
+    if not plans:
         return why
     return f"{'in' if chosen else 'not in'} the plan of epoch {max(plans)}{why and ', '}{why}"
 
@@ -255,8 +230,8 @@ def _composition(
     teachers: IntArray,
     num_teachers: int,
     finite: IntArray,
-    plans: dict[int, IntArray] | None,
-    selection: Selection | None,
+    plans: Mapping[int, IntArray],
+    choice: Choice | None,
 ) -> list[dict[str, Any]]:
     """Bars of how many samples each teacher has: among the candidates, and in each epoch or in the choice."""
     if num_teachers < 2:
@@ -266,13 +241,13 @@ def _composition(
         return {"label": label, "counts": np.bincount(codes, minlength=num_teachers).tolist()}
 
     bars = [bar("candidates", teachers[finite])]
-    if plans is not None:
+    if plans:
         order = np.argsort(samples, kind="stable")
         for epoch, plan in plans.items():
             place = np.searchsorted(samples, plan[np.isin(plan, samples)], sorter=order)
             bars.append(bar(f"epoch {epoch}", teachers[order[place]]))
-    elif selection is not None:
-        bars.append(bar("chosen", teachers[selection.plan.indices]))
+    elif choice is not None:
+        bars.append(bar("chosen", teachers[choice.plan.indices]))
     return bars if len(bars) > 1 else []
 
 
@@ -307,8 +282,8 @@ def _traces(
     scores: Scores,
     columns: Sequence[str],
     numbers: dict[str, FloatArray],
-    selection: Selection | None,
-    plans: dict[int, IntArray] | None,
+    choice: Choice | None,
+    plans: Mapping[int, IntArray],
     chosen: Any,
     teachers: IntArray,
     domains: IntArray,
@@ -349,7 +324,7 @@ def _traces(
                         "domain": int(domains[row]),
                         "correct": int(verdicts[row]),
                         "chosen": int(chosen[row]),
-                        "reason": _reason(selection, row, plans, bool(chosen[row])),
+                        "reason": _reason(choice, row, plans, bool(chosen[row])),
                         "scores": {name: _rounded(numbers[name][row : row + 1])[0] for name in columns},
                         "tokens": [visible(text or "", 400) for text in _first(texts, stop)],
                         "ranks": _first(batch["token_ranks"][offset], stop),

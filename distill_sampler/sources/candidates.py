@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from distill_sampler.column_names import GROUPS, TEACHERS
 from distill_sampler.sources.files import Bad, Row, Sources
 
 Message = dict[str, Any]
@@ -19,8 +20,6 @@ PROMPTS = ("prompt", "question", "instruction", "problem", "query", "input")
 RESPONSES = ("response", "completion", "output", "solution", "generation", "answer", "text", "content")
 MESSAGES = ("messages", "conversations", "conversation")
 NESTED = ("candidates", "responses", "completions", "generations", "solutions", "outputs", "traces")
-GROUPS = ("prompt_id", "group_id", "problem_id", "question_id", "group")
-TEACHERS = ("teacher", "teacher_model", "model", "model_name", "generator")
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 """ShareGPT's names for the roles."""

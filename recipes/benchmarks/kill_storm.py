@@ -150,7 +150,7 @@ def train(folder: Path, phase: Phase, rank: int, processes: int, options: argpar
     def score_and_note(*args: Any, **kwargs: Any) -> Any:
         phase.enter(SCORING)
         result = score(*args, **kwargs)
-        scores = b"".join(values.tobytes() for values in curriculum.store.history[-1].columns.values())
+        scores = b"".join(values.tobytes() for values in curriculum.cycle.record.passes[-1].columns.values())
         note(what=f"scores {kwargs['step']}", value=hashlib.blake2b(scores, digest_size=8).hexdigest())
         return result
 

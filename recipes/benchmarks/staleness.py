@@ -175,7 +175,7 @@ class EveryFewSteps(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0:
             scoring = self.sample.score(kwargs["model"], epoch=0, step=state.global_step)
-            first, latest = self.sample.store.history[0].columns, self.sample.store.latest
+            first, latest = self.sample.cycle.record.passes[0].columns, self.sample.store.latest
             alike = [f"{name} {spearman(first[name], latest[name]):.3f}" for name in self.sample.metrics]
             console.print(
                 f"step {state.global_step}: {scoring.tokens:,} tokens scored in {scoring.seconds:.0f} s; Spearman with "
@@ -204,7 +204,7 @@ def ages(options: argparse.Namespace) -> None:
         trainer.add_callback(EveryFewSteps(curriculum, options.every))
         trainer.train()
 
-    scores = {taken.step: taken.columns for taken in curriculum.store.history}
+    scores = {taken.step: taken.columns for taken in curriculum.cycle.record.passes}
     last = max(scores)
     steps = range(options.every, last + 1, options.every)
     table = Table(

@@ -126,7 +126,7 @@ report = {
     "batches": trainer.batches,
     "plans": [plan.indices.tolist() for plan in curriculum.plans],
     "rows": [list(row) for row in trainer.train_dataset["input_ids"]],
-    "scores": [taken.columns[metrics[0].name].tolist() for taken in curriculum.store.history],
+    "scores": [taken.columns[metrics[0].name].tolist() for taken in curriculum.cycle.record.passes],
     "numerics": curriculum.store.numerics,
     "latest": curriculum.store.latest[metrics[0].name].tolist(),
     "measured at": curriculum.store.step.tolist(),

@@ -22,7 +22,7 @@ from distill_sampler import (
     attach,
 )
 from distill_sampler.integrations.loss_weights import LossWeights
-from distill_sampler.reading.observer import Batch
+from distill_sampler.types import Batch
 from distill_sampler.types import Pool
 from tests import tiny
 

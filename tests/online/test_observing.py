@@ -122,7 +122,7 @@ def test_the_next_plan_goes_by_what_was_seen(tmp_path: Path, tokenizer: PreTrain
     assert (first.scoring.observed, second.scoring.observed) == (0, 2)
     assert second.scoring.estimated == 4
     trained = curriculum.plans[0].indices
-    assert curriculum.store.history[1].which.nonzero()[0].tolist() == sorted(trained.tolist())
+    assert curriculum.cycle.record.passes[1].which.nonzero()[0].tolist() == sorted(trained.tolist())
     # the others moved with the drift of those that were seen
     before, after = curriculum.store.before(1), curriculum.store.before(2)
     others = np.setdiff1d(np.arange(6), trained)
@@ -137,7 +137,7 @@ def test_in_bfloat16_what_is_seen_is_near_what_is_scored(tmp_path: Path, tokeniz
     curriculum = observing()
     attach(trainer, curriculum)
     trainer.train()
-    seen, scored = curriculum.store.observed.columns, curriculum.store.history[0].columns
+    seen, scored = curriculum.store.observed.columns, curriculum.cycle.record.passes[0].columns
     np.testing.assert_allclose(seen["mean_surprisal"], scored["mean_surprisal"], rtol=0.01)
     np.testing.assert_allclose(seen[RSR], scored[RSR], rtol=0.05)
     assert curriculum.store.numerics["dtype"] == "bfloat16"
@@ -152,7 +152,7 @@ def test_ties_count_by_the_scorers_rule(tmp_path: Path, tokenizer: PreTrainedTok
     curriculum = observing(scorer=Scorer(ties="mid", progress=False))
     attach(trainer, curriculum)
     trainer.train()
-    seen, scored = curriculum.store.observed.columns, curriculum.store.history[0].columns
+    seen, scored = curriculum.store.observed.columns, curriculum.cycle.record.passes[0].columns
     assert (scored["mean_rank"] >= 1.5).all()
     np.testing.assert_allclose(seen["mean_rank"], scored["mean_rank"], rtol=2e-5)
 
@@ -170,7 +170,7 @@ def test_architectures_are_observed_as_they_are_scored(
     attach(trainer, curriculum)
     trainer.train()
     for column, values in curriculum.store.observed.columns.items():
-        np.testing.assert_allclose(values, curriculum.store.history[0].columns[column], rtol=1e-4)
+        np.testing.assert_allclose(values, curriculum.cycle.record.passes[0].columns[column], rtol=1e-4)
 
 
 def test_a_sample_without_finite_logits_has_no_score(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -189,7 +189,7 @@ def test_a_sample_without_finite_logits_has_no_score(tmp_path: Path, tokenizer: 
 
     trainer.add_callback(OneStep())
     trainer.train()
-    seen, scored = curriculum.store.observed.columns[RSR], curriculum.store.history[0].columns[RSR]
+    seen, scored = curriculum.store.observed.columns[RSR], curriculum.cycle.record.passes[0].columns[RSR]
     np.testing.assert_array_equal(np.isnan(seen), np.isnan(scored))
     assert 0 < np.isnan(seen).sum() < 6
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from distill_sampler import BestOf, Curriculum, RankSurprisalRatio, Rescore, ScoredDataset, Scorer, Shuffle
-from distill_sampler.planning.rescore import Spent, choose
+from distill_sampler.planning.rescore import Clock, choose
 from distill_sampler.store import ScoreStore
 from tests import tiny
 
@@ -59,7 +59,7 @@ def test_the_stalest_come_round_before_any_comes_twice(dataset: ScoredDataset, m
     curriculum = bound(dataset, Rescore(fraction=1 / 3))
     for epoch in range(4):
         curriculum.start_epoch(epoch, model, step=epoch)
-    passes = [taken.which for taken in curriculum.store.history]
+    passes = [taken.which for taken in curriculum.cycle.record.passes]
     assert passes[0].all()
     assert sum(passes[1:]).tolist() == [1] * 18  # type: ignore[union-attr]
     assert curriculum.store.times_scored.tolist() == [2] * 18
@@ -153,11 +153,11 @@ def test_scores_without_a_new_pass_are_those_of_the_last(dataset: ScoredDataset,
 
 
 def test_a_share_of_the_time_is_kept() -> None:
-    spent = Spent(run=100.0, scoring=2.0, tokens_per_second=1000.0)
+    spent = Clock(run=100.0, scoring=2.0, tokens_per_second=1000.0)
     tokens = spent.affords(0.05)
     seconds = tokens / 1000
     assert (spent.scoring + seconds) / (spent.run + seconds) == pytest.approx(0.05, rel=0.01)
-    assert Spent(run=100.0, scoring=20.0, tokens_per_second=10.0).affords(0.05) == 0
+    assert Clock(run=100.0, scoring=20.0, tokens_per_second=10.0).affords(0.05) == 0
 
 
 def test_a_share_of_the_time_is_obeyed(

@@ -9,7 +9,6 @@ import pytest
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
 from distill_sampler import BestOf, Curriculum, RankSurprisalRatio, Rescore, Scorer, Shuffle, attach
-from distill_sampler.artifacts.run_folder import save_run
 from distill_sampler.artifacts.scorefile import Scores
 from distill_sampler.report.payload import payload
 from tests import tiny
@@ -51,7 +50,7 @@ def train(folder: Path, *, resume: bool = False, stop: int | None = None, **sett
     )
     attach(trainer, curriculum)
     trainer.train(resume_from_checkpoint=resume)
-    save_run(curriculum, folder)
+    curriculum.save_run(folder)
     return curriculum
 
 
@@ -74,7 +73,7 @@ def test_the_report_shows_each_epochs_plan_and_how_the_scores_moved(run: tuple[P
     for chosen, reason in zip(data["points"]["chosen"], data["points"]["reason"], strict=True):
         where, why = ("in", "kept") if chosen else ("not in", "left out")
         assert reason.startswith(f"{where} the plan of epoch 2, {why} by BestOf: ")
-    columns = [taken.columns[RSR] for taken in curriculum.store.history]
+    columns = [taken.columns[RSR] for taken in curriculum.cycle.record.passes]
     np.testing.assert_allclose(data["passes"]["spread"], np.std(columns, axis=0), rtol=1e-3, atol=1e-4)
     for command in (("teachers", folder), ("report", folder, "--output", folder / "r.html")):
         ended = call(*command)
@@ -91,15 +90,15 @@ def test_a_resumed_runs_folder_is_the_uninterrupted_ones(run: tuple[Path, Curric
 def test_a_pass_over_some_samples_leaves_the_others_as_they_were(tmp_path: Path) -> None:
     curriculum = train(tmp_path, rescore=Rescore(fraction=0.5))
     scores = Scores.open(tmp_path)
-    partly = [int(taken.which.sum()) for taken in curriculum.store.history]
+    partly = [int(taken.which.sum()) for taken in curriculum.cycle.record.passes]
     assert partly[0] == 18 > partly[1]
     last = scores.numbers()[RSR]
     assert len(last) == 18
-    expected = curriculum.store.history[0].columns[RSR]
-    for taken in curriculum.store.history[1:]:
+    expected = curriculum.cycle.record.passes[0].columns[RSR]
+    for taken in curriculum.cycle.record.passes[1:]:
         expected = np.where(taken.which, taken.columns[RSR], expected)
     np.testing.assert_array_equal(last, expected)
-    assert payload(scores)["passes"]["epochs"] == [taken.epoch for taken in curriculum.store.history]
+    assert payload(scores)["passes"]["epochs"] == [taken.epoch for taken in curriculum.cycle.record.passes]
 
 
 def test_a_trainers_folder_without_scores_says_how_to_get_them(tmp_path: Path) -> None:

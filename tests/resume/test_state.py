@@ -12,7 +12,8 @@ import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill_sampler import BestOf, Curriculum, EpochPlan, RankSurprisalRatio, ScoredDataset, Scorer, Shuffle
-from distill_sampler.store import ScoreStore, pack, unpack
+from distill_sampler.serialize import pack, unpack
+from distill_sampler.store import ScoreStore
 from tests import tiny
 
 RSR = "rank_surprisal_ratio"
@@ -97,7 +98,7 @@ def test_the_history_of_passes_goes_on_after_a_resume(dataset: ScoredDataset, mo
     restored.load_state_dict(json.loads(json.dumps(curriculum.state_dict())))
     restored.start_epoch(2, model, step=6)
     assert restored.store.passes == [(0, 0), (1, 3), (2, 6)]
-    assert len(restored.store.history) == 1
+    assert len(restored.cycle.record.passes) == 1
 
 
 CHANGES = [

@@ -1,4 +1,4 @@
-"""The student as something that reads: token sequences in, statistics of their scored tokens out.
+"""One forward pass of a causal language model: token sequences in, statistics of their scored tokens out.
 
 Three things make a forward for scoring cheap and safe:
 

@@ -1,0 +1,276 @@
+"""A run's record: every scoring pass and every plan with its reasons, kept as they happen.
+
+With a folder, each pass and each plan is a file of its own, written whole or not at all, and read back when somebody
+asks: memory does not grow with the run. Without one (a loop of one's own that names no folder) they stay in memory.
+
+    OUTPUT/distill_sampler/record/run.json               whose record this is, and what its numbers mean
+    OUTPUT/distill_sampler/record/samples.parquet        what each sample is: the user's columns, lengths, hashes
+    OUTPUT/distill_sampler/record/pass-0000000.parquet   what a scoring pass measured
+    OUTPUT/distill_sampler/record/plan-0000000.parquet   an epoch's plan
+    OUTPUT/distill_sampler/record/left-0000000.parquet   which policy left out which sample
+
+A resume trims the record to its checkpoint: what came after it will happen again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar, overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distill_sampler.artifacts.parts import read_part, write_part
+from distill_sampler.artifacts.passes import missing_column
+from distill_sampler.planning.planner import Planned
+from distill_sampler.serialize import write_aside
+from distill_sampler.store import Measured, ScorePass
+from distill_sampler.types import EpochPlan
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+RECORD = Path("distill_sampler", "record")
+"""Where a run's record lies in its output folder."""
+RUN = "run.json"
+SAMPLES = "samples.parquet"
+
+
+class Entries(Sequence[T], Generic[T]):
+    """The passes or the plans of a run, each read when it is looked at."""
+
+    def __init__(self, count: Callable[[], int], load: Callable[[int], T]) -> None:
+        self._count = count
+        self._load = load
+
+    def __len__(self) -> int:
+        return self._count()
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        places = range(len(self))[index]
+        return self._load(places) if isinstance(places, int) else [self._load(place) for place in places]
+
+    def __iter__(self) -> Iterator[T]:
+        return (self._load(place) for place in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        return list(self) == other
+
+
+class Record:
+    """Passes and plans of one run.
+
+    Args:
+        folder: where they are kept; None: in memory.
+        write: whether this process writes; the others only read.
+    """
+
+    def __init__(self, folder: Path | None = None, *, write: bool = True) -> None:
+        self.folder = folder
+        self._write = write
+        self._passes: list[ScorePass] = []
+        self._plans: list[Planned] = []
+
+    @property
+    def passes(self) -> Sequence[ScorePass]:
+        """Every scoring pass that is kept, the first one first."""
+        if self.folder is None:
+            return self._passes
+        return Entries(lambda: self._count("pass"), self._load_pass)
+
+    @property
+    def plans(self) -> Sequence[Planned]:
+        """Every plan that is kept: one for each epoch, and one for each time that the rest of an epoch was planned."""
+        if self.folder is None:
+            return self._plans
+        return Entries(lambda: self._count("plan"), self._load_plan)
+
+    def begin(self, run: Mapping[str, Any], samples: pa.Table) -> None:
+        """Start a record, or go on with it if it is of the same run. The record of another run is moved aside.
+
+        Args:
+            run: whose record this is (`"run"`), and what its numbers mean (`scorefile.run_facts`).
+            samples: one row for each sample.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        if self.folder is None or not self._write:
+            self._passes, self._plans = [], []
+            return
+        if self.folder.exists() and read_run(self.folder).get("run") != run.get("run"):
+            set_aside(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_part(samples, self.folder / SAMPLES)
+        write_aside(self.folder / RUN, json.dumps(run, indent=1, default=str).encode())
+
+    def add_pass(self, taken: ScorePass) -> None:
+        """Keep a scoring pass.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if self.folder is None:
+            self._passes.append(taken)
+        elif self._write:
+            write_part(_pass_table(taken), self._path("pass", self._count("pass")))
+
+    def add_plan(self, planned: Planned) -> None:
+        """Keep a plan and its reasons.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if self.folder is None:
+            self._plans.append(planned)
+            return
+        if not self._write:
+            return
+        number = self._count("plan")
+        told = {"epoch": planned.epoch, "step": planned.step, "start": planned.start, "passes": planned.passes}
+        plan = pa.table({"sample": planned.plan.indices, "weight": planned.plan.weights})
+        # the reasons first: a plan that is there has them
+        write_part(pa.table({"left_out_by": planned.left_out_by.astype(np.int16)}), self._path("left", number))
+        write_part(plan.replace_schema_metadata({b"record": json.dumps(told).encode()}), self._path("plan", number))
+
+    def trim(self, passes: int, plans: int) -> None:
+        """Forget what came after so many passes and plans.
+
+        Raises:
+            OSError: a file cannot be removed.
+        """
+        del self._passes[passes:], self._plans[plans:]
+        if self.folder is None or not self._write:
+            return
+        for kind, kept in (("pass", passes), ("plan", plans), ("left", plans)):
+            for number, path in self._files(kind):
+                if number >= kept:
+                    path.unlink()
+        if self._count("pass") < passes or self._count("plan") < plans:
+            logger.warning(
+                "%s lacks passes or plans from before the checkpoint (%d of %d and %d of %d are there), so history and "
+                "reports are incomplete. Training is not affected.",
+                self.folder,
+                self._count("pass"),
+                passes,
+                self._count("plan"),
+                plans,
+            )
+
+    # ---- Files ----
+
+    def _path(self, kind: str, number: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{kind}-{number:07d}.parquet"
+
+    def _files(self, kind: str) -> list[tuple[int, Path]]:
+        assert self.folder is not None
+        found = ((re.fullmatch(rf"{kind}-(\d+)\.parquet", path.name), path) for path in self.folder.glob(f"{kind}-*"))
+        return sorted((int(match[1]), path) for match, path in found if match)
+
+    def _count(self, kind: str) -> int:
+        return len(self._files(kind))
+
+    def _load_pass(self, place: int) -> ScorePass:
+        return _pass_of(read_part(self._files("pass")[place][1]))
+
+    def _load_plan(self, place: int) -> Planned:
+        number, path = self._files("plan")[place]
+        table = read_part(path)
+        told = json.loads(table.schema.metadata[b"record"])
+        return Planned(
+            plan=EpochPlan(indices=table["sample"].to_numpy(), weights=table["weight"].to_numpy()),
+            left_out_by=read_part(self._path("left", number))["left_out_by"].to_numpy().astype(np.int64),
+            **told,
+        )
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Whose record lies in a folder, and what its numbers mean; empty if nobody can tell."""
+    try:
+        found = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_samples(folder: Path) -> pa.Table:
+    """What each sample of a record is."""
+    return pq.read_table(folder / SAMPLES)
+
+
+def set_aside(folder: Path) -> None:
+    """Rename another run's record, and say so."""
+    name = read_run(folder).get("run") or "unknown"
+    aside = folder.with_name(f"{folder.name}-{name}")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = folder.with_name(f"{folder.name}-{name}-{number}")
+    folder.rename(aside)
+    logger.warning("%s held the record of another run; it was moved to %s.", folder, aside.name)
+
+
+def _pass_table(taken: ScorePass) -> pa.Table:
+    """One row for each measurement, in the order in which they were made."""
+    tables = []
+    for some in taken.measured:
+        tables.append(
+            pa.table(
+                {
+                    "sample": some.indices,
+                    "step": some.step,
+                    "observed": np.full(len(some.indices), some.observed),
+                    **some.columns,
+                    **{missing_column(name): codes.astype(np.int8) for name, codes in some.missing.items()},
+                }
+            )
+        )
+    told = {
+        "epoch": taken.epoch,
+        "step": taken.step,
+        "drift": taken.drift,
+        "num_samples": taken.num_samples,
+        "metrics": list(taken.measured[-1].missing) if taken.measured else [],
+    }
+    table = pa.concat_tables(tables) if tables else pa.table({"sample": np.zeros(0, np.int64)})
+    return table.replace_schema_metadata({b"record": json.dumps(told).encode()})
+
+
+def _pass_of(table: pa.Table) -> ScorePass:
+    told = json.loads(table.schema.metadata[b"record"])
+    metrics: list[str] = told["metrics"]
+    missing = {name: missing_column(name) for name in metrics}
+    names = [n for n in table.column_names if n not in ("sample", "step", "observed", *missing.values())]
+    measured = []
+    observed = table["observed"].to_numpy() if "observed" in table.column_names else np.zeros(0, bool)
+    for seen in (True, False):  # what was observed comes first
+        at = np.flatnonzero(observed == seen)
+        if len(at):
+            rows = table.take(pa.array(at))
+            measured.append(
+                Measured(
+                    indices=rows["sample"].to_numpy(),
+                    step=rows["step"].to_numpy(),
+                    columns={name: rows[name].to_numpy() for name in names},
+                    missing={name: rows[column].to_numpy().astype(np.int64) for name, column in missing.items()},
+                    observed=seen,
+                )
+            )
+    return ScorePass(
+        num_samples=told["num_samples"],
+        epoch=told["epoch"],
+        step=told["step"],
+        measured=measured,
+        drift=told["drift"],
+    )

@@ -1,0 +1,88 @@
+"""What is handed in as a metric or a policy is one: checked once, where users hand it in, with a sentence that helps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from distill_sampler.types import Metric, Policy, unknown_name
+
+_HINTS = {"metric": "RankSurprisalRatio()", "policy": "Shuffle()"}
+
+
+def checked_metrics(metrics: Any) -> dict[str, Metric]:
+    """The metrics by name.
+
+    Raises:
+        ValueError: something in the list is no metric, or two of them give the same numbers.
+    """
+    found: list[Metric] = [_checked(item, Metric, "metric") for item in _listed(metrics, "metric")]
+    names = [name for metric in found for name in metric.columns]
+    if len(set(names)) < len(names) or len({metric.name for metric in found}) < len(found):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(
+            f"Two metrics give the same numbers ({', '.join(twice)}). Score each once, or give variants a name="
+        )
+    return {metric.name: metric for metric in found}
+
+
+def checked_policies(policies: Any, metrics: dict[str, Metric]) -> tuple[Policy, ...]:
+    """The policies.
+
+    Raises:
+        ValueError: something in the list is no policy, or a policy names a metric that is not scored.
+    """
+    found: list[Policy] = [_checked(item, Policy, "policy") for item in _listed(policies, "policy")]
+    for policy in found:
+        for name in policy.uses_metrics:
+            if not isinstance(name, str):
+                raise ValueError(
+                    f"{type(policy).__name__} was given {name!r} where the name of a metric belongs; write "
+                    f"'{getattr(name, 'name', 'rank_surprisal_ratio')}', and put the metric into metrics=."
+                )
+            if name not in metrics:
+                raise ValueError(f"{type(policy).__name__}: {unknown_name('metric', name, metrics, 'in metrics=')}")
+    return tuple(found)
+
+
+def _listed(items: Any, what: str) -> Sequence[Any]:
+    argument = "metrics" if what == "metric" else "policies"
+    if isinstance(items, str) or not isinstance(items, Sequence):
+        raise ValueError(f"{argument}= takes a list, such as [{_HINTS[what]}]; it was given {_shown(items)}.")
+    return items
+
+
+def _checked(item: Any, protocol: Any, what: str) -> Any:
+    kind = protocol.__name__
+    argument = "metrics" if what == "metric" else "policies"
+    if isinstance(item, type):
+        raise ValueError(f"{argument}= was given the class {item.__name__}; write {item.__name__}() to make one.")
+    if isinstance(item, str):
+        raise ValueError(f"{argument}= was given the text {item!r}; it takes objects, such as {_HINTS[what]}.")
+    if not isinstance(item, protocol):
+        needed = [name for name in sorted(_members(protocol)) if not hasattr(item, name)]
+        raise ValueError(
+            f"{argument}= was given {_shown(item)}, which is no {what}: it has no {', '.join(needed)}. Subclass "
+            f"distill_sampler.{kind}, a protocol with defaults for most of it."
+        )
+    if what == "metric":
+        if not isinstance(item.name, str):
+            raise ValueError(
+                f"{type(item).__name__}.name must be text; give the field a default: name: str = 'my_metric'"
+            )
+        if item.name not in item.columns:
+            raise ValueError(
+                f"{type(item).__name__}.columns must list every number that reduce gives, '{item.name}' among them; it is "
+                f"{tuple(item.columns)!r}."
+            )
+    return item
+
+
+def _members(protocol: Any) -> set[str]:
+    return {name for name in vars(protocol) if not name.startswith("_")} | (
+        {"__call__"} if "__call__" in vars(protocol) else set()
+    )
+
+
+def _shown(item: Any) -> str:
+    return item.__name__ + "()" if hasattr(item, "__name__") else f"a {type(item).__name__}"

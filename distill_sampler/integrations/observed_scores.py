@@ -1,0 +1,49 @@
+"""Scores that training shows by the way, as a tap: they wait in the store for the next pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from distill_sampler.curriculum import Curriculum
+from distill_sampler.integrations.sharding import whole_head
+from distill_sampler.reading.observer import Observer
+from distill_sampler.types import Batch, Tap
+
+
+class ObservedScores(Tap):
+    """Takes the scores of what is trained on out of the forward passes of training.
+
+    Args:
+        curriculum: whose metrics, and where the scores go.
+    """
+
+    needs_exact_batches = True
+
+    def __init__(self, curriculum: Curriculum) -> None:
+        self._curriculum = curriculum
+        self._observer: Observer | None = None
+
+    @contextmanager
+    def open(self, model: nn.Module, *, step: int) -> Iterator[None]:
+        observer = Observer(
+            model,
+            self._curriculum.dataset,
+            list(self._curriculum.cycle.metrics.values()),
+            ties=self._curriculum.scorer.ties,
+            whole=whole_head,
+        )
+        with observer:
+            self._observer = observer
+            yield
+        self._observer = None
+
+    def before(self, batch: Batch) -> None:
+        assert self._observer is not None
+        self._observer.expect(batch)
+
+    def after(self, batch: Batch) -> None:
+        assert self._observer is not None
+        self._curriculum.store.observed.write(*self._observer.take(), step=batch.step)

@@ -1,0 +1,169 @@
+"""What a trainer's settings rule out: one sentence for each, naming the argument and the cure.
+
+A curriculum can score under parallelism where each process reads sequences of its own: DDP, DeepSpeed ZeRO and FSDP, in
+which a process's forward pass needs the others' weights at most. Under tensor, context and sequence parallelism several
+processes read *one* sequence together, and the samples that are dealt out to one of them would have to be dealt out to
+all.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch.utils.data
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from transformers import Trainer, TrainingArguments
+from transformers.training_args import ParallelMode
+
+from distill_sampler.curriculum import Curriculum
+from distill_sampler.integrations.trl import is_sft_trainer, refuse_sft_settings
+
+logger = logging.getLogger(__name__)
+
+
+def refuse_settings(trainer: Trainer) -> None:
+    """One sentence for each setting under which a curriculum could not keep its promises."""
+    args = trainer.args
+    if "_get_train_sampler" in vars(trainer):
+        raise ValueError("A sampler is already attached to this trainer. Call attach once for each trainer.")
+    if type(trainer)._get_train_sampler is not Trainer._get_train_sampler:
+        raise ValueError(
+            f"{type(trainer).__name__} brings its own sampler, which a curriculum would replace. attach works with "
+            "Trainer, SFTTrainer and subclasses that leave _get_train_sampler alone."
+        )
+    if trainer.train_dataset is None:
+        raise ValueError("The trainer has no train_dataset to choose from. Pass train_dataset= to the trainer.")
+    if isinstance(trainer.train_dataset, torch.utils.data.IterableDataset):
+        raise ValueError(
+            "train_dataset is an IterableDataset: its rows have no numbers, so they cannot be chosen or ordered. Load "
+            "it without streaming=True, or materialise it with Dataset.from_generator."
+        )
+    strategy = args.train_sampling_strategy
+    if strategy != "random":
+        raise ValueError(
+            f"train_sampling_strategy='{strategy}' and a curriculum both decide the order. Leave it at 'random' and "
+            "put the order you want into the curriculum's policies."
+        )
+    if args.ignore_data_skip:
+        raise ValueError(
+            "ignore_data_skip=True would start an epoch's plan from its beginning after a resume, training some "
+            "samples twice and others never. Leave it at False."
+        )
+    for name in ("dispatch_batches", "split_batches"):
+        if getattr(args.accelerator_config, name):
+            raise ValueError(
+                f"accelerator_config.{name}=True deals out batches in another order than planned. Leave it at False."
+            )
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size=True restarts training with another batch size in the middle of an epoch's plan. Set "
+            "per_device_train_batch_size to what fits."
+        )
+    if args.world_size > 1 and args.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise ValueError(
+            f"The trainer sees {args.n_gpu} GPUs in one process and would use DataParallel. Launch the script with "
+            "accelerate launch, or show it one GPU with CUDA_VISIBLE_DEVICES."
+        )
+    refuse_parallelism(trainer.accelerator)
+    if is_sft_trainer(trainer):
+        refuse_sft_settings(trainer)
+
+
+def refuse_for(curriculum: Curriculum, args: TrainingArguments) -> None:
+    """One sentence for each setting under which this curriculum could not do what it is asked for."""
+    for asked, what in ((curriculum.planner.gives_weights, "loss weights"), (curriculum.observe, "observe=True")):
+        if asked and args.torch_compile:
+            raise ValueError(
+                f"torch_compile=True traces the forward once and leaves no place in it for {what}. Leave one of the "
+                "two off."
+            )
+    if curriculum.planner.gives_weights and args.use_liger_kernel:
+        raise ValueError(
+            "use_liger_kernel=True computes the loss without logits, so the loss weights of the policies cannot be "
+            "applied. Leave it off, or use SampleBySoftmax instead of WeightBySoftmax: it draws samples in proportion "
+            "to what they would weigh."
+        )
+    if curriculum.rescore.every_steps is not None:
+        # accelerate holds a batch back, and may be handing out another; workers read on
+        ahead = 2 + args.dataloader_num_workers * (args.dataloader_prefetch_factor or 2)
+        steps = -(-ahead // args.gradient_accumulation_steps)
+        if steps > curriculum.rescore.lag:
+            raise ValueError(
+                f"The data loader reads up to {steps} optimizer steps ahead (dataloader_num_workers="
+                f"{args.dataloader_num_workers}), more than the lag of {curriculum.rescore.lag} from a scoring to the "
+                f"steps that it changes. Declare it: Rescore(lag={steps})."
+            )
+
+
+def check_position(entry: dict[str, Any], args: TrainingArguments, epoch: int, into_epoch: int) -> None:
+    """The trainer will go on at the place of the plan where the checkpoint was written.
+
+    Raises:
+        ValueError: it counts other steps to an epoch than the run that wrote the checkpoint.
+    """
+    here = samples_per_step(args)
+    if entry["samples_per_step"] != here:
+        raise ValueError(
+            f"The checkpoint was written by a run that trained {entry['samples_per_step']} samples in each optimizer "
+            f"step; here it would be {here}, and the trainer would go on at another place of the plan. Choose "
+            "per_device_train_batch_size × gradient_accumulation_steps × processes to give the same number."
+        )
+    progress = entry["progress"]
+    # the last step of an epoch is also the zeroth of the next
+    last = into_epoch == 0 and progress["epoch"] == epoch - 1
+    if not last and (progress["epoch"], progress["into_epoch"]) != (epoch, into_epoch):
+        raise ValueError(
+            f"The checkpoint was written at step {progress['into_epoch']} of epoch {progress['epoch']}, but the "
+            f"trainer would go on at step {into_epoch} of epoch {epoch}: an epoch was ended early (should_epoch_stop), "
+            "or has another number of steps now. Resume with the settings of the run that wrote it; after an epoch "
+            "that was ended early the trainer cannot resume, so start a new run from the checkpoint's weights."
+        )
+    if entry["world_size"] != args.world_size:
+        logger.warning(
+            "The checkpoint was written by %d processes, now there are %d: the order of samples goes on as planned, "
+            "but random states (dropout) were saved for each process and start anew.",
+            entry["world_size"],
+            args.world_size,
+        )
+    if not entry["files"]:
+        logger.warning(
+            "The checkpoint has no optimizer (save_only_model=True): the order of samples goes on as planned, but the "
+            "optimizer, its schedule and random states start anew."
+        )
+
+
+def samples_per_step(args: TrainingArguments) -> int:
+    """Samples that all processes together train on in one optimizer step."""
+    return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
+
+
+def refuse_parallelism(accelerator: Accelerator) -> None:
+    """Refuse parallelism within a sequence, wherever it was asked for.
+
+    A trainer's accelerator knows it of accelerate's `ParallelismConfig`, of models that were loaded with
+    `DistributedConfig(tp_size=…)`, whose size the trainer passes on, and of DeepSpeed's configuration.
+
+    Args:
+        accelerator: that the student is trained with: `trainer.accelerator`, or a loop's own.
+
+    Raises:
+        ValueError: tensor, context or sequence parallelism over more than one process.
+    """
+    sizes = []
+    if (config := accelerator.parallelism_config) is not None:
+        sizes += [
+            ("tensor", "tp_size", config.tp_size),
+            ("context", "cp_size", config.cp_size),
+            ("sequence", "sp_size", config.sp_size),
+        ]
+    if (plugin := accelerator.deepspeed_plugin) is not None:
+        tensor_parallel = plugin.deepspeed_config.get("tensor_parallel", {})
+        sizes.append(("tensor", "tensor_parallel.autotp_size", tensor_parallel.get("autotp_size", 1)))
+    for kind, setting, size in sizes:
+        if size > 1:
+            raise ValueError(
+                f"{setting}={size} is {kind} parallelism: {size} processes read each sequence together, but a "
+                f"curriculum deals out whole samples to single processes. Set {setting}=1, and spread the student over "
+                "the processes with DeepSpeed ZeRO-3 or FSDP2."
+            )

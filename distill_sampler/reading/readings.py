@@ -1,0 +1,43 @@
+"""What frozen readers gave, kept so that it is never read again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+from distill_sampler.types import Reader, TokenStats, View
+
+Key = tuple[str, bytes]
+"""A reader's identity, and a hash of a view."""
+
+
+class Readings:
+    """Token statistics of frozen readers, in memory: about 12 bytes for each scored token.
+
+    Every process keeps all of them, because which process reads a sample differs from pass to pass.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Key, TokenStats] = {}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @staticmethod
+    def key(reader: Reader, view: View) -> Key:
+        """Equal for equal views of readers that give the same numbers."""
+        content = hashlib.blake2b(digest_size=16)
+        for part in view.identity:
+            content.update(part)
+        return reader.identity, content.digest()
+
+    def get(self, key: Key, statistics: Iterable[str]) -> TokenStats | None:
+        """What was kept, if it has all of these statistics."""
+        kept = self._kept.get(key)
+        if kept is None or any(getattr(kept, name) is None for name in statistics):
+            return None
+        return kept
+
+    def keep(self, found: Iterable[tuple[Key, TokenStats]]) -> None:
+        """Take in what was read."""
+        self._kept.update(found)

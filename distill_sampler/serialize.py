@@ -1,0 +1,152 @@
+"""Arrays and values as JSON and files: packed small, written aside and renamed, described so that runs can be compared."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from distill_sampler.types import Reader
+
+# ---- Values ----
+
+
+def described(value: Any) -> str:
+    """A metric, a policy or any other configuration as text that is the same in every process.
+
+    Two configurations with the same text give the same numbers. A dataclass is written as one would type it, without
+    the fields that are left out of comparisons (a tokenizer, say): `BestOf(metric='rank_surprisal_ratio', …)`. A
+    function is written by its name, one without a name of its own (a lambda) by a hash of its code too. A reader is
+    written by its identity, so that another teacher never passes for the same one.
+    """
+    if isinstance(value, Reader):
+        return f"<{value.identity}>"
+    if is_dataclass(value) and not isinstance(value, type):
+        given = (f"{each.name}={described(getattr(value, each.name))}" for each in fields(value) if each.compare)
+        return f"{type(value).__name__}({', '.join(given)})"
+    if isinstance(value, functools.partial):
+        return f"partial({described(value.func)}, {described(value.args)}, {described(value.keywords)})"
+    if callable(value):
+        return _described_function(value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{described(key)}: {described(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        inner = ", ".join(map(described, value))
+        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
+    return repr(value)
+
+
+def as_typed(value: Any) -> str:
+    """A policy or metric as one would type it, without defaults: `BestOf('rank_surprisal_ratio', per='prompt_id')`."""
+    given = []
+    for place, each in enumerate(fields(value)):
+        content = getattr(value, each.name)
+        default = each.default if each.default_factory is MISSING else each.default_factory()
+        if each.compare and (default is MISSING or content != default):
+            text = getattr(content, "__qualname__", None) or repr(content)
+            given.append(text if place == 0 and not each.kw_only else f"{each.name}={text}")
+    return f"{type(value).__name__}({', '.join(given)})"
+
+
+def _described_function(function: Any) -> str:
+    name = str(getattr(function, "__qualname__", None) or type(function).__qualname__)
+    code = getattr(function, "__code__", None)
+    if code is None or "<" not in name:  # not a lambda, nor a function inside another
+        return name
+    kept = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    content = repr((code.co_code, [c for c in code.co_consts if not hasattr(c, "co_code")], code.co_names, kept))
+    return f"{name}#{hashlib.blake2b(content.encode(), digest_size=4).hexdigest()}"
+
+
+def differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """What differs between two configurations, in words: `their seed is 0, here it is 1`. Empty if nothing does."""
+    return "; ".join(
+        f"their {name} is {saved.get(name)!r}, here it is {here.get(name)!r}"
+        for name in sorted(saved.keys() | here.keys())
+        if saved.get(name) != here.get(name)
+    )
+
+
+def digest(state: Mapping[str, Any]) -> str:
+    """16 hex digits of the content of JSON values, without an entry called `digest`."""
+    content = {name: value for name, value in state.items() if name != "digest"}
+    return hash_of(json.dumps(content, sort_keys=True).encode())
+
+
+def hash_of(*contents: bytes) -> str:
+    """16 hex digits of some bytes."""
+    found = hashlib.blake2b(digest_size=8)
+    for content in contents:
+        found.update(content)
+    return found.hexdigest()
+
+
+# ---- Arrays ----
+
+
+def pack(array: npt.NDArray[Any]) -> dict[str, str]:
+    """An array of numbers as JSON: compressed with zlib, which finds more in it if all first bytes come first.
+
+    A plan or scores of a million samples take 3 to 5 MB and a tenth of a second each; a constant takes nothing.
+    """
+    if array.dtype.kind == "i":  # indices and steps are small numbers most of the time
+        narrow = (np.iinfo(kind) for kind in (np.int8, np.int16, np.int32, np.int64))
+        low, high = array.min(initial=0), array.max(initial=0)
+        array = array.astype(next(kind.dtype for kind in narrow if kind.min <= low and high <= kind.max))
+    array = array.astype(array.dtype.newbyteorder("<"))
+    by_place = np.frombuffer(array.tobytes(), np.uint8).reshape(-1, array.itemsize).T.tobytes()
+    return {"dtype": array.dtype.str, "data": base64.b64encode(zlib.compress(by_place, 1)).decode()}
+
+
+def unpack(packed: Mapping[str, str]) -> npt.NDArray[Any]:
+    """The array that `pack` was given; integers come back as narrow as they were packed."""
+    dtype = np.dtype(packed["dtype"])
+    by_place = np.frombuffer(zlib.decompress(base64.b64decode(packed["data"])), np.uint8)
+    return np.frombuffer(by_place.reshape(dtype.itemsize, -1).T.tobytes(), dtype).copy()
+
+
+# ---- Files ----
+
+
+def write_aside(path: Path, content: bytes) -> None:
+    """Write a file under another name, have it on the disk, then rename it: a reader sees all of it or none."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    with open(unfinished, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.rename(path)
+
+
+def require_writable(output: Path, *endings: str) -> None:
+    """Make the folder of a file that is about to be written, and try to write there: before the work, not after it.
+
+    Args:
+        output: the file.
+        endings: what its name may end in.
+
+    Raises:
+        ValueError: it has another ending, is a folder, or cannot be written.
+    """
+    if output.is_dir():
+        example = output / f"{output.name}{endings[0]}"
+        raise ValueError(f"--output {output} is a folder; give the name of a file in it, such as {example}.")
+    if not output.name.endswith(endings):
+        raise ValueError(f"--output {output}: give a name that ends in {' or '.join(endings)}.")
+    probe = output.with_name(f".{output.name}.{os.getpid()}.probe")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--output {output} cannot be written ({error.strerror}); choose another place.") from None
