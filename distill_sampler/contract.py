@@ -1,4 +1,4 @@
-"""What is handed in as a metric or a policy is one: checked once, where users hand it in, with a sentence that helps."""
+"""Checks of what users hand in as metrics and policies, with a sentence for each mistake."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def _checked(item: Any, protocol: Any, what: str) -> Any:
             )
         if item.name not in item.columns:
             raise ValueError(
-                f"{type(item).__name__}.columns must list every number that reduce gives, '{item.name}' among them; it is "
-                f"{tuple(item.columns)!r}."
+                f"{type(item).__name__}.columns must list every number that reduce gives, '{item.name}' among them; it "
+                f"is {tuple(item.columns)!r}."
             )
     return item
 

@@ -8,35 +8,31 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from torch import nn
 
 from distill_sampler.artifacts.parts import Parts
-from distill_sampler.artifacts.passes import score_with_parts
 from distill_sampler.artifacts.record import RECORD, Record
-from distill_sampler.artifacts.run_folder import measurements
-from distill_sampler.artifacts.schema import OWN_COLUMNS, run_facts
+from distill_sampler.artifacts.run_folder import column_values, measurements, sample_rows
+from distill_sampler.artifacts.schema import run_facts
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.distributed import Ranks
 from distill_sampler.planning.planner import Planned, Planner
-from distill_sampler.planning.rescore import Clock, Rescore, choose
+from distill_sampler.planning.rescore import Rescore
 from distill_sampler.planning.sampler import DistillSampler
 from distill_sampler.planning.summary import EpochSummary, ScoringSummary, summarise
 from distill_sampler.planning.why import Choice
-from distill_sampler.reading.model_reader import ModelReader
-from distill_sampler.reading.readings import Readings
-from distill_sampler.reading.reduce import columns_of, data_columns_of
+from distill_sampler.reading.reduce import data_columns_of
 from distill_sampler.reading.scorer import Scorer
-from distill_sampler.serialize import described, differences, digest, hash_of, pack, unpack
+from distill_sampler.scoring import Scoring
+from distill_sampler.serialize import described, differences, digest, pack, unpack
 from distill_sampler.store import ScoreStore, replay, replay_missing
-from distill_sampler.types import Column, EpochPlan, FloatArray, IntArray, Metric, Missing, Policy, Pool
+from distill_sampler.types import Column, EpochPlan, FloatArray, IntArray, Metric, Policy, Pool
 
 logger = logging.getLogger(__name__)
 
@@ -94,30 +90,30 @@ class Cycle:
         self.summaries: list[EpochSummary] = []
         self.record = Record()
         self._run = ""
-        self._parts: Path | None = None
-        self._readings = Readings()
-        self._reader: ModelReader | None = None
+        self.scoring = Scoring(
+            dataset,
+            self.metrics,
+            self.planner.candidates,
+            self.origin,
+            rescore=rescore,
+            scorer=scorer,
+            seed=seed,
+        )
         self.reset()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the student, which its owner keeps."""
-        return {**self.__dict__, "_reader": None}
+    @property
+    def store(self) -> ScoreStore:
+        """The latest scores."""
+        return self.scoring.store
 
     # ---- Life cycle ----
 
     def reset(self) -> None:
         """Forget scores and plans, for a run that starts from the beginning."""
-        self.store = ScoreStore(
-            len(self.dataset),
-            columns_of(self.metrics.values()),
-            self.origin,
-            metrics=list(self.metrics),
-            watched=next(iter(self.metrics), None),
-        )
+        self.scoring = self.scoring.anew()
         self.epoch: int | None = None
         self.sampler.plan = None
         self.summaries.clear()
-        self.clock = Clock()
         self._trained_before: IntArray = np.zeros(len(self.dataset), np.int64)
         self._places: int | None = None
         self._num_epochs: int | None = None
@@ -138,7 +134,7 @@ class Cycle:
             write: whether this process writes.
         """
         self._run = run
-        self._parts = None
+        self.scoring.parts = None
         try:
             record = Record(None if folder is None else folder / RECORD, write=write)
             if folder is not None:
@@ -148,12 +144,12 @@ class Cycle:
             record = Record()
         self.record = record
         if folder is not None:
-            self._parts = folder / RECORD.parent / "scoring.parts"
+            self.scoring.parts = folder / RECORD.parent / "scoring.parts"
 
     def done(self) -> None:
         """The run is over: no interrupted pass is left to take up."""
-        if self._parts is not None:
-            Parts(self._parts).remove()
+        if self.scoring.parts is not None:
+            Parts(self.scoring.parts).remove()
 
     def start_epoch(self, epoch: int, model: nn.Module, *, step: int, num_epochs: int | None) -> EpochPlan:
         """Score, plan, and hand the plan to the sampler; see `Curriculum.start_epoch`."""
@@ -166,7 +162,7 @@ class Cycle:
         if self.sampler.plan is not None:
             self._trained_before = self.times_trained(otherwise=self.planner.num_samples)
             self.sampler.plan = None
-        scoring = self.score(model, epoch=epoch, step=step, which=self._due(ranks, epoch=epoch))
+        scoring = self.score(model, epoch=epoch, step=step, which=self.scoring.due(ranks, epoch=epoch))
         planned, notes = self.planner.plan(self._pool(epoch, step), tolerate=_explains_length(scoring))
         ranks.require_equal(planned.plan.fingerprint, "plan")
         self.sampler.set_plan(planned.plan)
@@ -182,7 +178,7 @@ class Cycle:
         assert self.epoch is not None
         assert self.sampler.plan is not None
         ranks = Ranks.of(model)
-        which = self._due(ranks, epoch=self.epoch, into_epoch=into_epoch)
+        which = self.scoring.due(ranks, epoch=self.epoch, into_epoch=into_epoch)
         scoring = self.score(model, epoch=self.epoch, step=step, which=which)
         planned, notes = self.planner.plan_rest(
             self.sampler.plan, start, self._pool(self.epoch, step), tolerate=_explains_length(scoring)
@@ -193,115 +189,11 @@ class Cycle:
         return planned.plan
 
     def score(self, model: nn.Module, *, epoch: int, step: int, which: IntArray | None = None) -> ScoringSummary:
-        """One pass; see `Curriculum.score`."""
-        reader = self._reader_of(model)
-        which = self.planner.candidates if which is None else which
-        first = not self.store.passes
-        if self.metrics:
-            numerics = self._numerics(reader)
-            if not first and self.store.numerics != numerics:
-                logger.warning(
-                    "Scores from here on cannot be compared with those so far (%s), so every candidate is scored anew.",
-                    differences(self.store.numerics, numerics),
-                )
-                which = self.planner.candidates
-            self.store.numerics = numerics
-        else:
-            which = which[:0]
-        self.store.observed.merge(reader.ranks)
-        observed = int((self.store.observed.step >= 0).sum())
-        tokens, seconds = 0, 0.0
-        tokens_of: Counter[str] = Counter()
-        if len(which) or observed:
-            started = self.clock.tick()
-            self.store.begin(epoch=epoch, step=step)
-            for scored in score_with_parts(
-                self.scorer,
-                reader,
-                self.dataset,
-                list(self.metrics.values()),
-                which,
-                folder=self._parts,
-                identity=self._identity_of_pass(reader, epoch, step, which) if self._parts else {},
-                kept=self._readings,
-            ):
-                self.store.write(scored.indices, scored.columns, scored.missing)
-                tokens += scored.tokens
-                tokens_of.update(scored.tokens_of)
-            self._keep(lambda taken=self.store.settle(): self.record.add_pass(taken))
-            seconds = self.clock.tick() - started
-            self.clock.passed(seconds, int(self.dataset.lengths[which].sum()) if tokens else 0, first=first)
-        candidates = self.planner.candidates
-        codes = {name: missing[candidates] for name, missing in self.store.missing.items()}
-
-        def lacking(reason: Missing) -> IntArray:
-            return candidates[np.any([each == reason for each in codes.values()], axis=0)] if codes else candidates[:0]
-
-        age = step - self.store.step[candidates]
-        return ScoringSummary(
-            samples=len(which),
-            observed=observed,
-            estimated=int(self.store.estimated[candidates].sum()),
-            tokens=tokens,
-            tokens_of=tokens_of,
-            seconds=seconds,
-            share=self.clock.share,
-            age_median=float(np.median(age)) if self.metrics else 0.0,
-            age_max=int(age.max()) if self.metrics else 0,
-            non_finite=lacking(Missing.NON_FINITE),
-            too_long=lacking(Missing.TOO_LONG),
-            not_applicable={
-                name: number for name, each in codes.items() if (number := int((each == Missing.NOT_APPLICABLE).sum()))
-            },
-        )
-
-    def _reader_of(self, model: nn.Module) -> ModelReader:
-        """The student as a reader, the same one from pass to pass."""
-        if self._reader is None or self._reader.model is not model:
-            self._reader = self.scorer.reader(model)
-        return self._reader
-
-    def _numerics(self, reader: ModelReader) -> dict[str, str]:
-        """Of the student, and of every other reader by its metric and name."""
-        found = dict(reader.numerics)
-        for metric in self.metrics.values():
-            for name, other in metric.readers.items():
-                found |= {f"{key} of {metric.name}'s {name}": value for key, value in other.numerics.items()}
-        return found
-
-    def _identity_of_pass(self, reader: ModelReader, epoch: int, step: int, which: IntArray) -> dict[str, Any]:
-        """Which pass this is: all that decides its numbers to the last bit."""
-        return {
-            "dataset": self.origin["dataset"],
-            "metrics": self.origin["metrics"],
-            "columns": [self.dataset.column_fingerprint(name) for name in data_columns_of(self.metrics.values())],
-            "samples": hash_of(which.tobytes()),
-            "epoch": epoch,
-            "step": step,
-            "weights": reader.weights,
-            # numbers in other batches, by other kernels, differ in their last digits
-            "scorer": described(dataclasses.replace(self.scorer, progress=False)),
-            "world_size": reader.ranks.world_size,
-            "device": reader.device.type,
-            "numerics": self.store.numerics,
-            "torch": torch.__version__,
-        }
-
-    def _due(self, ranks: Ranks, *, epoch: int, into_epoch: int = 0) -> IntArray:
-        """The samples to score now, as far as the budget goes."""
-        candidates = self.planner.candidates
-        if not self.store.passes:
-            return candidates
-        if not self.rescore.due(epoch=epoch, into_epoch=into_epoch):
-            return candidates[:0]
-        self.store.observed.merge(ranks)  # what training has shown needs no scoring
-        seed = np.random.default_rng([self.planner.seed, len(self.store.passes)]).integers(2**63)
-        which = choose(self.rescore, self.store, candidates, self.dataset.content_hash, seed=int(seed))
-        if self.rescore.max_share is not None:
-            self.clock.tick()
-            affordable = -ranks.most(-self.clock.affords(self.rescore.max_share))  # by the slowest clock
-            which = which[np.cumsum(self.dataset.lengths[which]) <= affordable]
-        return np.sort(which)
+        """See `Curriculum.score`."""
+        summary, taken = self.scoring.score(model, epoch=epoch, step=step, which=which)
+        if taken is not None:
+            self._keep(lambda: self.record.add_pass(taken))
+        return summary
 
     def _pool(self, epoch: int, step: int) -> Pool:
         return self.planner.pool(
@@ -320,7 +212,7 @@ class Cycle:
         self._keep(lambda: self.record.add_plan(planned))
         self._plans += 1
         said = list(notes)
-        for name, number in reversed(scoring.not_applicable.items()):
+        for name, number in scoring.not_applicable.items():
             said.insert(0, f"{name} does not apply to {number} samples; they are not chosen by it.")
         if len(scoring.non_finite):
             said.insert(
@@ -391,7 +283,9 @@ class Cycle:
 
     def history(self, *columns: str) -> pa.Table:
         """See `Curriculum.history`."""
-        samples = pa.table({"sample": np.arange(len(self.dataset)), **{name: self._values(name) for name in columns}})
+        samples = pa.table(
+            {"sample": np.arange(len(self.dataset)), **{name: column_values(self.dataset, name) for name in columns}}
+        )
         return measurements(self.record, samples, None)
 
     def samples(self, *columns: str) -> pa.Table:
@@ -399,7 +293,7 @@ class Cycle:
         return pa.table(
             {
                 "sample": np.arange(len(self.dataset)),
-                **{name: self._values(name) for name in columns},
+                **{name: column_values(self.dataset, name) for name in columns},
                 **self.store.latest,
                 "step": self.store.step,
                 "estimated": self.store.estimated,
@@ -409,22 +303,9 @@ class Cycle:
         )
 
     def samples_table(self, *columns: str) -> pa.Table:
-        """One row for each sample with the columns that tell what it is, as the record keeps it.
-
-        Args:
-            columns: of the data set. Left out: those that metrics and policies read, and all with short single values.
-        """
-        names = columns or self.dataset.telling_columns(*self.planner.columns, *data_columns_of(self.metrics.values()))
-        return pa.table(
-            {
-                "sample": np.arange(len(self.dataset)),
-                **{name + "_in_data" * (name in OWN_COLUMNS): self._values(name) for name in names},
-                "num_tokens": self.dataset.num_scored,
-                "length": self.dataset.lengths,
-                "content_hash": self.dataset.content_hash,
-                "prompt_hash": self.dataset.prompt_hash,
-            }
-        )
+        """One row for each sample with the columns that tell what it is; see `sample_rows`."""
+        read = [*self.planner.columns, *data_columns_of(self.metrics.values())]
+        return sample_rows(self.dataset, columns or self.dataset.telling_columns(*read))
 
     def facts(self) -> dict[str, Any]:
         """What the run's scores belong to, for files."""
@@ -441,10 +322,6 @@ class Cycle:
             drift=[dict(taken.drift) for taken in self.record.passes],
         )
 
-    def _values(self, name: str) -> pa.Array:
-        column = self.dataset.column(name)
-        return pa.DictionaryArray.from_arrays(pa.array(column.codes), pa.array(column.values)).dictionary_decode()
-
     # ---- State ----
 
     def state_dict(self) -> dict[str, Any]:
@@ -457,7 +334,7 @@ class Cycle:
             "plan": None if plan is None else {"indices": pack(plan.indices), "weights": pack(plan.weights)},
             "plans": self._plans,
             "trained": pack(self._trained_before),
-            "clock": self.clock.state_dict(),
+            "clock": self.scoring.clock.state_dict(),
             "scores": self.store.state_dict(),
         }
         return {**state, "digest": digest(state)}
@@ -489,7 +366,7 @@ class Cycle:
             self._trained_before = unpack(state["trained"]).astype(np.int64)
         if same_data and same_metrics:
             self.store.load_state_dict({**state["scores"], "origin": here})
-            self.clock.load_state_dict(state["clock"])
+            self.scoring.clock.load_state_dict(state["clock"])
             self._plans = state["plans"]
             self.record.trim(len(self.store.passes), state["plans"])
             if len(self.record.passes) < len(self.store.passes):

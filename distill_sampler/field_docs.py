@@ -8,52 +8,49 @@
         bucket: int | None = None
         \"\"\"How many consecutive samples are shuffled among themselves.\"\"\"
 
-`help(Shuffle)` then lists `bucket` with its explanation. The source is read when somebody asks for the docstring, so
-importing costs nothing.
+`help(Shuffle)` then lists `bucket` with its explanation.
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
-import textwrap
+import sys
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
-C = TypeVar("C", bound=type)
+C = TypeVar("C", bound=type[Any])
 
 
 def documents_fields(cls: C) -> C:
     """Add the explanations of a dataclass's fields, its own and inherited ones, to its docstring."""
-    cls.__doc__ = _WithFields(cls.__dict__.get("__doc__") or "")  # type: ignore[assignment]  # read by a descriptor
+    explained: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        explained |= _explained(base.__module__).get(base.__name__, {})
+    lines = [f"    {field.name}: {explained[field.name]}" for field in fields(cls) if field.name in explained]
+    if lines:
+        cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", "Fields:", *lines])
     return cls
 
 
-class _WithFields:
-    """A docstring that is completed when it is first read."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-        self._whole: str | None = None
-
-    def __get__(self, instance: Any, owner: type) -> str:
-        if self._whole is None:
-            fields = {name: text for cls in reversed(owner.__mro__) for name, text in _explained(cls).items()}
-            shown = getattr(owner, "__dataclass_fields__", {})
-            lines = [f"    {name}: {' '.join(text.split())}" for name, text in fields.items() if name in shown]
-            self._whole = inspect.cleandoc(self._text) + ("\n\nFields:\n" + "\n".join(lines) if lines else "")
-        return self._whole
-
-
-def _explained(cls: type) -> dict[str, str]:
-    """The strings that stand under the annotated names of a class's body; empty if there is no source."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-    except (OSError, TypeError, SyntaxError):
+@cache
+def _explained(module: str) -> dict[str, dict[str, str]]:
+    """For each class of a module the strings under its annotated names; nothing where there is no source."""
+    if module in ("builtins", "typing", "abc"):
         return {}
-    body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
+    try:
+        tree = ast.parse(Path(str(sys.modules[module].__file__)).read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, AttributeError):
+        return {}
+    return {node.name: _strings_under_names(node) for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def _strings_under_names(node: ast.ClassDef) -> dict[str, str]:
     return {
-        node.target.id: after.value.value
-        for node, after in zip(body, body[1:], strict=False)
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        name.target.id: " ".join(after.value.value.split())
+        for name, after in zip(node.body, node.body[1:], strict=False)
+        if isinstance(name, ast.AnnAssign) and isinstance(name.target, ast.Name)
         if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)
     }

@@ -1,4 +1,4 @@
-"""Arrays and values as JSON and files: packed small, written aside and renamed, described so that runs can be compared."""
+"""Arrays and values as JSON and files, and configurations as text that can be compared."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ The student goes on learning in between, so a score that a pass did not measure 
 median change of the scores that were measured, which keeps the order among the estimates.
 
 `state_dict` gives all of it as plain JSON values, for a checkpoint. What each pass measured is kept by the run's record
-(`artifacts/record.py`), not here. The store knows what its scores belong to (metrics, data set, numerics), and scores of
-another origin are refused.
+(`artifacts/record.py`), not here. The store knows what its scores belong to (metrics, data set, numerics), and refuses
+scores of another origin.
 """
 
 from __future__ import annotations
@@ -255,8 +255,8 @@ class Observations:
             self.missing[name][indices] = codes
 
     def merge(self, ranks: Ranks) -> None:
-        """Give every process what the others have seen: the latest of each sample, or the mean of what several processes
-        saw in the same step."""
+        """Give every process what the others have seen: the latest of each sample, or the mean of what several
+        processes saw in the same step."""
         if ranks.world_size == 1:
             return
         latest = ranks.largest(self.step)

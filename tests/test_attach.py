@@ -385,7 +385,9 @@ def test_training_again_starts_again(tmp_path: Path, tokenizer: PreTrainedTokeni
     assert len(attached.plans) == 2  # not four
     assert trained(trainer) == planned(attached)
     assert len(attached.cycle.record.passes) == 2
-    assert not np.allclose(attached.cycle.record.passes[0].columns[RSR], scored_first.columns[RSR])  # a student that learnt
+    assert not np.allclose(
+        attached.cycle.record.passes[0].columns[RSR], scored_first.columns[RSR]
+    )  # a student that learnt
 
 
 def test_a_checkpoint_of_other_data_or_without_a_curriculum_is_refused(
@@ -397,7 +399,7 @@ def test_a_checkpoint_of_other_data_or_without_a_curriculum_is_refused(
     first.train()
     other = sft_trainer(tmp_path / "b", tokenizer, rows=tiny.candidates().select(range(17)), **saving)
     attach(other, curriculum())
-    with pytest.raises(ValueError, match=r"belong to another run: their dataset"):
+    with pytest.raises(ValueError, match=r"belong to another run: .*their dataset"):
         other.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
     stock = sft_trainer(tmp_path / "c", tokenizer, **saving, max_steps=1)
     stock.train()

@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedModel
 
@@ -18,7 +20,8 @@ from distill_sampler import (
     Scorer,
     Shuffle,
 )
-from distill_sampler.types import Pool
+from distill_sampler.artifacts.schema import VERSION, decoded
+from distill_sampler.types import Policy, Pool
 from tests import tiny
 
 RSR = "rank_surprisal_ratio"
@@ -37,7 +40,7 @@ def bound(dataset: ScoredDataset, **changes: Any) -> Curriculum:
 
 
 @dataclass(frozen=True)
-class Below:
+class Below(Policy):
     """Keeps what scores below a limit: a policy whose number of samples depends on the scores."""
 
     limit: float
@@ -45,10 +48,6 @@ class Below:
     @property
     def uses_metrics(self) -> tuple[str, ...]:
         return (RSR,)
-
-    @property
-    def uses_columns(self) -> tuple[str, ...]:
-        return ()
 
     def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
         return plan.take(np.flatnonzero(pool.scores[RSR][plan.indices] < self.limit))
@@ -145,19 +144,25 @@ def test_two_metrics_of_one_name_are_refused_and_variants_can_have_another() -> 
     assert set(Curriculum(metrics=variants, policies=[]).metrics) == {RSR, "rsr_50", "global_naturalness"}
 
 
-def test_scores_come_out_as_a_table_with_their_origin(dataset: ScoredDataset, model: PreTrainedModel) -> None:
+def test_scores_come_out_as_a_table_with_their_origin(
+    dataset: ScoredDataset, model: PreTrainedModel, tmp_path: Path
+) -> None:
     curriculum = bound(dataset)
     curriculum.start_epoch(0, model)
     curriculum.start_epoch(1, model, step=3)
     columns = ["mean_rank", "mean_surprisal", RSR]
-    table = curriculum.store.to_table(teacher=list(dataset.rows["teacher"]))  # type: ignore[attr-defined]
-    assert table.column_names == ["sample", "teacher", "epoch", "step", "observed", *columns]
+    curriculum.save_run(tmp_path, "teacher")
+    table = pq.read_table(tmp_path / "scores.parquet")
+    facts = ("num_tokens", "length", "content_hash", "prompt_hash")
+    run = ("pass", "epoch", "step", "observed")
+    assert table.column_names == ["sample", "teacher", *facts, *run, *columns, f"{RSR}_missing"]
     assert table.num_rows == 36
     assert table["step"].to_pylist() == [0] * 18 + [3] * 18
-    assert table.schema.metadata[b"distill_sampler.dataset"].decode() == dataset.fingerprint
-    assert b"RankSurprisalRatio" in table.schema.metadata[b"distill_sampler.metrics"]
-    assert b"float32" in table.schema.metadata[b"distill_sampler.dtype"]
-    assert table.schema.metadata[b"distill_sampler.ties"] == b"strict"
+    told = decoded(table.schema.metadata)
+    assert told["dataset"] == dataset.fingerprint
+    assert told["metrics"][0]["text"] == "RankSurprisalRatio()"
+    assert told["numerics"] == curriculum.store.numerics
+    assert told["schema"] == VERSION
 
 
 def test_scores_already_computed_survive_an_interruption(dataset: ScoredDataset, model: PreTrainedModel) -> None:
@@ -186,15 +191,12 @@ def test_a_sample_left_out_is_explained_by_the_policy_and_its_numbers(
     chosen = next(index for index in range(3) if index in plan.indices)
     worst = max(range(3), key=lambda index: scores[index])
     place = plan.indices.tolist().index(chosen)
-    assert curriculum.explain(chosen, 0) == (
-        f"Sample {chosen} was in epoch 0, at place {place} of 6, with weight 1: every policy kept it."
-    )
+    said = curriculum.explain(chosen, 0)
+    assert f"Sample {chosen} was in epoch 0, at place {place} of 6, with weight 1: kept by BestOf" in said
     said = curriculum.explain(worst, 0)
-    assert (
-        f"Sample {worst} was not in epoch 0: left out by BestOf(metric='rank_surprisal_ratio', per='prompt_id'" in said
-    )
-    assert f"Its {RSR} is {scores[worst]:.4g}." in said
-    assert f"Among those with prompt_id = 'sum-0' it is number 3 of 3; the best, sample {chosen}, has" in said
+    assert f"Sample {worst} was not in epoch 0: left out by BestOf" in said
+    assert f"its {RSR} {scores[worst]:.4g} is number 3 of 3 with prompt_id = sum-0" in said
+    assert f"the best, sample {chosen}, has {scores[chosen]:.4g}" in said
 
 
 def test_explanations_go_by_the_scores_of_their_epoch(dataset: ScoredDataset, model: PreTrainedModel) -> None:
@@ -212,7 +214,7 @@ def test_what_cannot_be_explained_is_said(dataset: ScoredDataset, model: PreTrai
     curriculum.start_epoch(0, model)
     with pytest.raises(ValueError, match="no sample 18; the data set has 18 rows"):
         curriculum.explain(18, 0)
-    with pytest.raises(ValueError, match=r"Epoch 3 was not planned in this process; \[0\] were"):
+    with pytest.raises(ValueError, match=r"Epoch 3 was not planned in this run; \[0\] were"):
         curriculum.explain(0, 3)
 
 
@@ -221,6 +223,4 @@ def test_a_sample_that_is_too_long_is_explained_by_that(dataset: ScoredDataset) 
     plan = curriculum.start_epoch(0, tiny.model(max_position_embeddings=int(np.median(dataset.lengths))))
     (summary,) = curriculum.summaries
     long = next(index for index in summary.scoring.too_long if index not in plan.indices)
-    assert f"It has no {RSR}: it is too long for the student, or its logits were not finite." in curriculum.explain(
-        int(long), 0
-    )
+    assert f"it has no {RSR} (it has more tokens than the model has positions for)" in curriculum.explain(int(long), 0)

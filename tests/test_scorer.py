@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModel, PreTrainedModel
 
 from distill_sampler import GlobalNaturalness, RankSurprisalRatio, ScoredDataset, Scorer
+from distill_sampler.reading.batching import token_batches
 from distill_sampler.reading.forward import reading, unwrap
-from distill_sampler.reading.scorer import token_batches
-from distill_sampler.types import Sample, TokenStats, View
+from distill_sampler.types import Metric, Sample, TokenStats, View
 from tests import tiny
 
 METRICS = [RankSurprisalRatio(), GlobalNaturalness()]
@@ -171,7 +171,7 @@ def test_memory_that_does_not_hold_a_single_sequence_is_an_error(
 
 
 @dataclass(frozen=True)
-class Certainty:
+class Certainty(Metric):
     """A metric that asks for more than surprisal and rank."""
 
     name: str = "certainty"
@@ -210,7 +210,7 @@ def test_a_metric_gets_the_statistics_that_it_asks_for(model: PreTrainedModel, d
     assert scored.columns["certainty"][0] == pytest.approx(logp.exp().amax(1).mean().item(), rel=1e-5)
     assert scored.columns["entropy"][0] == pytest.approx(-(logp.exp() * logp).sum(1).mean().item(), rel=1e-5)
     assert scored.columns["sum_p2"][0] == pytest.approx(logp.exp().square().sum(1).mean().item(), rel=1e-5)
-    with pytest.raises(ValueError, match="Certainty uses the statistic 'kurtosis'"):
+    with pytest.raises(ValueError, match="Certainty.uses_statistics names 'kurtosis'"):
         next(Scorer(progress=False).score(model, dataset, [Certainty(uses_statistics=("kurtosis",))], np.arange(1)))
 
 

@@ -1,15 +1,14 @@
 """Work that is kept piece by piece: a folder of tables, each written aside and renamed, so that a kill costs one piece.
 
-`identity.json` says what the pieces belong to. The command line keeps the chunks of a data set this way, a curriculum the
-blocks of a scoring pass. Pieces carry checksums: one that was damaged later is dropped with all that follow it, and made
-again.
+`identity.json` says what the pieces belong to. The command line keeps the chunks of a data set this way, a curriculum
+the blocks of a scoring pass. A piece's name holds the hash of its content: one that was damaged later is dropped with
+all that follow it, and made again.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distill_sampler.serialize import write_aside
+from distill_sampler.serialize import hash_of, write_aside
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +65,7 @@ class Parts:
         """
         paths = self.paths()
         for number, path in enumerate(paths):
-            if path.stem != f"{number:07d}" or not _is_whole(path):
+            if path.stem.partition("-")[0] != f"{number:07d}" or not _is_whole(path):
                 logger.warning("%s is damaged; what it held, and what came after it, is done again.", path)
                 for later in paths[number:]:
                     later.unlink()
@@ -83,36 +82,43 @@ class Parts:
         Raises:
             OSError: it cannot be written.
         """
-        write_part(table, self.folder / f"{len(self.paths()):07d}.parquet")
+        write_part(table, self.folder, f"{len(self.paths()):07d}")
 
     def remove(self) -> None:
         """Remove the folder with all that is in it."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def write_part(table: pa.Table, path: Path) -> None:
-    """A table as a file that is whole or not there, with a checksum of every page."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    with open(unfinished, "wb") as file:
-        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.rename(path)
+def write_part(table: pa.Table, folder: Path, name: str) -> Path:
+    """Write a table as `NAME-HASH.parquet`, HASH being of its content: whole and on the disk, or not there.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    content = pa.BufferOutputStream()
+    pq.write_table(table, content, compression="zstd")
+    written = content.getvalue().to_pybytes()
+    path = folder / f"{name}-{hash_of(written)}.parquet"
+    write_aside(path, written)
+    return path
 
 
 def read_part(path: Path, columns: list[str] | None = None) -> pa.Table:
     """A file that `write_part` wrote, in this thread: others would keep their memory with the process.
 
     Raises:
-        OSError, pyarrow.ArrowException: it is damaged.
+        ValueError: it is damaged.
     """
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+    content = path.read_bytes()
+    if path.stem.rpartition("-")[2] != hash_of(content):
+        raise ValueError(f"{path} is damaged: its content does not have the hash in its name.")
+    with pq.ParquetFile(pa.BufferReader(content)) as file:
         return file.read(columns, use_threads=False)
 
 
 def _is_whole(path: Path) -> bool:
     try:
         read_part(path)
-    except (OSError, pa.ArrowException):
+    except ValueError:
         return False
     return True

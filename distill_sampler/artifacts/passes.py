@@ -15,7 +15,8 @@ from distill_sampler.dataset import ScoredDataset
 from distill_sampler.reading.model_reader import ModelReader
 from distill_sampler.reading.readings import Readings
 from distill_sampler.reading.reduce import columns_of
-from distill_sampler.reading.scorer import Scored, Scorer
+from distill_sampler.reading.scored import Scored
+from distill_sampler.reading.scorer import Scorer
 from distill_sampler.types import IntArray, Metric
 
 logger = logging.getLogger(__name__)
@@ -39,9 +40,10 @@ def score_with_parts(
 ) -> Iterator[Scored]:
     """`Scorer.score`, in blocks that are kept on disk as they are done.
 
-    What an earlier, interrupted pass of the same identity has left comes first, as one block; only the rest is read. The
-    parts stay until the next pass begins, because the process may be killed before what they hold is in a checkpoint.
-    Where they cannot be written (a full disk, a read-only folder), scoring goes on without them, which is said once.
+    What an earlier, interrupted pass of the same identity has left comes first, as one block; only the rest is read.
+    The parts stay until the next pass begins, because the process may be killed before what they hold is in a
+    checkpoint. Where they cannot be written (a full disk, a read-only folder), scoring goes on without them, which is
+    said once.
 
     Args:
         scorer: the settings.
@@ -64,7 +66,8 @@ def score_with_parts(
         elif parts is not None and parts.check():
             found = list(parts.tables())
     except OSError as error:
-        parts = _without_parts(parts, error)
+        _report_failure(parts, error)
+        parts = None
     done = np.zeros(len(dataset), bool)
     if ranks.most(len(found)):
         rows = np.zeros((len(dataset), len(names) + len(codes) + 1))
@@ -95,14 +98,15 @@ def score_with_parts(
             try:
                 parts.add(table)
             except OSError as error:
-                parts = _without_parts(parts, error)
+                _report_failure(parts, error)
+                parts = None
         yield scored
 
 
-def _without_parts(parts: Parts | None, error: OSError) -> None:
+def _report_failure(parts: Parts | None, error: OSError) -> None:
     logger.warning(
-        "Scores cannot be kept while they are computed (%s). Scoring goes on; an interruption would cost the whole pass. "
-        "Make %s writable to keep them.",
+        "Scores cannot be kept while they are computed (%s). Scoring goes on; an interruption would cost the whole "
+        "pass. Make %s writable to keep them.",
         error,
         parts and parts.folder,
     )

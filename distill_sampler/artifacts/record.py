@@ -3,11 +3,11 @@
 With a folder, each pass and each plan is a file of its own, written whole or not at all, and read back when somebody
 asks: memory does not grow with the run. Without one (a loop of one's own that names no folder) they stay in memory.
 
-    OUTPUT/distill_sampler/record/run.json               whose record this is, and what its numbers mean
-    OUTPUT/distill_sampler/record/samples.parquet        what each sample is: the user's columns, lengths, hashes
-    OUTPUT/distill_sampler/record/pass-0000000.parquet   what a scoring pass measured
-    OUTPUT/distill_sampler/record/plan-0000000.parquet   an epoch's plan
-    OUTPUT/distill_sampler/record/left-0000000.parquet   which policy left out which sample
+    OUTPUT/distill_sampler/record/run.json                    whose record this is, and what its numbers mean
+    OUTPUT/distill_sampler/record/samples-HASH.parquet        what each sample is: the user's columns, lengths, hashes
+    OUTPUT/distill_sampler/record/pass-0000000-HASH.parquet   what a scoring pass measured
+    OUTPUT/distill_sampler/record/plan-0000000-HASH.parquet   an epoch's plan
+    OUTPUT/distill_sampler/record/left-0000000-HASH.parquet   which policy left out which sample
 
 A resume trims the record to its checkpoint: what came after it will happen again.
 """
@@ -17,13 +17,14 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from distill_sampler.artifacts.parts import read_part, write_part
 from distill_sampler.artifacts.passes import missing_column
@@ -39,7 +40,6 @@ T = TypeVar("T")
 RECORD = Path("distill_sampler", "record")
 """Where a run's record lies in its output folder."""
 RUN = "run.json"
-SAMPLES = "samples.parquet"
 
 
 class Entries(Sequence[T], Generic[T]):
@@ -76,10 +76,19 @@ class Record:
     """
 
     def __init__(self, folder: Path | None = None, *, write: bool = True) -> None:
-        self.folder = folder
+        self._folder = folder
+        self._run: str | None = None
         self._write = write
         self._passes: list[ScorePass] = []
         self._plans: list[Planned] = []
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the record lies. Another run may have moved it aside since."""
+        if self._folder is None or not self._run or read_run(self._folder).get("run") == self._run:
+            return self._folder
+        aside = _aside(self._folder, self._run)
+        return aside if aside.exists() else self._folder
 
     @property
     def passes(self) -> Sequence[ScorePass]:
@@ -105,14 +114,21 @@ class Record:
         Raises:
             OSError: the folder cannot be written.
         """
-        if self.folder is None or not self._write:
+        if self._folder is None or not self._write:
             self._passes, self._plans = [], []
+            self._run = run.get("run")
             return
-        if self.folder.exists() and read_run(self.folder).get("run") != run.get("run"):
-            set_aside(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_part(samples, self.folder / SAMPLES)
-        write_aside(self.folder / RUN, json.dumps(run, indent=1, default=str).encode())
+        if self._folder.exists() and read_run(self._folder).get("run") != run.get("run"):
+            if len(self.passes):
+                set_aside(self._folder)
+            else:
+                shutil.rmtree(self._folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._run = run.get("run")
+        for old in self._folder.glob("samples-*.parquet"):
+            old.unlink()
+        write_part(samples, self._folder, "samples")
+        write_aside(self._folder / RUN, json.dumps(run, indent=1, default=str).encode())
 
     def add_pass(self, taken: ScorePass) -> None:
         """Keep a scoring pass.
@@ -123,7 +139,7 @@ class Record:
         if self.folder is None:
             self._passes.append(taken)
         elif self._write:
-            write_part(_pass_table(taken), self._path("pass", self._count("pass")))
+            self._add("pass", self._count("pass"), _pass_table(taken))
 
     def add_plan(self, planned: Planned) -> None:
         """Keep a plan and its reasons.
@@ -140,8 +156,8 @@ class Record:
         told = {"epoch": planned.epoch, "step": planned.step, "start": planned.start, "passes": planned.passes}
         plan = pa.table({"sample": planned.plan.indices, "weight": planned.plan.weights})
         # the reasons first: a plan that is there has them
-        write_part(pa.table({"left_out_by": planned.left_out_by.astype(np.int16)}), self._path("left", number))
-        write_part(plan.replace_schema_metadata({b"record": json.dumps(told).encode()}), self._path("plan", number))
+        self._add("left", number, pa.table({"left_out_by": planned.left_out_by.astype(np.int16)}))
+        self._add("plan", number, plan.replace_schema_metadata({b"record": json.dumps(told).encode()}))
 
     def trim(self, passes: int, plans: int) -> None:
         """Forget what came after so many passes and plans.
@@ -153,7 +169,7 @@ class Record:
         if self.folder is None or not self._write:
             return
         for kind, kept in (("pass", passes), ("plan", plans), ("left", plans)):
-            for number, path in self._files(kind):
+            for number, path in self._files(kind).items():
                 if number >= kept:
                     path.unlink()
         if self._count("pass") < passes or self._count("plan") < plans:
@@ -169,28 +185,30 @@ class Record:
 
     # ---- Files ----
 
-    def _path(self, kind: str, number: int) -> Path:
+    def _add(self, kind: str, number: int, table: pa.Table) -> None:
         assert self.folder is not None
-        return self.folder / f"{kind}-{number:07d}.parquet"
+        for stale in self.folder.glob(f"{kind}-{number:07d}-*.parquet"):  # a kill came between reasons and plan
+            stale.unlink()
+        write_part(table, self.folder, f"{kind}-{number:07d}")
 
-    def _files(self, kind: str) -> list[tuple[int, Path]]:
+    def _files(self, kind: str) -> dict[int, Path]:
         assert self.folder is not None
-        found = ((re.fullmatch(rf"{kind}-(\d+)\.parquet", path.name), path) for path in self.folder.glob(f"{kind}-*"))
-        return sorted((int(match[1]), path) for match, path in found if match)
+        found = ((re.fullmatch(rf"{kind}-(\d+)-\w+\.parquet", p.name), p) for p in self.folder.glob(f"{kind}-*"))
+        return dict(sorted((int(match[1]), path) for match, path in found if match))
 
     def _count(self, kind: str) -> int:
         return len(self._files(kind))
 
     def _load_pass(self, place: int) -> ScorePass:
-        return _pass_of(read_part(self._files("pass")[place][1]))
+        return _pass_of(read_part(list(self._files("pass").values())[place]))
 
     def _load_plan(self, place: int) -> Planned:
-        number, path = self._files("plan")[place]
+        number, path = list(self._files("plan").items())[place]
         table = read_part(path)
         told = json.loads(table.schema.metadata[b"record"])
         return Planned(
             plan=EpochPlan(indices=table["sample"].to_numpy(), weights=table["weight"].to_numpy()),
-            left_out_by=read_part(self._path("left", number))["left_out_by"].to_numpy().astype(np.int64),
+            left_out_by=read_part(self._files("left")[number])["left_out_by"].to_numpy().astype(np.int64),
             **told,
         )
 
@@ -206,19 +224,20 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 def read_samples(folder: Path) -> pa.Table:
     """What each sample of a record is."""
-    return pq.read_table(folder / SAMPLES)
+    (path,) = folder.glob("samples-*.parquet")
+    return read_part(path)
 
 
 def set_aside(folder: Path) -> None:
     """Rename another run's record, and say so."""
-    name = read_run(folder).get("run") or "unknown"
-    aside = folder.with_name(f"{folder.name}-{name}")
-    number = 1
-    while aside.exists():
-        number += 1
-        aside = folder.with_name(f"{folder.name}-{name}-{number}")
+    aside = _aside(folder, str(read_run(folder).get("run") or uuid.uuid4().hex[:16]))
+    shutil.rmtree(aside, ignore_errors=True)  # an older state of the same run
     folder.rename(aside)
     logger.warning("%s held the record of another run; it was moved to %s.", folder, aside.name)
+
+
+def _aside(folder: Path, run: str) -> Path:
+    return folder.with_name(f"{folder.name}-{run}")
 
 
 def _pass_table(taken: ScorePass) -> pa.Table:

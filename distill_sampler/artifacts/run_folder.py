@@ -1,4 +1,4 @@
-"""A run's scores and plans as tables: from its record to `scores.parquet` and `plans.parquet`, for whoever analyses them.
+"""A run's scores and plans as tables: from its record to `scores.parquet` and `plans.parquet`.
 
 What a run resumes from lies in its checkpoints and needs neither.
 """
@@ -10,13 +10,45 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from distill_sampler.artifacts.parts import write_part
 from distill_sampler.artifacts.passes import missing_column
 from distill_sampler.artifacts.record import Record
-from distill_sampler.artifacts.schema import RUN_COLUMNS
+from distill_sampler.artifacts.schema import OWN_COLUMNS, RUN_COLUMNS
+from distill_sampler.dataset import ScoredDataset
 
 SCORES, PLANS = "scores.parquet", "plans.parquet"
+
+
+def column_values(dataset: ScoredDataset, name: str) -> pa.Array:
+    """A column of the data set.
+
+    Raises:
+        ValueError: there is no such column.
+    """
+    column = dataset.column(name)
+    return pa.DictionaryArray.from_arrays(pa.array(column.codes), pa.array(column.values)).dictionary_decode()
+
+
+def sample_rows(dataset: ScoredDataset, columns: Sequence[str]) -> pa.Table:
+    """One row for each sample: what it is, for people and for planning from files.
+
+    A column of the data that is called like one of ours gets `_in_data` behind its name.
+
+    Args:
+        dataset: the samples.
+        columns: of the data set.
+    """
+    return pa.table(
+        {
+            "sample": np.arange(len(dataset)),
+            **{name + "_in_data" * (name in OWN_COLUMNS): column_values(dataset, name) for name in columns},
+            "num_tokens": dataset.num_scored,
+            "length": dataset.lengths,
+            "content_hash": dataset.content_hash,
+            "prompt_hash": dataset.prompt_hash,
+        }
+    )
 
 
 def measurements(record: Record, samples: pa.Table, columns: Sequence[str] | None) -> pa.Table:
@@ -73,8 +105,13 @@ def write_tables(record: Record, samples: pa.Table, facts: dict[bytes, bytes], f
         OSError: the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_part(measurements(record, samples, None).replace_schema_metadata(facts), folder / SCORES)
-    write_part(plan_rows(record, samples, None).replace_schema_metadata(facts), folder / PLANS)
+    for name, table in (
+        (SCORES, measurements(record, samples, None)),
+        (PLANS, plan_rows(record, samples, None)),
+    ):
+        unfinished = folder / f"{name}.unfinished"
+        pq.write_table(table.replace_schema_metadata(facts), unfinished, compression="zstd")
+        unfinished.rename(folder / name)
 
 
 def _ordered(of_samples: Sequence[str], own: Sequence[str]) -> list[str]:

@@ -1,9 +1,10 @@
 """The one schema of scores and plans on disk: names of columns, what the metadata says, and how metrics come back.
 
-A scores file has a row for each measurement. `sample` counts the rows of the prepared data; the user's own columns follow
-(prompt id, teacher, correctness, …); a run's file then has `pass`, `epoch`, `step` and `observed`; all have `num_tokens`
-(of the response), `length` (prompt included), `content_hash` and `prompt_hash`, the numbers of the metrics, and for each
-metric a column `…_missing` that says why there is no score. The metadata holds what the numbers belong to.
+A scores file has a row for each measurement. `sample` counts the rows of the prepared data; the user's own columns
+follow (prompt id, teacher, correctness, …), then `num_tokens` (of the response), `length` (prompt included),
+`content_hash` and `prompt_hash`. A run's file then has `pass`, `epoch`, `step` and `observed`. The numbers of the
+metrics follow, and for each metric a column `…_missing` that says why there is no score. The metadata holds what the
+numbers belong to.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from distill_sampler import metrics as metrics_package
 from distill_sampler.planning.why import facts_of
 from distill_sampler.serialize import as_typed, described
 from distill_sampler.specs import parse_metrics
@@ -86,6 +88,22 @@ def metrics_from(facts: Iterable[Mapping[str, Any]]) -> dict[str, Metric]:
             pass
         found[metric.name] = metric
     return found
+
+
+def metrics_of(facts: Mapping[str, Any], names: Sequence[str]) -> dict[str, Metric]:
+    """The metrics of a file by name: those that it names, or in a table made by hand those whose columns it has.
+
+    Args:
+        facts: what the file says of itself.
+        names: its columns.
+    """
+    told = facts.get("metrics")
+    if isinstance(told, list) and all(isinstance(one, dict) for one in told):
+        found = metrics_from(told)
+    else:
+        usual: list[Metric] = [getattr(metrics_package, name)() for name in metrics_package.METRICS]
+        found = {metric.name: metric for metric in usual}
+    return {name: metric for name, metric in found.items() if set(metric.columns) <= set(names)}
 
 
 def run_facts(

@@ -17,11 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distill_sampler import metrics as metrics_package
 from distill_sampler.artifacts.passes import missing_column
 from distill_sampler.artifacts.record import RECORD, Record, read_run, read_samples
 from distill_sampler.artifacts.run_folder import PLANS, SCORES, measurements, plan_rows
-from distill_sampler.artifacts.schema import decoded, metrics_from
+from distill_sampler.artifacts.schema import decoded, metrics_of
 from distill_sampler.column_names import DOMAINS, GROUPS, TEACHERS, VERDICTS
 from distill_sampler.planning.why import Choice, PolicyFacts
 from distill_sampler.store import drifted
@@ -122,7 +121,7 @@ class Scores:
             if path.is_dir() and planned.exists():
                 plans = lambda: pq.read_table(planned, columns=["epoch", "sample"])  # noqa: E731
             path = file
-        metrics = _metrics_of(facts, names)
+        metrics = metrics_of(facts, names)
         if not metrics or "sample" not in names:
             raise ValueError(
                 f"{path} holds no scores (its columns: {', '.join(names[:12])}). Give the file that `distill-sampler "
@@ -395,20 +394,6 @@ def _schema_of(file: Path) -> pa.Schema:
         return pq.read_schema(file)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file} is no Parquet file ({str(error).splitlines()[0]}).") from None
-
-
-def _metrics_of(facts: Mapping[str, Any], names: Sequence[str]) -> dict[str, Metric]:
-    """The metrics that a file names; in a table that somebody made by hand, those whose columns it has."""
-    told = facts.get("metrics")
-    if isinstance(told, list) and all(isinstance(one, dict) for one in told):
-        return {name: metric for name, metric in metrics_from(told).items() if set(metric.columns) <= set(names)}
-    usual: dict[str, Metric] = {}
-    for item in (getattr(metrics_package, name) for name in metrics_package.__all__):
-        if isinstance(item, type) and issubclass(item, Metric):
-            metric = item()
-            if set(metric.columns) <= set(names):
-                usual[metric.name] = metric
-    return usual
 
 
 def _float_columns(table: pa.Table, names: Sequence[str]) -> dict[str, FloatArray]:

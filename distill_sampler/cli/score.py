@@ -39,7 +39,6 @@ from distill_sampler.cli.loading import Student, load_student, pick_device
 from distill_sampler.dataset import ScoredDataset, response_mask
 from distill_sampler.distributed import Ranks
 from distill_sampler.integrations.transformers import end_token_ids
-
 from distill_sampler.reading.reduce import columns_of
 from distill_sampler.reading.token_stats import fastest
 from distill_sampler.serialize import hash_of, require_writable

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from distill_sampler.artifacts.scorefile import Scores
-from distill_sampler.report.leaderboard import Estimate, Leaderboard, rank_domains, rank_teachers, tell_domains
+from distill_sampler.report.leaderboard import Leaderboard, rank_domains, rank_teachers, tell_domains
+from distill_sampler.report.verdict import Estimate
 
 
 def run(path: Path, *, metric: str | None, epoch: int | None, shared: bool, **columns: str | None) -> None:

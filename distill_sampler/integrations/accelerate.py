@@ -67,8 +67,8 @@ class CurriculumLoop:
         for name in ("dispatch_batches", "split_batches"):
             if getattr(accelerator.dataloader_config, name):
                 raise ValueError(
-                    f"DataLoaderConfiguration({name}=True) deals out batches in another order than planned. Leave it at "
-                    "False."
+                    f"DataLoaderConfiguration({name}=True) deals out batches in another order than planned. Leave it "
+                    "at False."
                 )
         if sample_log and output_dir is None:
             raise ValueError("sample_log=True writes into the output folder; give output_dir= too.")
@@ -112,8 +112,8 @@ class CurriculumLoop:
     def batches(self, model: nn.Module, loader: Any) -> Iterator[Any]:
         """Score and plan the epoch, then give its batches.
 
-        Train on each batch before you take the next one: a whole forward and backward pass, and the optimizer step if it
-        is time for one.
+        Train on each batch before you take the next one: a whole forward and backward pass, and the optimizer step if
+        it is time for one.
 
         Args:
             model: the student, as `accelerator.prepare` returned it.

@@ -91,7 +91,7 @@ def require_exact(batch: Batch, plan: EpochPlan) -> None:
     if len(wrong):
         planned = plan.indices[(batch.place + wrong[0]) % len(plan)]
         raise ValueError(
-            f"The batch does not hold the tokens of sample {planned}, which the plan has there, so weights and scores "
-            "cannot be told whose they are. Is there a collator that changes or cuts tokens? Do that in the data set, or "
+            f"The batch does not hold the tokens of sample {planned}, which the plan has there, so its weights and "
+            "scores cannot be assigned. Is there a collator that changes or cuts tokens? Do that in the data set, or "
             "leave out observe=True and policies that weight."
         )

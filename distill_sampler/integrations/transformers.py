@@ -1,7 +1,7 @@
 """Hugging Face `Trainer` and everything built on it that leaves the order of samples to it, TRL's `SFTTrainer` first.
 
-`attach` wires a curriculum into a trainer that has been constructed: a sampler, a callback (`callback.py`), a few methods
-wrapped on the instance (`seams.py`), and taps on the batches where something rides on them. No subclass is needed, and
+`attach` wires a curriculum into a trainer that has been constructed: a sampler, a callback (`callback.py`), a few
+methods wrapped on the instance (`seams.py`), and taps on the batches where they are needed. No subclass is needed, and
 nothing travels through columns, collators or workers: a batch's samples are recognised by their tokens.
 """
 

@@ -10,6 +10,17 @@ from distill_sampler.metrics.global_naturalness import GlobalNaturalness
 from distill_sampler.metrics.local_naturalness import LocalNaturalness
 from distill_sampler.metrics.rank_surprisal_ratio import RankSurprisalRatio
 
+METRICS = (
+    "AslecDrop",
+    "GlobalNaturalness",
+    "LocalNaturalness",
+    "Random",
+    "RankSurprisalRatio",
+    "ResponseLength",
+    "RuleQuality",
+)
+"""The classes of metrics."""
+
 __all__ = [
     "AslecDrop",
     "GlobalNaturalness",

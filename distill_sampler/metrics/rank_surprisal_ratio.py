@@ -48,6 +48,7 @@ class RankSurprisalRatio(Metric):
 
     def reduce(self, sample: Sample, stats: Sequence[TokenStats]) -> Mapping[str, float]:
         (tokens,) = stats
+        assert tokens.rank is not None, "the student gives ranks"
         mean_rank = float(np.minimum(tokens.rank, self.rank_clip).mean())
         mean_surprisal = float(tokens.surprisal.mean(dtype=np.float64))
         return dict(zip(self.columns, (mean_rank, mean_surprisal, ratio(mean_rank, mean_surprisal)), strict=True))

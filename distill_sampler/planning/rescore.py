@@ -29,7 +29,7 @@ class Clock:
     """Seconds of them that scoring took."""
     tokens_per_second: float = 0.0
     """Tokens of samples in a second of scoring, in the last pass."""
-    _last: float = field(default_factory=time.perf_counter, repr=False, compare=False)
+    _last: float = field(default_factory=lambda: time.perf_counter(), repr=False, compare=False)
 
     def tick(self) -> float:
         """Count the time since the last tick as the run's. Gives the time of now."""

@@ -196,8 +196,8 @@ class Choice:
         return f" ({reason})" if reason else ""
 
     def _standings(self, place: int) -> tuple[IntArray, IntArray, IntArray]:
-        """For the policy at `place`, `[samples]` each: the sample's rank from 0 among its rivals, how many rivals there
-        are, and which is the best. Rivals are the samples that the policy was given, of the same group if it has one."""
+        """For the policy at `place`, `[samples]` each: the sample's rank among its rivals, from 0, the number of rivals,
+        and the best one. Rivals are the samples that the policy was given, of the same group if it has any."""
         if place not in self._ranked:
             policy = self.policies[place]
             given = np.flatnonzero((self.left_out_by == KEPT) | (self.left_out_by >= place))

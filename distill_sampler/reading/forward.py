@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -133,7 +133,7 @@ class Forward:
             stats["rank"] = stats["rank"] + stats["ties"] / 2
         bounds = np.cumsum([int(view.scored.sum()) for view in views])[:-1]
         pieces = {name: np.split(values.cpu().numpy(), bounds) for name, values in stats.items()}
-        return [TokenStats(**{name: pieces[name][row] for name in pieces}) for row in range(len(views))]
+        return [token_stats_of({name: pieces[name][row] for name in pieces}) for row in range(len(views))]
 
     def prefix(self, prompts: Sequence[IntArray]) -> Prefix:
         """Read prompts that views begin with. One forward of the student."""
@@ -351,6 +351,11 @@ def forward_of(head: nn.Module, forward: Any) -> Iterator[None]:
             del head.forward
         else:
             head.forward = before
+
+
+def token_stats_of(arrays: Mapping[str, Any]) -> TokenStats:
+    """The statistics of one view, from arrays named like the fields."""
+    return TokenStats(**arrays)
 
 
 def _own_logits(logits: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -36,6 +37,9 @@ _BLOCK_BATCHES = 4
 
 _IDLE = View(input_ids=np.zeros(2, np.int64), scored=np.array([False, True]))
 """What a process reads while others still have batches, so that all take part in every forward pass."""
+
+
+_SAID: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 class ModelReader(Reader):
@@ -67,8 +71,8 @@ class ModelReader(Reader):
     ) -> None:
         unwrap(model)
         self.model = model
-        self.said: set[str] = set()
-        """What has been reported once and need not be again."""
+        self.said = _SAID.setdefault(model, set())
+        """What has been reported of this model once and need not be again."""
         self._frozen = frozen
         self._tokenizer = tokenizer
         self._batch_tokens = batch_tokens

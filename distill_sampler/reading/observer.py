@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from distill_sampler.dataset import ScoredDataset
-from distill_sampler.reading.forward import forward_of, reading, unwrap
+from distill_sampler.reading.forward import forward_of, reading, token_stats_of, unwrap
 from distill_sampler.reading.reduce import columns_of, data_columns_of, extras_of, reduced
 from distill_sampler.reading.token_stats import LogitTransform, chunk_for, linear, module, token_stats
-from distill_sampler.types import Batch, FloatArray, IntArray, Metric, Missing, Sample, TokenStats
+from distill_sampler.types import Batch, FloatArray, IntArray, Metric, Missing, Sample
 
 Whole = Callable[[nn.Module], AbstractContextManager[tuple[Tensor, Tensor | None]]]
 """Weight and bias of a linear output head, gathered if they are sharded. Every process enters it."""
@@ -125,7 +125,7 @@ class Observer:
                     continue
                 assert all(np.array_equal(view.input_ids, sample.input_ids) for view in views)
                 wanted = [view.scored[sample.scored] for view in views]
-                of_views = [TokenStats(**{name: own[name][which] for name in own}) for which in wanted]
+                of_views = [token_stats_of({name: own[name][which] for name in own}) for which in wanted]
                 numbers, missing[metric.name][row] = reduced(metric, sample, of_views)
                 for name, number in zip(metric.columns, numbers, strict=True):
                     rows[name][row] = number

@@ -4,14 +4,14 @@ Samples are scored in blocks, the longest first. Of each block every process rea
 whole block reach every process. Which views a reader takes into one batch is its own business (`model_reader.py`), how
 statistics become numbers is the metrics'.
 
-A sample whose view is longer than its reader's positions has no score by that metric, and the pass goes on. A metric that
-approximates another one is first compared with it on a few samples.
+A sample whose view is longer than its reader's positions has no score by that metric, and the pass goes on. A metric
+that approximates another one is first compared with it on a few samples.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -25,12 +25,13 @@ from distill_sampler.dataset import ScoredDataset
 from distill_sampler.distributed import Ranks
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.reading.blocks import blocks_of, units_of
+from distill_sampler.reading.desk import Desk, whole_view
 from distill_sampler.reading.model_reader import ModelReader
-from distill_sampler.reading.readings import Key, Readings
+from distill_sampler.reading.readings import Readings
 from distill_sampler.reading.reduce import columns_of, data_columns_of, extras_of, reduced
+from distill_sampler.reading.scored import Scored
 from distill_sampler.reading.token_stats import Impl
 from distill_sampler.types import (
-    STUDENT,
     BoolArray,
     FloatArray,
     IntArray,
@@ -39,55 +40,12 @@ from distill_sampler.types import (
     PassInfo,
     Read,
     Reader,
-    Sample,
-    TokenStats,
-    View,
 )
 
 logger = logging.getLogger(__name__)
 
 _EXAMPLES = 64
 """Samples that a reader is shown before a pass: the shortest ones."""
-
-
-@documents_fields
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Scored:
-    """The numbers of some samples, as soon as they are known."""
-
-    indices: IntArray
-    """`[samples]` which samples."""
-    columns: Mapping[str, FloatArray]
-    """`[samples]` each; NaN where a sample has no score."""
-    missing: Mapping[str, IntArray]
-    """By metric, `[samples]` why a sample has no score (`Missing`); 0 where it has one."""
-    tokens: int
-    """Tokens that went through the readers for them, without padding."""
-    tokens_of: Mapping[str, int]
-    """By metric, the tokens of the views that it asked for, as if it were the only metric. A prompt that several views
-    share counts in equal parts."""
-    traces: Mapping[int, TokenStats] = field(default_factory=dict)
-    """The student's token statistics of those samples whose traces were asked for."""
-
-    def without_score(self, reason: Missing) -> IntArray:
-        """The samples that some metric has no score for, for this reason."""
-        found = np.any([codes == reason for codes in self.missing.values()], axis=0) if self.missing else False
-        return self.indices[np.broadcast_to(found, len(self.indices))]
-
-    @property
-    def non_finite(self) -> IntArray:
-        """Samples for which some reader's logits were NaN or infinite."""
-        return self.without_score(Missing.NON_FINITE)
-
-    @property
-    def too_long(self) -> IntArray:
-        """Samples with a view of more tokens than its reader has positions for."""
-        return self.without_score(Missing.TOO_LONG)
-
-    @property
-    def not_applicable(self) -> IntArray:
-        """Samples that some metric does not apply to."""
-        return self.without_score(Missing.NOT_APPLICABLE)
 
 
 @documents_fields
@@ -204,7 +162,7 @@ class Scorer:
                 info=PassInfo(
                     statistics=extras_of(metrics),
                     tokens=int(dataset.num_scored[indices].sum()),
-                    examples=[_whole(sample) for sample in reversed(dataset.samples(indices[-_EXAMPLES:]))],
+                    examples=[whole_view(sample) for sample in reversed(dataset.samples(indices[-_EXAMPLES:]))],
                 ),
             )
             for block in blocks_of(dataset.lengths[indices], units, block_tokens):
@@ -215,7 +173,7 @@ class Scorer:
         work.report_too_long()
 
     def numerics(self, model: nn.Module) -> dict[str, str]:
-        """What, besides the weights, decides the scores beyond rounding in the last bits; see `ModelReader.numerics`."""
+        """What, besides the weights, decides the scores beyond rounding; see `ModelReader.numerics`."""
         return self.reader(model).numerics
 
     def _compare(
@@ -275,10 +233,11 @@ class _Pass:
         tokens_of_unit = np.bincount(unit, self.dataset.lengths[block]).astype(np.int64)
         share = np.flatnonzero(np.isin(unit, self.ranks.share(tokens_of_unit)))
         samples = self.dataset.samples(block[share], data_columns_of(self.metrics))
-        desk = _Desk(self)
+        desk = Desk(self.student, self.metrics, kept=self.kept, statistics=self.info.statistics)
         wanted = [[desk.ask(metric, sample) for metric in self.metrics] for sample in samples]
         traced = [desk.ask_whole(sample) if sample.index in self.traces else None for sample in samples]
-        desk.read(int(self.dataset.lengths[block].sum()))
+        self.scale = int(self.dataset.lengths[block].sum()) / max(desk.tokens, 1)
+        desk.read(self.open)
 
         # one row for each sample of the block; a row is filled by the process that read the sample, zero elsewhere
         names = columns_of(self.metrics)
@@ -343,84 +302,3 @@ class _Pass:
             names,
             self.student.positions,
         )
-
-
-class _Desk:
-    """The views that a block needs, each asked for once, and what the readers made of them."""
-
-    def __init__(self, work: _Pass) -> None:
-        self._work = work
-        self._readers: dict[str, Reader] = {work.student.identity: work.student}
-        for metric in work.metrics:
-            self._readers |= {reader.identity: reader for reader in metric.readers.values()}
-        self._views: dict[tuple[str, int], View] = {}
-        """By place: the reader's identity, and a number among its views."""
-        self._places: dict[tuple[str, int, tuple[bytes, bytes]], tuple[str, int]] = {}
-        self._counts: dict[str, int] = dict.fromkeys(self._readers, 0)
-        self.stats: dict[tuple[str, int], TokenStats] = {}
-
-    def ask(self, metric: Metric, sample: Sample) -> list[tuple[str, int]] | Missing:
-        """The places of a metric's views of a sample; or why there are none.
-
-        Raises:
-            ValueError: a view names a reader that the metric does not have.
-        """
-        views = metric.views(sample)
-        if views is None:
-            return Missing.NOT_APPLICABLE
-        readers = [self._reader_of(metric, view) for view in views]
-        if any(len(view.input_ids) > reader.positions for view, reader in zip(views, readers, strict=True)):
-            return Missing.TOO_LONG
-        return [self._place(reader, sample, view) for reader, view in zip(readers, views, strict=True)]
-
-    def ask_whole(self, sample: Sample) -> tuple[str, int] | None:
-        """The place of the student's view of the whole sample; None if that is too long."""
-        student = self._work.student
-        return None if len(sample.input_ids) > student.positions else self._place(student, sample, _whole(sample))
-
-    def read(self, progress: int) -> None:
-        """Have everything read. Progress is counted as so many tokens in all."""
-        ranks, kept = self._work.ranks, self._work.kept
-        self._work.scale = progress / max(sum(len(view.input_ids) for view in self._views.values()), 1)
-        for identity, reader in self._readers.items():
-            places = [place for place in self._views if place[0] == identity]
-            keys: dict[tuple[str, int], Key] = {}
-            if reader.frozen:
-                keys = {place: Readings.key(reader, self._views[place]) for place in places}
-                known = {place: kept.get(key, self._work.info.statistics) for place, key in keys.items()}
-                self.stats |= {place: replace(stats, cost=0.0) for place, stats in known.items() if stats is not None}
-                places = [place for place in places if place not in self.stats]
-                if not ranks.most(len(places)):
-                    continue
-            found = self._work.open(reader)([self._views[place] for place in places])
-            self.stats |= dict(zip(places, found, strict=True))
-            if reader.frozen:
-                for some in ranks.gather([(keys[place], self.stats[place]) for place in places]):
-                    kept.keep(some)
-
-    def cost(self, place: tuple[str, int]) -> float:
-        """Tokens that went through the reader for a view."""
-        cost = self.stats[place].cost
-        return len(self._views[place].input_ids) if cost is None else cost
-
-    def _place(self, reader: Reader, sample: Sample, view: View) -> tuple[str, int]:
-        key = (reader.identity, sample.index, view.identity)
-        if key not in self._places:
-            place = self._places[key] = (reader.identity, self._counts[reader.identity])
-            self._views[place] = view
-            self._counts[reader.identity] += 1
-        return self._places[key]
-
-    def _reader_of(self, metric: Metric, view: View) -> Reader:
-        if view.reader == STUDENT:
-            return self._work.student
-        if view.reader not in metric.readers:
-            raise ValueError(
-                f"{type(metric).__name__}.views names the reader '{view.reader}', but its readers are "
-                f"{', '.join(map(repr, (STUDENT, *metric.readers)))}."
-            )
-        return metric.readers[view.reader]
-
-
-def _whole(sample: Sample) -> View:
-    return View(input_ids=sample.input_ids, scored=sample.scored)

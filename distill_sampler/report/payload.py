@@ -20,7 +20,8 @@ from distill_sampler.artifacts.schema import TRACE_COLUMNS
 from distill_sampler.artifacts.scorefile import Scores
 from distill_sampler.planning.why import Choice
 from distill_sampler.policies import BestOf
-from distill_sampler.report.leaderboard import Estimate, Leaderboard, rank_domains, rank_teachers, tell_domains
+from distill_sampler.report.leaderboard import Leaderboard, rank_domains, rank_teachers, tell_domains
+from distill_sampler.report.verdict import Estimate
 from distill_sampler.types import Column, FloatArray, IntArray, Policy
 
 MAX_POINTS = 4000
@@ -119,7 +120,7 @@ def _mark(character: str) -> str:
 
 
 def _choice(scores: Scores, policies: Sequence[Policy], seed: int, metric: str, groups: Column | None) -> Choice | None:
-    """By the policies that were given; else what a run planned last; else the best of each prompt, if there is a choice."""
+    """By the policies that were given; else what a run planned last; else the best response of each prompt."""
     if policies:
         return scores.choose(policies, seed=seed)
     if scores.load_plans is not None:

@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
-from distill_sampler.integrations.parallelism import refuse_parallelism
+from distill_sampler.integrations.refusals import refuse_parallelism
 
 parser = argparse.ArgumentParser()
 parser.add_argument("student")

@@ -8,7 +8,7 @@ import pytest
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.utils import DeepSpeedPlugin
 
-from distill_sampler.integrations.parallelism import refuse_parallelism
+from distill_sampler.integrations.refusals import refuse_parallelism
 from tests import tiny
 from tests.distributed.launcher import launch
 

@@ -22,8 +22,7 @@ from distill_sampler import (
     attach,
 )
 from distill_sampler.integrations.loss_weights import LossWeights
-from distill_sampler.types import Batch
-from distill_sampler.types import Pool
+from distill_sampler.types import Batch, Policy, Pool
 from tests import tiny
 
 POLICIES = [WeightBySoftmax("global_naturalness", temperature=0.3), Shuffle()]
@@ -142,11 +141,8 @@ def test_the_split_into_batches_and_accumulation_makes_no_difference(
 
 
 @dataclass(frozen=True)
-class OnesInTheEnd:
+class OnesInTheEnd(Policy):
     """Weights while the trainer is set up, all one when it trains."""
-
-    uses_metrics: tuple[str, ...] = ()
-    uses_columns: tuple[str, ...] = ()
 
     def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
         weights = np.linspace(0.5, 1.5, len(plan)) if pool.dry_run else np.ones(len(plan))
@@ -163,7 +159,7 @@ def test_weights_of_one_change_no_bit(kind: str, tmp_path: Path, tokenizer: PreT
         trainer.train()
         runs.append((trainer, curriculum))
     (ours, first), (stock, second) = runs
-    assert (first.gives_weights, second.gives_weights) == (True, False)
+    assert (first.planner.gives_weights, second.planner.gives_weights) == (True, False)
     assert (first.plans[0].weights == 1).all()
     assert first.plans[0] == second.plans[0]
     assert [line.get("loss") for line in ours.state.log_history] == [
@@ -208,7 +204,14 @@ def test_the_first_token_of_a_sample_weighs_what_its_sample_does() -> None:
     tokens = torch.tensor([rows[0], [11, 11, *rows[1]]])
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
     batch = Batch(
-        samples=np.array([0, 1]), weights=np.array(weights), starts=np.array([0, 6]), lengths=np.array([4, 2])
+        samples=np.array([0, 1]),
+        weights=np.array(weights),
+        starts=np.array([0, 6]),
+        lengths=np.array([4, 2]),
+        shape=(2, 4),
+        place=0,
+        epoch=0,
+        step=0,
     )
 
     def losses() -> torch.Tensor:
@@ -216,10 +219,11 @@ def test_the_first_token_of_a_sample_weighs_what_its_sample_does() -> None:
         logits = model(input_ids=tokens, attention_mask=mask).logits[:, :-1]
         return torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
 
-    with LossWeights(model) as loss_weights:
-        loss_weights.expect(batch, tokens.shape)
+    tap = LossWeights()
+    with tap.open(model, step=0):
+        tap.before(batch)
         losses().sum().backward()
-        loss_weights.done()
+        tap.after(batch)
     ours = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
     (torch.tensor(weights)[:, None] * losses()).sum().backward()

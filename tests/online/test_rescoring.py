@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from distill_sampler import BestOf, Curriculum, RankSurprisalRatio, Rescore, ScoredDataset, Scorer, Shuffle
 from distill_sampler.planning.rescore import Clock, choose
-from distill_sampler.store import ScoreStore
+from distill_sampler.store import ScoreStore, replay
 from tests import tiny
 
 RSR = "rank_surprisal_ratio"
@@ -103,19 +103,20 @@ def test_what_is_not_scored_moves_with_those_that_are() -> None:
     some = np.arange(0, 100, 7)
     store.begin(epoch=0, step=0)
     store.write(np.arange(100), {"score": old})
-    store.settle()
+    passes = [store.settle()]
     assert not store.estimated.any()
     store.begin(epoch=1, step=5)
     store.write(some, {"score": truth[some]})
-    store.settle()
+    passes.append(store.settle())
     np.testing.assert_allclose(store.latest["score"], truth, rtol=1e-5)
     assert np.flatnonzero(~store.estimated).tolist() == some.tolist()
     assert store.step[some].tolist() == [5] * len(some)
     assert (store.step[store.estimated] == 0).all()  # the age is that of the measurement
-    np.testing.assert_allclose(store.before(2)["score"], truth, rtol=1e-5)
+    known = replay(passes, {"score": np.full(100, np.nan, np.float32)})
+    np.testing.assert_array_equal(known["score"], store.latest["score"])
 
 
-def test_what_was_chosen_by_score_tells_of_the_others_only_if_nobody_was_asked() -> None:
+def test_the_drift_comes_from_samples_that_were_scored_on_purpose_where_there_are_any() -> None:
     store = ScoreStore(6, ["score"], {})
     for step, asked in ((0, range(6)), (1, []), (2, [2, 3])):
         if step:
@@ -123,12 +124,12 @@ def test_what_was_chosen_by_score_tells_of_the_others_only_if_nobody_was_asked()
         store.begin(epoch=step, step=step)
         if len(asked):
             store.write(np.array(asked), {"score": np.full(len(asked), step + 1, np.float32)})
-        store.settle()
+        taken = store.settle()
         if step == 1:  # 1 became 5 and 6
             assert store.latest["score"].tolist() == [5, 6, 5.5, 5.5, 5.5, 5.5]
     assert store.latest["score"].tolist() == [10, 12, 3, 3, 3, 3]  # with those that were asked, not with 5 to 10
     assert store.estimated.tolist() == [False] * 4 + [True] * 2
-    assert [some.observed for some in store.history[2].measured] == [True, False]
+    assert [some.observed for some in taken.measured] == [True, False]
 
 
 def test_an_estimate_keeps_who_is_better() -> None:
@@ -164,7 +165,7 @@ def test_a_share_of_the_time_is_obeyed(
     dataset: ScoredDataset, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = itertools.count(0, 0.1)  # each look at the clock takes a tenth of a second, so each pass does
-    monkeypatch.setattr("distill_sampler.curriculum.time", SimpleNamespace(perf_counter=lambda: next(now)))
+    monkeypatch.setattr("distill_sampler.planning.rescore.time", SimpleNamespace(perf_counter=lambda: next(now)))
     curriculum = bound(dataset, Rescore(max_share=0.2))
     curriculum.start_epoch(0, model)
     for epoch in range(1, 8):
@@ -213,7 +214,7 @@ def test_the_history_is_a_learning_curve_of_each_sample(dataset: ScoredDataset) 
     for epoch in range(3):
         curriculum.start_epoch(epoch, tiny.model(seed=epoch), step=10 * epoch)
     table = curriculum.history("teacher", "prompt_id")
-    assert table.column_names[:6] == ["sample", "teacher", "prompt_id", "epoch", "step", "observed"]
+    assert table.column_names[:7] == ["sample", "teacher", "prompt_id", "pass", "epoch", "step", "observed"]
     assert table.num_rows == 18 + 9 + 9
     curve = table.filter((np.asarray(table["sample"]) == 4).tolist())
     assert curve["step"].to_pylist() in ([0, 10], [0, 20])

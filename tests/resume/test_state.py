@@ -12,6 +12,7 @@ import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill_sampler import BestOf, Curriculum, EpochPlan, RankSurprisalRatio, ScoredDataset, Scorer, Shuffle
+from distill_sampler.artifacts.parts import Parts
 from distill_sampler.serialize import pack, unpack
 from distill_sampler.store import ScoreStore
 from tests import tiny
@@ -19,7 +20,7 @@ from tests import tiny
 RSR = "rank_surprisal_ratio"
 
 
-def bound(dataset: ScoredDataset, journal: Path | None = None, **changes: Any) -> Curriculum:
+def bound(dataset: ScoredDataset, folder: Path | None = None, **changes: Any) -> Curriculum:
     settings: dict[str, Any] = {
         "metrics": [RankSurprisalRatio()],
         "policies": [BestOf(RSR, per="prompt_id"), Shuffle()],
@@ -28,7 +29,7 @@ def bound(dataset: ScoredDataset, journal: Path | None = None, **changes: Any) -
     }
     curriculum = Curriculum(**settings)
     curriculum.bind(dataset)
-    curriculum.journal = journal
+    curriculum.keep(folder, run="one")
     return curriculum
 
 
@@ -167,23 +168,23 @@ def forwards(model: PreTrainedModel, limit: int | None = None) -> list[int]:
     return rows
 
 
-def interrupted(dataset: ScoredDataset, journal: Path, limit: int = 18, **changes: Any) -> None:
+def interrupted(dataset: ScoredDataset, folder: Path, limit: int = 18, **changes: Any) -> None:
     model = tiny.model()
     forwards(model, limit)
     with pytest.raises(Interruption):
-        bound(dataset, journal, **changes).start_epoch(0, model)
+        bound(dataset, folder, **changes).start_epoch(0, model)
 
 
 def test_an_interrupted_pass_does_only_the_rest_and_ends_with_the_same_scores(
     dataset: ScoredDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    journal = tmp_path / "run" / "scoring.journal"
+    folder = tmp_path / "run"
     whole = bound(dataset)
     model = tiny.model()
     all_rows = forwards(model)
     plan = whole.start_epoch(0, model)
-    interrupted(dataset, journal)
-    rest, model = bound(dataset, journal), tiny.model()
+    interrupted(dataset, folder)
+    rest, model = bound(dataset, folder), tiny.model()
     rows = forwards(model)
     assert rest.start_epoch(0, model) == plan
     assert "of 18 samples were scored before the interruption" in caplog.text
@@ -191,7 +192,7 @@ def test_an_interrupted_pass_does_only_the_rest_and_ends_with_the_same_scores(
     for name, values in whole.store.latest.items():
         assert rest.store.latest[name].tobytes() == values.tobytes()
     # and once it is through, a kill before the next checkpoint costs nothing
-    again, model = bound(dataset, journal), tiny.model()
+    again, model = bound(dataset, folder), tiny.model()
     rows = forwards(model)
     assert again.start_epoch(0, model) == plan
     assert len(rows) <= 6  # what the model does to its logits and to shared prompts is found out anew
@@ -204,43 +205,46 @@ def test_an_interrupted_pass_does_only_the_rest_and_ends_with_the_same_scores(
         {"metrics": [RankSurprisalRatio(rank_clip=7)]},
     ],
 )
-def test_a_journal_of_another_pass_is_not_taken_up(
+def test_parts_of_another_pass_is_not_taken_up(
     change: dict[str, Any], dataset: ScoredDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    interrupted(dataset, tmp_path / "journal")
-    bound(dataset, tmp_path / "journal", **change).start_epoch(0, tiny.model())
-    interrupted(dataset, tmp_path / "journal")
-    bound(dataset, tmp_path / "journal").start_epoch(0, tiny.model(seed=1))
-    interrupted(dataset, tmp_path / "journal")
-    bound(dataset, tmp_path / "journal").start_epoch(1, tiny.model())
+    interrupted(dataset, tmp_path)
+    bound(dataset, tmp_path, **change).start_epoch(0, tiny.model())
+    interrupted(dataset, tmp_path)
+    bound(dataset, tmp_path).start_epoch(0, tiny.model(seed=1))
+    interrupted(dataset, tmp_path)
+    bound(dataset, tmp_path).start_epoch(1, tiny.model())
+    interrupted(dataset, tmp_path)
+    bound(dataset, tmp_path).start_epoch(0, tiny.model().bfloat16())
     assert "before the interruption" not in caplog.text
 
 
-@pytest.mark.parametrize("damage", ["cut off", "flipped", "foreign", "empty"])
-def test_a_damaged_journal_gives_the_same_scores(
+@pytest.mark.parametrize("damage", ["cut off", "flipped", "foreign", "empty", "gone"])
+def test_damaged_parts_are_scored_again_and_give_the_same_scores(
     damage: str, dataset: ScoredDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    journal = tmp_path / "journal"
     whole = bound(dataset)
     plan = whole.start_epoch(0, tiny.model())
-    interrupted(dataset, journal)
-    content = journal.read_bytes()
-    lines = content.splitlines(keepends=True)
-    assert len(lines) > 3
-    journal.write_bytes(
-        {
-            "cut off": content[:-20],
-            "flipped": b"".join([*lines[:2], lines[2].replace(b"a", b"b"), *lines[3:]]),
-            "foreign": b"\x00\x01 something else\n\xff",
-            "empty": b"",
-        }[damage]
-    )
-    rest = bound(dataset, journal)
-    assert rest.start_epoch(0, tiny.model()) == plan
+    interrupted(dataset, tmp_path)
+    parts = Parts(tmp_path / "distill_sampler" / "scoring.parts").paths()
+    assert len(parts) > 2
+    content = parts[1].read_bytes()
+    middle = len(content) // 3
+    damaged = {
+        "cut off": content[:-20],
+        "flipped": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+        "foreign": b"\x00\x01 something else\n\xff",
+        "empty": b"",
+    }
+    if damage == "gone":
+        parts[1].unlink()
+    else:
+        parts[1].write_bytes(damaged[damage])
+    rest, model = bound(dataset, tmp_path), tiny.model()
+    assert rest.start_epoch(0, model) == plan
     for name, values in whole.store.latest.items():
         assert rest.store.latest[name].tobytes() == values.tobytes()
-    if damage in ("cut off", "flipped"):
-        assert "ends in the middle of a block" in caplog.text
+    assert "is damaged; what it held, and what came after it, is done again" in caplog.text
 
 
 def test_where_nothing_can_be_written_scoring_goes_on_and_says_so(
@@ -248,18 +252,19 @@ def test_where_nothing_can_be_written_scoring_goes_on_and_says_so(
 ) -> None:
     plan = bound(dataset).start_epoch(0, tiny.model())
     (tmp_path / "file").touch()
-    assert bound(dataset, tmp_path / "file" / "journal").start_epoch(0, tiny.model()) == plan
-    write, calls = os.write, iter(range(2))
+    assert bound(dataset, tmp_path / "file" / "run").start_epoch(0, tiny.model()) == plan
+    sync, calls = os.fsync, iter(range(5))
 
-    def full(file: int, data: bytes) -> int:
-        if data[16:17] == b" " and next(calls, None) is None:
-            write(file, data[: len(data) // 2])
+    def full(file: int) -> None:
+        if next(calls, None) is None:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write(file, data)
+        sync(file)
 
-    monkeypatch.setattr(os, "write", full)
-    assert bound(dataset, tmp_path / "journal").start_epoch(0, tiny.model()) == plan
+    monkeypatch.setattr(os, "fsync", full)
+    curriculum = bound(dataset, tmp_path / "run")
+    assert curriculum.start_epoch(0, tiny.model()) == plan
     assert caplog.text.count("Scores cannot be kept while they are computed") == 2
     assert "No space left on device" in caplog.text
+    assert "The record of the run cannot be kept any more" in caplog.text
     monkeypatch.undo()
-    assert bound(dataset, tmp_path / "journal").start_epoch(0, tiny.model()) == plan
+    assert bound(dataset, tmp_path / "run").start_epoch(0, tiny.model()) == plan

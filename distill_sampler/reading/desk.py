@@ -1,0 +1,108 @@
+"""The views that a block of samples needs, each asked for once, and what the readers made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+
+from distill_sampler.reading.model_reader import ModelReader
+from distill_sampler.reading.readings import Key, Readings
+from distill_sampler.types import STUDENT, Metric, Missing, Read, Reader, Sample, TokenStats, View
+
+Place = tuple[str, int]
+"""Where a view lies: its reader's identity, and a number among that reader's views."""
+
+
+def whole_view(sample: Sample) -> View:
+    """The sample as it is trained on; every response token counts."""
+    return View(input_ids=sample.input_ids, scored=sample.scored)
+
+
+class Desk:
+    """The views that a block needs, each asked for once, and what the readers made of them."""
+
+    def __init__(
+        self, student: ModelReader, metrics: Sequence[Metric], *, kept: Readings, statistics: Collection[str]
+    ) -> None:
+        self._student = student
+        self._kept = kept
+        self._statistics = statistics
+        self._readers: dict[str, Reader] = {student.identity: student}
+        for metric in metrics:
+            self._readers |= {reader.identity: reader for reader in metric.readers.values()}
+        self._views: dict[Place, View] = {}
+        """By place: the reader's identity, and a number among its views."""
+        self._places: dict[tuple[str, int, tuple[bytes, bytes]], Place] = {}
+        self._counts: dict[str, int] = dict.fromkeys(self._readers, 0)
+        self.stats: dict[Place, TokenStats] = {}
+
+    def ask(self, metric: Metric, sample: Sample) -> list[Place] | Missing:
+        """The places of a metric's views of a sample; or why there are none.
+
+        Raises:
+            ValueError: a view names a reader that the metric does not have.
+        """
+        views = metric.views(sample)
+        if views is None:
+            return Missing.NOT_APPLICABLE
+        readers = [self._reader_of(metric, view) for view in views]
+        if any(len(view.input_ids) > reader.positions for view, reader in zip(views, readers, strict=True)):
+            return Missing.TOO_LONG
+        return [self._place(reader, sample, view) for reader, view in zip(readers, views, strict=True)]
+
+    def ask_whole(self, sample: Sample) -> Place | None:
+        """The place of the student's view of the whole sample; None if that is too long."""
+        if len(sample.input_ids) > self._student.positions:
+            return None
+        return self._place(self._student, sample, whole_view(sample))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all views."""
+        return sum(len(view.input_ids) for view in self._views.values())
+
+    def read(self, opened: Callable[[Reader], Read]) -> None:
+        """Have everything read.
+
+        Args:
+            opened: gives the function that reads with a reader.
+        """
+        ranks = self._student.ranks
+        for identity, reader in self._readers.items():
+            places = [place for place in self._views if place[0] == identity]
+            keys: dict[Place, Key] = {}
+            if reader.frozen:
+                keys = {place: Readings.key(reader, self._views[place]) for place in places}
+                known = {place: self._kept.get(key, self._statistics) for place, key in keys.items()}
+                self.stats |= {place: replace(stats, cost=0.0) for place, stats in known.items() if stats is not None}
+                places = [place for place in places if place not in self.stats]
+                if not ranks.most(len(places)):
+                    continue
+            found = opened(reader)([self._views[place] for place in places])
+            self.stats |= dict(zip(places, found, strict=True))
+            if reader.frozen:
+                for some in ranks.gather([(keys[place], self.stats[place]) for place in places]):
+                    self._kept.keep(some)
+
+    def cost(self, place: Place) -> float:
+        """Tokens that went through the reader for a view."""
+        cost = self.stats[place].cost
+        return len(self._views[place].input_ids) if cost is None else cost
+
+    def _place(self, reader: Reader, sample: Sample, view: View) -> Place:
+        key = (reader.identity, sample.index, view.identity)
+        if key not in self._places:
+            place = self._places[key] = (reader.identity, self._counts[reader.identity])
+            self._views[place] = view
+            self._counts[reader.identity] += 1
+        return self._places[key]
+
+    def _reader_of(self, metric: Metric, view: View) -> Reader:
+        if view.reader == STUDENT:
+            return self._student
+        if view.reader not in metric.readers:
+            raise ValueError(
+                f"{type(metric).__name__}.views names the reader '{view.reader}', but its readers are "
+                f"{', '.join(map(repr, (STUDENT, *metric.readers)))}."
+            )
+        return metric.readers[view.reader]

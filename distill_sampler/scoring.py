@@ -1,0 +1,210 @@
+"""The scoring passes of a run: whom to score when, what it took, what is known since."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from distill_sampler.artifacts.passes import score_with_parts
+from distill_sampler.dataset import ScoredDataset
+from distill_sampler.distributed import Ranks
+from distill_sampler.planning.rescore import Clock, Rescore, choose
+from distill_sampler.planning.summary import ScoringSummary
+from distill_sampler.reading.model_reader import ModelReader
+from distill_sampler.reading.readings import Readings
+from distill_sampler.reading.reduce import columns_of, data_columns_of
+from distill_sampler.reading.scorer import Scorer
+from distill_sampler.serialize import described, differences, hash_of
+from distill_sampler.store import ScorePass, ScoreStore
+from distill_sampler.types import IntArray, Metric, Missing
+
+logger = logging.getLogger(__name__)
+
+
+class Scoring:
+    """Scores with the student, and keeps what is known.
+
+    Args:
+        dataset: where the samples are.
+        metrics: what is scored, by name.
+        candidates: samples that can be scored.
+        origin: what the scores belong to.
+        rescore: the budget.
+        scorer: how the student reads.
+        seed: of the choice of whom to score.
+    """
+
+    def __init__(
+        self,
+        dataset: ScoredDataset,
+        metrics: Mapping[str, Metric],
+        candidates: IntArray,
+        origin: Mapping[str, Any],
+        *,
+        rescore: Rescore,
+        scorer: Scorer,
+        seed: int,
+    ) -> None:
+        self.dataset = dataset
+        self.metrics = metrics
+        self.candidates = candidates
+        self.rescore = rescore
+        self.scorer = scorer
+        self.seed = seed
+        self.parts: Path | None = None
+        """Folder that keeps the blocks of a pass, so that an interrupted pass only does the rest; None: keep nothing."""
+        self._readings = Readings()
+        self._reader: ModelReader | None = None
+        self.clock = Clock()
+        self.store = ScoreStore(
+            len(dataset),
+            columns_of(metrics.values()),
+            origin,
+            metrics=list(metrics),
+            watched=next(iter(metrics), None),
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the student, which its owner keeps."""
+        return {**self.__dict__, "_reader": None}
+
+    def anew(self) -> Scoring:
+        """The same without any scores. What frozen readers gave is kept."""
+        fresh = Scoring(
+            self.dataset,
+            self.metrics,
+            self.candidates,
+            self.store.origin,
+            rescore=self.rescore,
+            scorer=self.scorer,
+            seed=self.seed,
+        )
+        fresh.parts, fresh._readings, fresh._reader = self.parts, self._readings, self._reader
+        return fresh
+
+    def score(
+        self, model: nn.Module, *, epoch: int, step: int, which: IntArray | None = None
+    ) -> tuple[ScoringSummary, ScorePass | None]:
+        """One pass; see `Curriculum.score`. Gives its summary, and the pass if anything was measured."""
+        reader = self._reader_of(model)
+        which = self.candidates if which is None else which
+        taken: ScorePass | None = None
+        first = not self.store.passes
+        if self.metrics:
+            numerics = self._numerics(reader)
+            if not first and self.store.numerics != numerics:
+                logger.warning(
+                    "Scores from here on cannot be compared with those so far (%s), so every candidate is scored anew.",
+                    differences(self.store.numerics, numerics),
+                )
+                which = self.candidates
+            self.store.numerics = numerics
+        else:
+            which = which[:0]
+        self.store.observed.merge(reader.ranks)
+        observed = int((self.store.observed.step >= 0).sum())
+        tokens, seconds = 0, 0.0
+        tokens_of: Counter[str] = Counter()
+        if len(which) or observed:
+            started = self.clock.tick()
+            self.store.begin(epoch=epoch, step=step)
+            for scored in score_with_parts(
+                self.scorer,
+                reader,
+                self.dataset,
+                list(self.metrics.values()),
+                which,
+                folder=self.parts,
+                identity=self._identity_of_pass(reader, epoch, step, which) if self.parts else {},
+                kept=self._readings,
+            ):
+                self.store.write(scored.indices, scored.columns, scored.missing)
+                tokens += scored.tokens
+                tokens_of.update(scored.tokens_of)
+            taken = self.store.settle()
+            seconds = self.clock.tick() - started
+            self.clock.passed(seconds, int(self.dataset.lengths[which].sum()) if tokens else 0, first=first)
+        return self._summary(len(which), observed, tokens, tokens_of, seconds, step), taken
+
+    def _summary(
+        self, samples: int, observed: int, tokens: int, tokens_of: Mapping[str, int], seconds: float, step: int
+    ) -> ScoringSummary:
+        candidates = self.candidates
+        codes = {name: missing[candidates] for name, missing in self.store.missing.items()}
+
+        def lacking(reason: Missing) -> IntArray:
+            return candidates[np.any([each == reason for each in codes.values()], axis=0)] if codes else candidates[:0]
+
+        age = step - self.store.step[candidates]
+        return ScoringSummary(
+            samples=samples,
+            observed=observed,
+            estimated=int(self.store.estimated[candidates].sum()),
+            tokens=tokens,
+            tokens_of=tokens_of,
+            seconds=seconds,
+            share=self.clock.share,
+            age_median=float(np.median(age)) if self.metrics else 0.0,
+            age_max=int(age.max()) if self.metrics else 0,
+            non_finite=lacking(Missing.NON_FINITE),
+            too_long=lacking(Missing.TOO_LONG),
+            not_applicable={
+                name: number for name, each in codes.items() if (number := int((each == Missing.NOT_APPLICABLE).sum()))
+            },
+        )
+
+    def _reader_of(self, model: nn.Module) -> ModelReader:
+        """The student as a reader, the same one from pass to pass."""
+        if self._reader is None or self._reader.model is not model:
+            self._reader = self.scorer.reader(model)
+        return self._reader
+
+    def _numerics(self, reader: ModelReader) -> dict[str, str]:
+        """Of the student, and of every other reader by its metric and name."""
+        found = dict(reader.numerics)
+        for metric in self.metrics.values():
+            for name, other in metric.readers.items():
+                found |= {f"{key} of {metric.name}'s {name}": value for key, value in other.numerics.items()}
+        return found
+
+    def _identity_of_pass(self, reader: ModelReader, epoch: int, step: int, which: IntArray) -> dict[str, Any]:
+        """Which pass this is: all that decides its numbers to the last bit."""
+        return {
+            "dataset": self.store.origin["dataset"],
+            "metrics": self.store.origin["metrics"],
+            "columns": [self.dataset.column_fingerprint(name) for name in data_columns_of(self.metrics.values())],
+            "samples": hash_of(which.tobytes()),
+            "epoch": epoch,
+            "step": step,
+            "weights": reader.weights,
+            # numbers in other batches, by other kernels, differ in their last digits
+            "scorer": described(dataclasses.replace(self.scorer, progress=False)),
+            "world_size": reader.ranks.world_size,
+            "device": reader.device.type,
+            "numerics": self.store.numerics,
+            "torch": torch.__version__,
+        }
+
+    def due(self, ranks: Ranks, *, epoch: int, into_epoch: int = 0) -> IntArray:
+        """The samples to score now, as far as the budget goes."""
+        candidates = self.candidates
+        if not self.store.passes:
+            return candidates
+        if not self.rescore.due(epoch=epoch, into_epoch=into_epoch):
+            return candidates[:0]
+        self.store.observed.merge(ranks)  # what training has shown needs no scoring
+        seed = np.random.default_rng([self.seed, len(self.store.passes)]).integers(2**63)
+        which = choose(self.rescore, self.store, candidates, self.dataset.content_hash, seed=int(seed))
+        if self.rescore.max_share is not None:
+            self.clock.tick()
+            affordable = -ranks.most(-self.clock.affords(self.rescore.max_share))  # by the slowest clock
+            which = which[np.cumsum(self.dataset.lengths[which]) <= affordable]
+        return np.sort(which)
