@@ -129,10 +129,10 @@ class CurriculumLoop:
         planned = len(self.curriculum.summaries)
         self.curriculum.start_epoch(self._epoch, model, step=self.step, num_epochs=self._num_epochs)
         self._report(planned)
-        if self._batches:
-            loader = self.accelerator.skip_first_batches(loader, self._batches)
         dataset, world_size = self.curriculum.dataset, self.accelerator.num_processes
         per_batch = loader.total_batch_size // world_size
+        if self._batches:
+            loader = self.accelerator.skip_first_batches(loader, self._batches)
         with ExitStack() as opened:
             for tap in self._taps:
                 opened.enter_context(tap.open(model, step=self.step))

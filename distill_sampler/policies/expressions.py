@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.policies.keys import descending_bits, sort_by, starts
-from distill_sampler.types import FloatArray, Pool
+from distill_sampler.types import FloatArray, Metric, Pool
 
 
 class MetricExpression(Protocol):
@@ -107,6 +107,12 @@ class Lexicographic:
 
 def metric_names(*metrics: str | MetricExpression) -> tuple[str, ...]:
     """The names of all metrics that these names and expressions read, each once."""
+    for metric in metrics:
+        if isinstance(metric, Metric):
+            raise ValueError(
+                f"A policy takes the name of a metric, not the metric itself: write '{metric.name}', and put the metric "
+                "into Curriculum(metrics=[…])."
+            )
     names = [name for metric in metrics for name in ((metric,) if isinstance(metric, str) else metric.uses_metrics)]
     return tuple(dict.fromkeys(names))
 

@@ -1,0 +1,212 @@
+"""A loop of one's own: weights, observed scores and re-planning as in a trainer, and an exact resume at any step."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+from torch.utils.data import DataLoader
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+
+from distill_sampler import (
+    BestOf,
+    Curriculum,
+    CurriculumLoop,
+    RankSurprisalRatio,
+    Rescore,
+    ScoredDataset,
+    Scorer,
+    Shuffle,
+    WeightBySoftmax,
+)
+from distill_sampler.artifacts.scorefile import Scores
+from distill_sampler.integrations.sample_log import compare, read_log
+from tests import tiny
+from tests.test_attach import TRAINERS
+
+RSR = "rank_surprisal_ratio"
+REPLANNED = Rescore(every_steps=2, lag=2, fraction=0.5)
+
+
+def make(
+    tokenizer: PreTrainedTokenizerBase, folder: Path | None, accumulation: int = 1, **changes: Any
+) -> tuple[CurriculumLoop, Any, Any, Any]:
+    rows = tiny.tokenised(tiny.candidates(6), tokenizer)
+    settings: dict[str, Any] = {
+        "metrics": [RankSurprisalRatio()],
+        "policies": [BestOf(RSR, per="prompt_id", k=2), Shuffle()],
+        "scorer": Scorer(progress=False),
+        **changes,
+    }
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    loop = CurriculumLoop(
+        Curriculum(**settings),
+        ScoredDataset(rows, end_token_ids=[257]),
+        accelerator,
+        output_dir=folder,
+        sample_log=folder is not None,
+    )
+    model = tiny.model(attention_dropout=0.1)
+    loader = DataLoader(
+        rows.select_columns(["input_ids", "labels"]),  # type: ignore[arg-type]
+        batch_size=2,
+        sampler=loop.sampler,
+        collate_fn=DataCollatorForSeq2Seq(tokenizer),
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    accelerator.register_for_checkpointing(loop)
+    return loop, model, optimizer, loader
+
+
+def train(parts: tuple[CurriculumLoop, Any, Any, Any], *, save: Path | None = None, stop: int | None = None) -> None:
+    """Two epochs; a checkpoint after every batch into `save`; ends after `stop` batches."""
+    loop, model, optimizer, loader = parts
+    batches = 0
+    for _ in loop.epochs(2):
+        for batch in loop.batches(model, loader):
+            with loop.accelerator.accumulate(model):
+                loop.accelerator.backward(model(**batch).loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            batches += 1
+            if save is not None:
+                loop.accelerator.save_state(str(save / str(batches)))
+            if batches == stop:
+                return
+    loop.finish()
+
+
+def parameters(model: Any) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"observe": True, "rescore": REPLANNED},
+        {"policies": [WeightBySoftmax(RSR, temperature=1.0), Shuffle()]},
+        {"accumulation": 2, "observe": True, "rescore": Rescore(every_steps=1, lag=1)},
+    ],
+    ids=["plain", "observing and planning anew", "weights", "accumulation"],
+)
+@pytest.mark.parametrize("place", [3, 6, 8])
+def test_a_loop_resumed_at_any_batch_goes_on_as_if_nothing_had_happened(
+    place: int, changes: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    torch.manual_seed(1)
+    whole = make(tokenizer, tmp_path / "whole", **changes)
+    train(whole, save=tmp_path / "saved")
+    rest = make(tokenizer, tmp_path / "rest", **changes)
+    rest[0].accelerator.load_state(str(tmp_path / "saved" / str(place)))
+    train(rest)
+    assert torch.equal(parameters(whole[1]), parameters(rest[1]))
+    first, second = whole[0].curriculum, rest[0].curriculum
+    assert first.samples() == second.samples()
+    assert first.sampler.plan == second.sampler.plan
+    assert whole[0].step == rest[0].step
+
+
+@pytest.mark.parametrize("observe", [False, True])
+def test_what_a_loop_trained_is_what_was_planned(
+    observe: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    parts = make(tokenizer, tmp_path, observe=observe, rescore=REPLANNED)
+    train(parts)
+    lines = read_log(tmp_path / "distill_sampler")
+    last = {planned.epoch: planned.plan for planned in parts[0].curriculum.cycle.record.plans}
+    for epoch, plan in last.items():
+        assert compare(lines, plan, epoch=epoch, trained=len(plan)) == []
+    assert len(parts[0].curriculum.plans) > 2  # it did plan anew
+    assert np.isfinite(Scores.open(tmp_path).numbers()[RSR]).all()
+    assert (tmp_path / "scores.parquet").exists()
+
+
+def test_weights_in_a_loop_are_the_trainers(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """One step on one batch: the gradient is the weighted one."""
+    policies = [WeightBySoftmax(RSR, temperature=1.0), Shuffle()]
+    loop, model, _, loader = make(tokenizer, None, policies=policies)
+    model.eval()  # no dropout
+    gradients = []
+    for _ in loop.epochs(1):
+        for number, batch in enumerate(loop.batches(model, loader)):
+            model.zero_grad()
+            model(**batch).loss.backward()
+            ours = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+            plan = loop.sampler.plan
+            assert plan is not None
+            weights = torch.tensor(plan.weights[2 * number : 2 * number + 2])
+            gradients.append((ours, batch, weights))
+            if number == 2:
+                break
+    for ours, batch, weights in gradients:
+        model.zero_grad()
+        logits, labels = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch["labels"]
+        losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+        ((weights[:, None] * losses).sum() / (labels[:, 1:] != -100).sum()).backward()
+        expected = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_observed_scores_are_what_a_pass_would_give(tokenizer: PreTrainedTokenizerBase) -> None:
+    loop, model, _, loader = make(tokenizer, None, observe=True)
+    for _ in loop.epochs(1):
+        for batch in loop.batches(model, loader):
+            model.eval()
+            model(**batch).loss.backward()  # without an optimizer step the student stays what it was
+    seen, store = loop.curriculum.store.observed, loop.curriculum.store
+    which = seen.step >= 0
+    assert which.sum() == 12
+    np.testing.assert_allclose(seen.columns[RSR][which], store.latest[RSR][which], rtol=1e-4)
+
+
+def test_a_break_in_the_loop_leaves_no_hook_behind(tokenizer: PreTrainedTokenizerBase) -> None:
+    loop, model, _, loader = make(tokenizer, None, observe=True, policies=[WeightBySoftmax(RSR, temperature=1.0)])
+
+    def hooks() -> int:
+        return sum(len(module._forward_hooks) for module in model.modules())
+
+    before = hooks()
+    for _ in loop.epochs(1):
+        batches = loop.batches(model, loader)
+        next(batches)
+        assert hooks() > before
+        batches.close()
+    assert hooks() == before
+
+
+def test_batches_outside_of_epochs_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    loop, model, _, loader = make(tokenizer, None)
+    with pytest.raises(ValueError, match=r"inside `for epoch in loop\.epochs"):
+        next(loop.batches(model, loader))
+
+
+@pytest.mark.parametrize("name", ["dispatch_batches", "split_batches"])
+def test_a_loader_that_deals_otherwise_is_refused(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(**{name: True}))
+    rows = ScoredDataset(tiny.tokenised(tiny.candidates(2), tokenizer), end_token_ids=[257])
+    curriculum = Curriculum(metrics=[], policies=[Shuffle()])
+    with pytest.raises(ValueError, match=rf"DataLoaderConfiguration\({name}=True\)"):
+        CurriculumLoop(curriculum, rows, accelerator)
+
+
+def test_the_loop_and_the_trainer_train_alike(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The same curriculum plans the same epoch for both."""
+    from distill_sampler import attach
+
+    trainer = TRAINERS["Trainer"](tmp_path, tokenizer, num_train_epochs=1)
+    curriculum = Curriculum(
+        metrics=[RankSurprisalRatio()],
+        policies=[BestOf(RSR, per="prompt_id", k=2), Shuffle()],
+        scorer=Scorer(progress=False),
+    )
+    attach(trainer, curriculum)
+    trainer.train()
+    loop, model, _, loader = make(tokenizer, None)
+    for _ in loop.epochs(1):
+        next(loop.batches(model, loader))
+    assert loop.sampler.plan == curriculum.plans[0]
