@@ -16,11 +16,14 @@ and if it is time, the rest of the epoch is planned anew.
 
 from __future__ import annotations
 
+import itertools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch import nn
 
@@ -35,6 +38,22 @@ from distill_sampler.integrations.refusals import refuse_parallelism
 from distill_sampler.integrations.sample_log import SampleLog
 from distill_sampler.planning.sampler import DistillSampler
 from distill_sampler.types import Batch, Tap
+
+
+logger = logging.getLogger(__name__)
+
+
+def _without_randomness(loader: Any) -> Iterator[Any]:
+    """The batches of a loader whose iteration draws nothing from the random state.
+
+    A data loader draws the seed of its workers when it is first iterated over. After a resume that happens again, while
+    the random state that came with the checkpoint is already that of the next training step.
+    """
+    iterator = iter(loader)
+    with torch.random.fork_rng(devices=[]):
+        first = list(itertools.islice(iterator, 1))
+    yield from first
+    yield from iterator
 
 
 class CurriculumLoop:
@@ -132,7 +151,7 @@ class CurriculumLoop:
         dataset, world_size = self.curriculum.dataset, self.accelerator.num_processes
         per_batch = loader.total_batch_size // world_size
         if self._batches:
-            loader = self.accelerator.skip_first_batches(loader, self._batches)
+            loader = _without_randomness(self.accelerator.skip_first_batches(loader, self._batches))
         with ExitStack() as opened:
             for tap in self._taps:
                 opened.enter_context(tap.open(model, step=self.step))
@@ -164,6 +183,11 @@ class CurriculumLoop:
         All processes call it. A batch that was handed out counts as trained, so inside the loop save after the step.
         """
         self._trained()
+        if self._batches and not self.accelerator.sync_gradients:
+            logger.warning(
+                "This checkpoint is written between two batches of one optimizer step. accelerate does not save the "
+                "accumulated gradients, so a resume from it differs. Save when accelerator.sync_gradients is True."
+            )
         self.curriculum.store.observed.merge(Ranks.current(self.accelerator.device))
         return {
             "curriculum": self.curriculum.state_dict(),
