@@ -16,7 +16,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
-from distill_sampler import BestOf, Curriculum, RankSurprisalRatio, ScoredDataset, Shuffle
+from distill_sampler import BestOf, Curriculum, CurriculumLoop, RankSurprisalRatio, ScoredDataset, Shuffle
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", required=True)
@@ -51,27 +51,24 @@ curriculum = Curriculum(
     metrics=[RankSurprisalRatio()],
     policies=[BestOf("rank_surprisal_ratio", per="prompt_id"), Shuffle()],
 )
-sampler = curriculum.bind(ScoredDataset(rows, end_token_ids=[tokenizer.eos_token_id]))
+curriculum.use_tokenizer(tokenizer)
+dataset = ScoredDataset(rows, end_token_ids=[tokenizer.eos_token_id])
+loop = CurriculumLoop(curriculum, dataset, accelerator, output_dir=args.output)
 loader = torch.utils.data.DataLoader(
     rows.select_columns(["input_ids", "labels"]),
     batch_size=args.batch_size,
-    sampler=sampler,
+    sampler=loop.sampler,
     collate_fn=DataCollatorForSeq2Seq(tokenizer),
 )
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-accelerator.register_for_checkpointing(curriculum)  # plan and scores go where the weights go
+accelerator.register_for_checkpointing(loop)  # plan, scores and place in the epoch go where the weights go
 
 checkpoint = args.output / "checkpoint"
-first = 0
 if args.resume and checkpoint.exists():
     accelerator.load_state(str(checkpoint))
-    first = curriculum.epoch + 1
 
-for epoch in range(first, args.epochs):
-    curriculum.start_epoch(epoch, model, step=epoch * len(loader))
-    if accelerator.is_main_process:
-        curriculum.summaries[-1].print()
-    for batch in loader:
+for epoch in loop.epochs(args.epochs):
+    for batch in loop.batches(model, loader):
         loss = model(**batch).loss
         accelerator.backward(loss)
         optimizer.step()
@@ -79,6 +76,7 @@ for epoch in range(first, args.epochs):
     accelerator.print(f"epoch {epoch}: last loss {loss.item():.3f}")
     accelerator.save_state(str(checkpoint))
 
+loop.finish()
 accelerator.unwrap_model(model).save_pretrained(
     args.output,
     is_main_process=accelerator.is_main_process,

@@ -210,7 +210,7 @@ def test_a_metric_gets_the_statistics_that_it_asks_for(model: PreTrainedModel, d
     assert scored.columns["certainty"][0] == pytest.approx(logp.exp().amax(1).mean().item(), rel=1e-5)
     assert scored.columns["entropy"][0] == pytest.approx(-(logp.exp() * logp).sum(1).mean().item(), rel=1e-5)
     assert scored.columns["sum_p2"][0] == pytest.approx(logp.exp().square().sum(1).mean().item(), rel=1e-5)
-    with pytest.raises(ValueError, match="Certainty.uses_statistics names 'kurtosis'"):
+    with pytest.raises(ValueError, match=r"Certainty\.uses_statistics names 'kurtosis'"):
         next(Scorer(progress=False).score(model, dataset, [Certainty(uses_statistics=("kurtosis",))], np.arange(1)))
 
 

@@ -18,7 +18,6 @@ of the epoch is planned anew.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import mmap
 import os
@@ -39,12 +38,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.append(str(Path(__file__).parents[2]))  # for the tests' tiny student
 
 import datasets
+import pyarrow.parquet as pq
 import torch
 import torch.distributed
 from trl import SFTConfig, SFTTrainer
 
 from distill_sampler import BestOf, Curriculum, RankSurprisalRatio, Rescore, Scorer, Shuffle, attach
 from distill_sampler.integrations.checkpoints import last_whole
+from distill_sampler.serialize import hash_of
 from tests import tiny
 
 STARTING, SCORING, TRAINING, SAVING = PHASES = ("starting", "scoring", "training", "saving")
@@ -145,22 +146,30 @@ def train(folder: Path, phase: Phase, rank: int, processes: int, options: argpar
         rescore=Rescore(every_steps=3, fraction=0.5, lag=6) if options.online else None,
     )
     attach(trainer, curriculum)
-    score = curriculum.score
+    score = curriculum.cycle.score
 
     def score_and_note(*args: Any, **kwargs: Any) -> Any:
         phase.enter(SCORING)
         result = score(*args, **kwargs)
-        scores = b"".join(values.tobytes() for values in curriculum.cycle.record.passes[-1].columns.values())
-        note(what=f"scores {kwargs['step']}", value=hashlib.blake2b(scores, digest_size=8).hexdigest())
+        note(what=f"scores {kwargs['step']}", value=hash_of(*map(bytes, curriculum.store.latest.values())))
         return result
 
-    curriculum.score = score_and_note  # type: ignore[method-assign]
+    curriculum.cycle.score = score_and_note  # type: ignore[method-assign]
     found, _ = last_whole(folder / "output")
     if processes > 1:
         torch.distributed.barrier()  # all have looked before one begins to write
     trainer.train(resume_from_checkpoint=True if found else None)
     weights = b"".join(parameter.detach().numpy().tobytes() for parameter in model.parameters())
-    note(what="weights", value=hashlib.blake2b(weights, digest_size=8).hexdigest())
+    note(what="weights", value=hash_of(weights))
+    if rank == 0:  # what a person keeps of the run
+        for name in ("scores", "plans"):
+            rows = pq.read_table(folder / "output" / f"{name}.parquet").to_pydict()
+            note(what=f"{name}.parquet", value=hash_of(repr(rows).encode()))
+        samples = range(len(curriculum.dataset))
+        said = [curriculum.explain(sample, epoch) for epoch in range(3) for sample in samples]
+        note(what="explanations", value=hash_of("".join(said).encode()))
+        note(what="history", value=hash_of(repr(curriculum.history("prompt_id").to_pydict()).encode()))
+        note(what="times trained", value=curriculum.times_trained().tolist())
     if processes > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

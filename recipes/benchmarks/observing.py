@@ -98,7 +98,7 @@ def measure(model: Any, tokenizer: Any, options: argparse.Namespace) -> tuple[fl
         def step(inputs: dict[str, Any], number: int, observer: Observer | None) -> float:
             started = time.perf_counter()
             if observer is not None:
-                observer.expect(batch_of(inputs, plan, dataset, number * options.batch_size))
+                observer.expect(batch_of(inputs, plan, dataset, place=number * options.batch_size, epoch=0, step=0))
             trainer.training_step(trainer.model, dict(inputs))
             if observer is not None:
                 observer.take()

@@ -272,7 +272,7 @@ class Beside(TrainerCallback):
         self.outcome.moments.append((rank, same, float(np.median(state.global_step - store.step))))
         seconds = time.perf_counter() - started
         self.seconds += seconds
-        self.curriculum.spent.run -= seconds  # it is no part of the run that `max_share` is a share of
+        self.curriculum.cycle.scoring.clock.run -= seconds  # it is no part of the run that `max_share` is a share of
 
 
 @contextmanager

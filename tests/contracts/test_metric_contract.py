@@ -123,9 +123,7 @@ def test_a_metric_reads_columns_of_the_data_set(model: PreTrainedModel) -> None:
 
 
 def test_a_metric_that_does_not_apply_is_never_called_nan(model: PreTrainedModel) -> None:
-    curriculum = bound(
-        with_level(LEVELS), Difficulty(), RankSurprisalRatio(), policies=[KeepTop("difficulty", num=12)]
-    )
+    curriculum = bound(with_level(LEVELS), Difficulty(), RankSurprisalRatio(), policies=[KeepTop("difficulty", num=12)])
     curriculum.start_epoch(0, model)
     (summary,) = curriculum.summaries
     assert summary.scoring.not_applicable == {"difficulty": 6}
@@ -188,7 +186,7 @@ def test_permuted_prompt_ids_are_refused_on_a_resume(model: PreTrainedModel) -> 
 
 
 def test_a_column_that_is_not_there_is_refused_with_those_that_are(dataset: ScoredDataset) -> None:
-    with pytest.raises(ValueError, match="There is no column 'level'; those in the data set: .*'prompt_id'"):
+    with pytest.raises(ValueError, match=r"There is no column 'level'; those in the data set: .*'prompt_id'"):
         bound(dataset, Difficulty())
 
 
@@ -196,9 +194,7 @@ def test_a_column_that_is_not_there_is_refused_with_those_that_are(dataset: Scor
 
 
 @pytest.mark.parametrize("numbers", [{"loosely": 1.0}, {}, {"loose": 1.0, "more": 2.0}])
-def test_reduce_returns_its_columns_or_is_refused(
-    numbers: Any, model: PreTrainedModel, dataset: ScoredDataset
-) -> None:
+def test_reduce_returns_its_columns_or_is_refused(numbers: Any, model: PreTrainedModel, dataset: ScoredDataset) -> None:
     with pytest.raises(ValueError, match=r"Loose\.reduce returned .* its columns are 'loose'"):
         next(Scorer(progress=False).score(model, dataset, [Loose(numbers=numbers)], np.arange(1)))
 

@@ -105,9 +105,7 @@ def test_the_report_of_a_run_says_what_the_trainer_explains(
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_choosing_from_a_runs_folder_gives_the_runs_plans(
-    name: str, candidates: ScoredDataset, tmp_path: Path
-) -> None:
+def test_choosing_from_a_runs_folder_gives_the_runs_plans(name: str, candidates: ScoredDataset, tmp_path: Path) -> None:
     curriculum = planned(candidates, LISTS[name], tmp_path)
     curriculum.save_run(tmp_path)
     exported = tmp_path / "copy"

@@ -61,9 +61,12 @@ def curriculum(**changes: Any) -> Curriculum:
 )
 def test_every_public_member_before_bind_answers_in_a_sentence(name: str) -> None:
     unbound = curriculum()
+
+    def use() -> None:
+        getattr(unbound, name)(*ARGUMENTS.get(name, ()), **NAMED.get(name, {}))
+
     with pytest.raises(ValueError, match=r"call attach\(trainer, curriculum\), or curriculum\.bind\(dataset\)"):
-        member = getattr(unbound, name)
-        member(*ARGUMENTS.get(name, ()), **NAMED.get(name, {}))
+        use()
 
 
 def test_a_loop_that_applies_no_weights_is_refused_them(dataset: ScoredDataset) -> None:
@@ -74,7 +77,7 @@ def test_a_loop_that_applies_no_weights_is_refused_them(dataset: ScoredDataset) 
 
 
 def test_a_loop_that_observes_nothing_is_refused_observed_scores(dataset: ScoredDataset) -> None:
-    with pytest.raises(ValueError, match="observe=True: this loop does not take scores.*CurriculumLoop"):
+    with pytest.raises(ValueError, match=r"observe=True: this loop does not take scores.*CurriculumLoop"):
         curriculum(observe=True).bind(dataset)
 
 

@@ -152,7 +152,10 @@ def test_weights_in_a_loop_are_the_trainers(tmp_path: Path, tokenizer: PreTraine
                 break
     for ours, batch, weights in gradients:
         model.zero_grad()
-        logits, labels = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch["labels"]
+        logits, labels = (
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits,
+            batch["labels"],
+        )
         losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
         ((weights[:, None] * losses).sum() / (labels[:, 1:] != -100).sum()).backward()
         expected = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])

@@ -1,5 +1,6 @@
 """Inside an epoch: the rest is planned anew at fixed steps, whatever reads ahead, and comes back after a restart."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,12 @@ from distill_sampler import (
     Curriculum,
     DistillSampler,
     EpochPlan,
+    KeepCorrect,
+    Policy,
+    Pool,
     RankSurprisalRatio,
     Rescore,
+    ScoredDataset,
     Scorer,
     Shuffle,
     WeightBySoftmax,
@@ -184,3 +189,74 @@ def test_the_reason_is_that_of_the_last_plan(tmp_path: Path, tokenizer: PreTrain
         plan = curriculum.plans[2 * epoch + 1]
         for index in range(18):
             assert (f" was in epoch {epoch}" in curriculum.explain(index, epoch)) == (index in plan.indices)
+
+
+# ---- Groups ----
+
+
+@dataclass(frozen=True)
+class FirstOfEach(Policy):
+    """A policy of a user's own that calls its column what it likes."""
+
+    metric: str
+    family: str
+
+    @property
+    def uses_metrics(self) -> tuple[str, ...]:
+        return (self.metric,)
+
+    @property
+    def uses_columns(self) -> tuple[str, ...]:
+        return (self.family,)
+
+    @property
+    def group_by(self) -> str:
+        return self.family
+
+    def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
+        return BestOf(self.metric, per=self.family, k=2)(plan, pool, rng)
+
+
+def replanned(policies: list[Policy], **columns: list[Any]) -> Curriculum:
+    """An epoch of 12 that is planned anew after two of 6 steps, by a student that thinks otherwise."""
+    rows = tiny.tokenised(tiny.candidates(), tiny.tokenizer())
+    for name, values in columns.items():
+        rows = rows.add_column(name, values)  # type: ignore[call-arg]
+    curriculum = Curriculum(
+        metrics=[RankSurprisalRatio()],
+        policies=[*policies, Shuffle()],
+        rescore=Rescore(every_steps=2, lag=1),
+        scorer=Scorer(progress=False),
+    )
+    curriculum.bind(ScoredDataset(rows, end_token_ids=[257]))
+    curriculum.start_epoch(0, tiny.model())
+    assert curriculum.replan(tiny.model(seed=9), step=2, into_epoch=2, start=6) is not None
+    return curriculum
+
+
+PROMPTS = [f"sum-{n // 3}" for n in range(18)]
+RENAMED = [f"question {5 - n // 3}" for n in range(18)]
+
+
+@pytest.mark.parametrize(
+    "policies",
+    [
+        [FirstOfEach(RSR, family="prompt_id")],
+        [BestOf(RSR, per="prompt_id", k=2), FirstOfEach(RSR, family="question")],
+        [BestOf(RSR, per="question", k=2), KeepCorrect("right", metric=RSR, per="prompt_id")],
+    ],
+    ids=["a field of another name", "two columns of equal groups", "two policies, two columns"],
+)
+def test_a_replanned_epoch_trains_no_prompt_twice_whatever_the_policy_calls_its_column(policies: list[Policy]) -> None:
+    curriculum = replanned(policies, question=RENAMED, right=[True] * 18)
+    first, second = curriculum.plans
+    assert first != second
+    prompts = np.array(PROMPTS)[second.indices]
+    assert sorted(np.unique(prompts, return_counts=True)[1].tolist()) == [2] * 6
+
+
+def test_policies_that_disagree_about_groups_are_refused_where_the_rest_is_planned_anew() -> None:
+    other = [f"half {n % 2}" for n in range(18)]
+    policies: list[Policy] = [BestOf(RSR, per="prompt_id", k=2), BestOf(RSR, per="half", k=6)]
+    with pytest.raises(ValueError, match=r"equal 'prompt_id', BestOf within groups of equal 'half'.*every_steps"):
+        replanned(policies, half=other)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distill_sampler import BestOf, Curriculum, EpochPlan, RankSurprisalRatio, ScoredDataset, Scorer, Shuffle
+from distill_sampler import BestOf, Curriculum, EpochPlan, RankSurprisalRatio, Rescore, ScoredDataset, Scorer, Shuffle
 from distill_sampler.artifacts.parts import Parts
+from distill_sampler.distributed import Ranks
 from distill_sampler.serialize import pack, unpack
 from distill_sampler.store import ScoreStore
 from tests import tiny
@@ -214,6 +215,69 @@ def test_parts_of_another_pass_is_not_taken_up(
     interrupted(dataset, tmp_path)
     bound(dataset, tmp_path).start_epoch(0, tiny.model().bfloat16())
     assert "before the interruption" not in caplog.text
+
+
+def test_a_pass_is_known_by_all_that_decides_its_last_bits(
+    dataset: ScoredDataset, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scoring = bound(dataset).cycle.scoring
+    reader = scoring.scorer.reader(model)
+    scoring.store.numerics = {"dtype": "float32"}
+
+    def identity() -> dict[str, Any]:
+        return json.loads(json.dumps(scoring._identity_of_pass(reader, 0, 0, scoring.candidates)))  # type: ignore[no-any-return]
+
+    first = identity()
+    assert identity() == first
+    scoring.store.numerics = {"dtype": "bfloat16"}
+    assert identity() != first
+    scoring.store.numerics = {"dtype": "float32"}
+    monkeypatch.setattr(Ranks, "current", classmethod(lambda cls, device: Ranks(world_size=2)))
+    assert identity() != first
+    monkeypatch.undo()
+    model.model.norm.weight.data += 1e-3
+    assert identity() != first
+
+
+def test_what_was_spent_comes_back_with_the_state(dataset: ScoredDataset, model: PreTrainedModel) -> None:
+    curriculum = bound(dataset)
+    curriculum.start_epoch(0, model)
+    curriculum.cycle.scoring.clock.run, curriculum.cycle.scoring.clock.scoring = 100.0, 7.0
+    restored = bound(dataset)
+    restored.load_state_dict(json.loads(json.dumps(curriculum.state_dict())))
+    before, after = (each.cycle.scoring.clock.state_dict() for each in (curriculum, restored))
+    assert after == before
+    assert after["tokens_per_second"] > 0
+
+
+def test_every_plan_is_compared_across_processes_before_it_is_trained(
+    dataset: ScoredDataset, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated: another process has another plan."""
+    curriculum = bound(dataset, rescore=Rescore(every_steps=1, lag=1))
+    compared: list[tuple[str, str]] = []
+    monkeypatch.setattr(Ranks, "require_equal", lambda ranks, value, what: compared.append((what, value)))
+    plan = curriculum.start_epoch(0, model)
+    assert ("plan", plan.fingerprint) in compared
+    assert ("data set", dataset.fingerprint) in compared
+    again = curriculum.replan(tiny.model(seed=4), step=1, into_epoch=1, start=3)
+    assert again is not None
+    assert ("plan", curriculum.cycle.record.plans[-1].plan.fingerprint) in compared
+    restored = bound(dataset, rescore=Rescore(every_steps=1, lag=1))
+    restored.load_state_dict(curriculum.state_dict())
+    compared.clear()
+    restored.start_epoch(0, model)
+    assert compared == [("plan", again.fingerprint)]
+
+    def refuse(ranks: Ranks, value: str, what: str) -> None:
+        if what == "plan":
+            raise ValueError("The processes do not have the same plan")
+
+    monkeypatch.setattr(Ranks, "require_equal", refuse)
+    other = bound(dataset)
+    with pytest.raises(ValueError, match="same plan"):
+        other.start_epoch(0, model)
+    assert other.sampler.plan is None
 
 
 @pytest.mark.parametrize("damage", ["cut off", "flipped", "foreign", "empty", "gone"])
