@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -98,6 +99,45 @@ def test_the_history_of_passes_goes_on_after_a_resume(dataset: ScoredDataset, mo
     restored.start_epoch(2, model, step=6)
     assert restored.store.passes == [(0, 0), (1, 3), (2, 6)]
     assert len(restored.cycle.record.passes) == 1
+
+
+def test_a_resume_trims_the_record_to_its_checkpoint(
+    dataset: ScoredDataset, model: PreTrainedModel, tmp_path: Path
+) -> None:
+    """What was recorded after the checkpoint will happen again; the tables are the uninterrupted run's."""
+    whole = bound(dataset, tmp_path / "whole")
+    killed = bound(dataset, tmp_path / "killed")
+    for curriculum in (whole, killed):
+        curriculum.start_epoch(0, model)
+        state = json.loads(json.dumps(curriculum.state_dict()))
+        curriculum.start_epoch(1, tiny.model(seed=1), step=3)
+    whole.start_epoch(2, tiny.model(seed=2), step=6)
+    resumed = bound(dataset, tmp_path / "killed")
+    resumed.load_state_dict(state)
+    assert (len(resumed.cycle.record.passes), len(resumed.plans)) == (1, 1)
+    said = resumed.explain(4, 0)
+    for epoch in (1, 2):
+        resumed.start_epoch(epoch, tiny.model(seed=epoch), step=3 * epoch)
+    assert resumed.history("teacher").equals(whole.history("teacher"))
+    assert resumed.plans == whole.plans
+    assert resumed.explain(4, 0) == whole.explain(4, 0) == said
+    for folder, curriculum in ((tmp_path / "whole", whole), (tmp_path / "killed", resumed)):
+        curriculum.save_run(folder)
+    for name in ("scores.parquet", "plans.parquet"):
+        assert pq.read_table(tmp_path / "killed" / name).equals(pq.read_table(tmp_path / "whole" / name))
+
+
+def test_the_record_of_another_run_is_moved_aside(
+    dataset: ScoredDataset, model: PreTrainedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = bound(dataset, tmp_path)
+    first.start_epoch(0, model)
+    second = bound(dataset)
+    second.keep(tmp_path, run="two")
+    assert "held the record of another run; it was moved to record-one" in caplog.text
+    second.start_epoch(0, tiny.model(seed=3))
+    assert len(second.plans) == 1
+    assert first.plans != second.plans  # each still reads its own
 
 
 CHANGES = [
