@@ -8,7 +8,7 @@ for itself, and takes its weight along.
 from distill_sampler.policies.best_of import BestOf
 from distill_sampler.policies.best_teacher import BestTeacher
 from distill_sampler.policies.competence_pacing import CompetencePacing
-from distill_sampler.policies.composition import apply_policies, trace_policies
+from distill_sampler.policies.composition import apply_one_by_one, apply_policies
 from distill_sampler.policies.expressions import Lexicographic, MetricExpression, RankAverage
 from distill_sampler.policies.group_by_length import GroupByLength
 from distill_sampler.policies.interleave import Interleave
@@ -40,7 +40,7 @@ __all__ = [
     "SortBy",
     "WeightBySoftmax",
     "WithinLength",
+    "apply_one_by_one",
     "apply_policies",
     "effective_sample_size",
-    "trace_policies",
 ]

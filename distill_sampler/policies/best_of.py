@@ -8,7 +8,7 @@ import numpy as np
 
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.policies.expressions import MetricExpression, metric_names
-from distill_sampler.policies.keys import best_first, first_of_each, group_codes
+from distill_sampler.policies.keys import best_first_order, first_of_each, group_codes
 from distill_sampler.types import EpochPlan, Policy, Pool
 
 
@@ -69,6 +69,6 @@ class BestOf(Policy):
                 goodness = np.where(scores < self.min_score, np.nan, goodness)
             if self.max_score is not None:
                 goodness = np.where(scores > self.max_score, np.nan, goodness)
-        order = best_first(goodness, pool.content_hash[plan.indices], groups)
+        order = best_first_order(goodness, pool.content_hash[plan.indices], groups)
         best = order[first_of_each(groups[order], self.k)]
         return plan.take(np.sort(best[~np.isnan(goodness[best])]))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from distill_sampler.field_docs import documents_fields
-from distill_sampler.policies.keys import first_of_each, random_keys, starts
+from distill_sampler.policies.keys import first_of_each, random_keys
 from distill_sampler.types import EpochPlan, Policy, Pool
 
 
@@ -58,7 +58,7 @@ class BestTeacher(Policy):
         order = order[np.argsort(cells[order], kind="stable")]
         order = order[first_of_each(cells[order], self.num_samples)]
         winners: dict[int, tuple[float, str, int]] = {}
-        for sample in np.split(order, np.flatnonzero(starts(cells[order]))[1:]) if len(order) else ():
+        for sample in np.split(order, np.flatnonzero(first_of_each(cells[order]))[1:]) if len(order) else ():
             rows = plan.indices[sample]
             score = metric.aggregate({column: pool.scores[column][rows] for column in metric.columns})
             domain, teacher = divmod(int(cells[sample[0]]), len(names))

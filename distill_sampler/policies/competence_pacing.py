@@ -9,7 +9,7 @@ import numpy as np
 
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.policies.expressions import MetricExpression, metric_names
-from distill_sampler.policies.keys import best_first, random_keys
+from distill_sampler.policies.keys import best_first_order, random_keys
 from distill_sampler.types import EpochPlan, Policy, Pool
 
 
@@ -44,7 +44,7 @@ class CompetencePacing(Policy):
     def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
         goodness = pool.goodness(self.metric)[plan.indices]
         scored = np.flatnonzero(~np.isnan(goodness))
-        order = scored[best_first(goodness[scored], pool.content_hash[plan.indices[scored]])]
+        order = scored[best_first_order(goodness[scored], pool.content_hash[plan.indices[scored]])]
         share = min(1.0, math.sqrt(pool.epoch * (1 - self.initial**2) / self.epochs + self.initial**2))
         chosen = order[: math.ceil(share * len(order) - 1e-9)]
         times = np.zeros(len(plan), np.int64)

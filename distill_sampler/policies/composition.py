@@ -9,7 +9,7 @@ import numpy as np
 from distill_sampler.types import EpochPlan, Policy, Pool, unknown_name
 
 
-def trace_policies(
+def apply_one_by_one(
     policies: Sequence[Policy], plan: EpochPlan, pool: Pool, seed: int
 ) -> Iterator[tuple[Policy, EpochPlan]]:
     """Each policy in turn with the plan that it makes of the one before.
@@ -43,8 +43,8 @@ def trace_policies(
 
 
 def apply_policies(policies: Sequence[Policy], plan: EpochPlan, pool: Pool, seed: int) -> EpochPlan:
-    """The plan after all policies, first to last; the plan as it is if there are none. See `trace_policies`."""
+    """The plan after all policies, first to last; the plan as it is if there are none. See `apply_one_by_one`."""
     result = plan
-    for _, made in trace_policies(policies, plan, pool, seed):
+    for _, made in apply_one_by_one(policies, plan, pool, seed):
         result = made
     return result

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distill_sampler.field_docs import documents_fields
-from distill_sampler.policies.keys import descending_bits, sort_by, starts
+from distill_sampler.policies.keys import descending_bits, first_of_each, sort_by
 from distill_sampler.types import FloatArray, Pool
 
 
@@ -99,7 +99,7 @@ class Lexicographic:
         scored = np.flatnonzero(~np.any(np.isnan(goodness), axis=0))
         first, *then = (descending_bits(numbers[scored]) for numbers in goodness)
         order = sort_by(first, *((bits, shift) for bits in then for shift in (32, 0)))
-        better = np.any([starts(bits[order]) for bits in (first, *then)], axis=0)
+        better = np.any([first_of_each(bits[order]) for bits in (first, *then)], axis=0)
         result = np.full(len(pool.content_hash), np.nan)
         result[scored[order]] = -np.cumsum(better, dtype=np.float64)  # [-1, -1, -2, ...] from the best down
         return result

@@ -9,7 +9,7 @@ import numpy as np
 
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.policies.expressions import MetricExpression, metric_names
-from distill_sampler.policies.keys import best_first, group_codes, starts
+from distill_sampler.policies.keys import best_first_order, first_of_each, group_codes
 from distill_sampler.types import EpochPlan, Policy, Pool
 
 
@@ -83,9 +83,9 @@ class KeepCorrect(Policy):
                 )
             if self.metric is not None and len(unsolved):
                 rows = plan.indices[unsolved]
-                by_group = best_first(pool.goodness(self.metric)[rows], pool.content_hash[rows], groups[unsolved])
+                by_group = best_first_order(pool.goodness(self.metric)[rows], pool.content_hash[rows], groups[unsolved])
                 order = unsolved[by_group]
-                keep[order[starts(groups[order])]] = True
+                keep[order[first_of_each(groups[order])]] = True
         return plan.take(np.flatnonzero(keep))
 
 

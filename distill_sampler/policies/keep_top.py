@@ -9,7 +9,7 @@ import numpy as np
 
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.policies.expressions import MetricExpression, metric_names
-from distill_sampler.policies.keys import best_first
+from distill_sampler.policies.keys import best_first_order
 from distill_sampler.types import EpochPlan, Policy, Pool
 
 
@@ -49,5 +49,5 @@ class KeepTop(Policy):
             assert self.fraction is not None
             keep = math.ceil(self.fraction * len(plan) - 1e-9)  # 0.1 * 70 is 7.000000000000001
         goodness = pool.goodness(self.metric)[plan.indices]
-        best = best_first(goodness, pool.content_hash[plan.indices])[:keep]
+        best = best_first_order(goodness, pool.content_hash[plan.indices])[:keep]
         return plan.take(np.sort(best[~np.isnan(goodness[best])]))

@@ -18,7 +18,7 @@ HALF = np.uint64(32)
 def occurrence(values: IntArray | HashArray) -> IntArray:
     """`[n]` how often the value at each place has already appeared before it: `[7, 8, 7, 7] -> [0, 0, 1, 2]`."""
     order = np.argsort(values, kind="stable")
-    first = np.flatnonzero(starts(values[order]))
+    first = np.flatnonzero(first_of_each(values[order]))
     counts = np.arange(len(values)) - np.repeat(first, np.diff(np.r_[first, len(values)]))
     result = np.empty(len(values), np.int64)
     result[order] = counts
@@ -30,22 +30,17 @@ def random_keys(plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> HashAr
     salt = rng.integers(0, 2**64, dtype=np.uint64)
     content = pool.content_hash[plan.indices]
     keys = splitmix64(content ^ salt)
-    if starts(np.sort(content)).all():  # nothing repeats: half the time of counting occurrences
+    if first_of_each(np.sort(content)).all():  # nothing repeats: half the time of counting occurrences
         return splitmix64(keys)
     return splitmix64(keys + occurrence(content).astype(np.uint64))
 
 
-def unit(keys: HashArray) -> npt.NDArray[np.float64]:
+def to_unit_interval(keys: HashArray) -> npt.NDArray[np.float64]:
     """`[n]` the keys as float64 numbers strictly between 0 and 1."""
     return ((keys >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
 
-def starts(in_order: IntArray | HashArray) -> BoolArray:
-    """`[n]` True where a run of equal neighbours begins."""
-    return first_of_each(in_order, 1)
-
-
-def first_of_each(in_order: IntArray | HashArray, k: int) -> BoolArray:
+def first_of_each(in_order: IntArray | HashArray, k: int = 1) -> BoolArray:
     """`[n]` True for the first `k` of each run of equal neighbours: `k=2, [5, 5, 5, 6] -> [T, T, F, T]`."""
     first = np.ones(len(in_order), np.bool_)
     first[k:] = in_order[k:] != in_order[:-k]
@@ -70,7 +65,7 @@ def sort_by(first: HashArray, *then: tuple[HashArray, int]) -> IntArray:
     Like `np.lexsort`, but what comes later is read only where everything before it is tied.
     """
     order = np.argsort(first, kind="stable")
-    tied = ~starts(first[order])[1:]  # [i] whether i + 1 equals i
+    tied = ~first_of_each(first[order])[1:]  # [i] whether i + 1 equals i
     for words, shift in then:
         at = np.flatnonzero(np.r_[tied, False] | np.r_[False, tied])
         if len(at) == 0:
@@ -80,11 +75,11 @@ def sort_by(first: HashArray, *then: tuple[HashArray, int]) -> IntArray:
         packed = run << HALF | word
         by_word = np.argsort(packed, kind="stable")
         order[at] = order[at][by_word]
-        tied[at[:-1]] = ~starts(packed[by_word])[1:]
+        tied[at[:-1]] = ~first_of_each(packed[by_word])[1:]
     return order
 
 
-def best_first(goodness: FloatArray, content: HashArray, groups: IntArray | None = None) -> IntArray:
+def best_first_order(goodness: FloatArray, content: HashArray, groups: IntArray | None = None) -> IntArray:
     """`[n]` the order by group, best first, ties by content; NaN last in its group."""
     bits = descending_bits(goodness)
     by_content = (content, 32), (content, 0)

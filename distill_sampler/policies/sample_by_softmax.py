@@ -11,13 +11,12 @@ from distill_sampler.hashing import splitmix64
 from distill_sampler.policies.expressions import MetricExpression, metric_names
 from distill_sampler.policies.keys import (
     HALF,
-    best_first,
+    best_first_order,
     first_of_each,
     group_codes,
     random_keys,
     sort_by,
-    starts,
-    unit,
+    to_unit_interval,
 )
 from distill_sampler.types import EpochPlan, FloatArray, HashArray, IntArray, Policy, Pool
 
@@ -84,28 +83,28 @@ class SampleBySoftmax(Policy):
         scored = np.flatnonzero(~np.isnan(goodness))
         if not self.replacement:
             assert self.num_samples is not None
-            noise = -np.log(-np.log(unit(random_keys(plan, pool, rng)[scored])))
+            noise = -np.log(-np.log(to_unit_interval(random_keys(plan, pool, rng)[scored])))
             # Only the order counts, so scale whichever of the two stays finite.
             cold = self.temperature <= 1
             perturbed = (
                 goodness[scored] + self.temperature * noise if cold else goodness[scored] / self.temperature + noise
             )
-            order = scored[best_first(perturbed, content[scored], groups[scored])]
+            order = scored[best_first_order(perturbed, content[scored], groups[scored])]
             return plan.take(np.sort(order[first_of_each(groups[order], self.num_samples)]))
         if not len(scored):
             return plan.take(scored)
         by_content = sort_by(groups[scored].astype(np.uint64) << HALF | content[scored] >> HALF, (content[scored], 0))
         order = scored[by_content]
-        first = np.flatnonzero(starts(groups[order]))
+        first = np.flatnonzero(first_of_each(groups[order]))
         if self.num_samples is None:
             num = np.bincount(groups)[groups[order[first]]]
         else:
             num = np.full(len(first), self.num_samples)
-        drawn = draw(goodness[order], self.temperature, first, num, content[order], rng)
+        drawn = draw_with_replacement(goodness[order], self.temperature, first, num, content[order], rng)
         return plan.take(np.sort(order[drawn]))
 
 
-def draw(
+def draw_with_replacement(
     goodness: FloatArray,
     temperature: float,
     first: IntArray,
@@ -127,7 +126,7 @@ def draw(
     run = np.repeat(np.arange(len(first)), num)
     turn = np.arange(len(run)) - np.repeat(np.cumsum(num) - num, num)
     salt = rng.integers(0, 2**64, dtype=np.uint64)
-    uniform = unit(splitmix64(splitmix64(content[first] ^ salt)[run] + turn.astype(np.uint64)))
+    uniform = to_unit_interval(splitmix64(splitmix64(content[first] ^ salt)[run] + turn.astype(np.uint64)))
     drawn: IntArray = np.searchsorted(cumulative, np.sort(run + uniform), side="right")
     last: IntArray = (first + lengths - 1)[run]
     return np.minimum(drawn, last, dtype=np.int64)  # run + uniform may round up to the next run

@@ -9,7 +9,7 @@ import numpy as np
 
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.policies.expressions import MetricExpression, metric_names
-from distill_sampler.policies.keys import best_first, random_keys, unit
+from distill_sampler.policies.keys import best_first_order, random_keys, to_unit_interval
 from distill_sampler.types import EpochPlan, Policy, Pool
 
 
@@ -40,9 +40,9 @@ class SortBy(Policy):
 
     def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
         goodness = pool.goodness(self.metric)[plan.indices]
-        order = best_first(goodness if self.best_first else -goodness, pool.content_hash[plan.indices])
+        order = best_first_order(goodness if self.best_first else -goodness, pool.content_hash[plan.indices])
         if self.jitter:
             scored = order[: np.count_nonzero(~np.isnan(goodness))]
-            shift = self.jitter * len(scored) * (unit(random_keys(plan, pool, rng)[scored]) - 0.5)
+            shift = self.jitter * len(scored) * (to_unit_interval(random_keys(plan, pool, rng)[scored]) - 0.5)
             order[: len(scored)] = scored[np.argsort(np.arange(len(scored)) + shift, kind="stable")]
         return plan.take(order)
