@@ -1,4 +1,4 @@
-"""Keep the top share of the whole pool."""
+"""Keep the best samples of the whole plan."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from distill_sampler.types import EpochPlan, Policy, Pool
 @documents_fields
 @dataclass(frozen=True)
 class KeepTop(Policy):
-    """Keep the best samples of the whole plan, a fraction of it or a number; the order of the plan stays.
+    """Keep the best samples of the whole plan, a fraction of it or a number, in the plan's order.
 
-    Samples without a finite score count in the fraction's base but are never kept. Ties are broken by content.
-    Trade-off: prompts whose responses all score badly disappear; `BestOf` keeps every prompt. The data pruning of
-    Paul et al. (arXiv:2107.07075) with whichever score.
+    The fraction is of all samples of the plan, but those without a finite score are never kept. Ties are broken by
+    content hash. This is the data pruning of Paul et al. (arXiv:2107.07075) with any score. Trade-off: prompts whose
+    responses all score badly disappear; `BestOf` keeps every prompt.
     """
 
     metric: str | MetricExpression
     """Name of the metric, for example `"rank_surprisal_ratio"`, or an expression such as `RankAverage`."""
     fraction: float | None = None
-    """Share to keep, in (0, 1]; rounded up to whole samples."""
+    """Share to keep, in (0, 1], rounded up to whole samples."""
     num: int | None = None
-    """How many to keep. Give this or `fraction`."""
+    """Number of samples to keep. Give this or `fraction`."""
 
     def __post_init__(self) -> None:
         if (self.fraction is None) == (self.num is None):

@@ -16,23 +16,22 @@ from distill_sampler.types import EpochPlan, Policy, Pool
 @documents_fields
 @dataclass(frozen=True)
 class SortBy(Policy):
-    """Sort the plan by a metric, best first or last; samples without a score come last. Ties are broken by content.
+    """Sort the plan by a metric. Samples without a score come last; ties are broken by content hash.
 
-    Curriculum learning in its plain form (Bengio et al., 2009). Trade-off: neighbours in the epoch resemble each
-    other (in length, in domain), which makes batches less varied; `jitter`, or `Shuffle(bucket=)` after it, loosens
-    the order.
+    This is plain curriculum learning (Bengio et al., 2009). Trade-off: neighbours in the epoch resemble each other (in
+    length, in domain), so batches are less varied. `jitter`, or `Shuffle(bucket=)` after it, loosens the order.
     """
 
     metric: str | MetricExpression
     """Name of the metric, for example `"global_naturalness"`, or an expression such as `RankAverage`."""
     best_first: bool = True
-    """False: the worst first, for an anti-curriculum control."""
+    """Whether the best come first. False: the worst first, for an anti-curriculum control."""
     jitter: float = 0.0
-    """No sample moves further from its sorted place than this share of the epoch; drawn anew each epoch."""
+    """How far a sample may move from its sorted position, as a share of the epoch. Drawn anew each epoch."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.jitter < math.inf:
-            raise ValueError(f"SortBy(jitter={self.jitter}): a share of the epoch, 0 or more; 0.1 moves by a tenth.")
+            raise ValueError(f"SortBy(jitter={self.jitter}): give a share of the epoch, 0 or more, such as 0.1.")
 
     @property
     def uses_metrics(self) -> tuple[str, ...]:
