@@ -13,7 +13,7 @@ import pyarrow as pa
 from torch import nn
 
 from distill_sampler.artifacts.run_folder import write_tables
-from distill_sampler.artifacts.schema import encoded
+from distill_sampler.artifacts.schema import encode_facts
 from distill_sampler.contract import checked_metrics, checked_policies
 from distill_sampler.cycle import Cycle
 from distill_sampler.dataset import ScoredDataset
@@ -181,7 +181,7 @@ class Curriculum:
         """Inside an epoch: if `Rescore(every_steps=)` says that it is time, score, and plan the rest of the epoch anew.
 
         The policies plan the whole epoch by the scores of now; what was handed out already counts towards it
-        (`with_rest`).
+        (`replace_rest`).
 
         Args:
             model: the student as the host trains it.
@@ -207,7 +207,7 @@ class Curriculum:
             which: samples to score; None: every candidate. Scores of other numerics (dtype, tie rule, …) are never
                 mixed: if the student computes otherwise than in the last pass, every candidate is scored.
         """
-        return self.cycle.score(model, epoch=epoch, step=step, which=which)
+        return self.cycle.score(model, epoch=epoch, step=step, indices=which)
 
     # ---- What host and researcher ask ----
 
@@ -300,7 +300,9 @@ class Curriculum:
         Raises:
             ValueError: the data set has no such column.
         """
-        write_tables(self.cycle.record, self.cycle.samples_table(*columns), encoded(self.cycle.facts()), Path(folder))
+        write_tables(
+            self.cycle.record, self.cycle.samples_table(*columns), encode_facts(self.cycle.facts()), Path(folder)
+        )
 
     # ---- State ----
 

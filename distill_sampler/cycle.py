@@ -18,18 +18,18 @@ from torch import nn
 
 from distill_sampler.artifacts.parts import Parts
 from distill_sampler.artifacts.record import RECORD, Record
-from distill_sampler.artifacts.run_folder import column_values, measurements, sample_rows
+from distill_sampler.artifacts.run_folder import column_values, measurement_rows, sample_rows
 from distill_sampler.artifacts.schema import run_facts
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.distributed import Ranks
-from distill_sampler.planning.planner import Planned, Planner
+from distill_sampler.planning.planner import PlannedEpoch, Planner
 from distill_sampler.planning.rescore import Rescore
 from distill_sampler.planning.sampler import DistillSampler
 from distill_sampler.planning.summary import EpochSummary, ScoringSummary, summarise
-from distill_sampler.planning.why import Choice
+from distill_sampler.planning.why import ExplainedPlan
 from distill_sampler.reading.reduce import data_columns_of
 from distill_sampler.reading.scorer import Scorer
-from distill_sampler.scoring import Scoring
+from distill_sampler.scoring import PassRunner
 from distill_sampler.serialize import described, differences, digest, pack, unpack
 from distill_sampler.store import ScoreStore, replay, replay_missing
 from distill_sampler.types import Column, EpochPlan, FloatArray, IntArray, Metric, Policy, Pool
@@ -90,7 +90,7 @@ class Cycle:
         self.summaries: list[EpochSummary] = []
         self.record = Record()
         self._run = ""
-        self.scoring = Scoring(
+        self.pass_runner = PassRunner(
             dataset,
             self.metrics,
             self.planner.candidates,
@@ -104,13 +104,13 @@ class Cycle:
     @property
     def store(self) -> ScoreStore:
         """The latest scores."""
-        return self.scoring.store
+        return self.pass_runner.store
 
     # ---- Life cycle ----
 
     def reset(self) -> None:
         """Forget scores and plans, for a run that starts from the beginning."""
-        self.scoring = self.scoring.anew()
+        self.pass_runner = self.pass_runner.without_scores()
         self.epoch: int | None = None
         self.sampler.plan = None
         self.summaries.clear()
@@ -134,7 +134,7 @@ class Cycle:
             write: whether this process writes.
         """
         self._run = run
-        self.scoring.parts = None
+        self.pass_runner.parts = None
         try:
             record = Record(None if folder is None else folder / RECORD, write=write)
             if folder is not None:
@@ -144,12 +144,12 @@ class Cycle:
             record = Record()
         self.record = record
         if folder is not None:
-            self.scoring.parts = folder / RECORD.parent / "scoring.parts"
+            self.pass_runner.parts = folder / RECORD.parent / "scoring.parts"
 
     def done(self) -> None:
         """The run is over: no interrupted pass is left to take up."""
-        if self.scoring.parts is not None:
-            Parts(self.scoring.parts).remove()
+        if self.pass_runner.parts is not None:
+            Parts(self.pass_runner.parts).remove()
 
     def start_epoch(self, epoch: int, model: nn.Module, *, step: int, num_epochs: int | None) -> EpochPlan:
         """Score, plan, and hand the plan to the sampler; see `Curriculum.start_epoch`."""
@@ -162,7 +162,7 @@ class Cycle:
         if self.sampler.plan is not None:
             self._trained_before = self.times_trained(otherwise=self.planner.num_samples)
             self.sampler.plan = None
-        scoring = self.score(model, epoch=epoch, step=step, which=self.scoring.due(ranks, epoch=epoch))
+        scoring = self.score(model, epoch=epoch, step=step, indices=self.pass_runner.due(ranks, epoch=epoch))
         planned, notes = self.planner.plan(self._pool(epoch, step), tolerate=_explains_length(scoring))
         ranks.require_equal(planned.plan.fingerprint, "plan")
         self.sampler.set_plan(planned.plan)
@@ -178,8 +178,8 @@ class Cycle:
         assert self.epoch is not None
         assert self.sampler.plan is not None
         ranks = Ranks.of(model)
-        which = self.scoring.due(ranks, epoch=self.epoch, into_epoch=into_epoch)
-        scoring = self.score(model, epoch=self.epoch, step=step, which=which)
+        indices = self.pass_runner.due(ranks, epoch=self.epoch, into_epoch=into_epoch)
+        scoring = self.score(model, epoch=self.epoch, step=step, indices=indices)
         planned, notes = self.planner.plan_rest(
             self.sampler.plan, start, self._pool(self.epoch, step), tolerate=_explains_length(scoring)
         )
@@ -188,9 +188,9 @@ class Cycle:
         self._note(planned, scoring, notes)
         return planned.plan
 
-    def score(self, model: nn.Module, *, epoch: int, step: int, which: IntArray | None = None) -> ScoringSummary:
+    def score(self, model: nn.Module, *, epoch: int, step: int, indices: IntArray | None = None) -> ScoringSummary:
         """See `Curriculum.score`."""
-        summary, taken = self.scoring.score(model, epoch=epoch, step=step, which=which)
+        summary, taken = self.pass_runner.score(model, epoch=epoch, step=step, indices=indices)
         if taken is not None:
             self._keep(lambda: self.record.add_pass(taken))
         return summary
@@ -206,7 +206,7 @@ class Cycle:
             num_epochs=self._num_epochs,
         )
 
-    def _note(self, planned: Planned, scoring: ScoringSummary, notes: Sequence[str]) -> None:
+    def _note(self, planned: PlannedEpoch, scoring: ScoringSummary, notes: Sequence[str]) -> None:
         """Keep a plan, and its numbers for the log."""
         planned = dataclasses.replace(planned, passes=len(self.store.passes))
         self._keep(lambda: self.record.add_plan(planned))
@@ -261,14 +261,14 @@ class Cycle:
         now = np.bincount(self.sampler.plan.indices[:places], minlength=len(self.dataset))
         return self._trained_before + now
 
-    def choice(self, planned: Planned) -> Choice:
+    def explained(self, planned: PlannedEpoch) -> ExplainedPlan:
         """A plan with what it went by, for explaining it."""
         passes = self.record.passes[: planned.passes - self._skipped]
-        return self.planner.choice(
+        return self.planner.explained(
             planned, replay(passes, self._known_before), replay_missing(passes, self.metrics, len(self.dataset))
         )
 
-    def known(self, passes: int) -> dict[str, FloatArray]:
+    def scores_after(self, passes: int) -> dict[str, FloatArray]:
         """The numbers that were known after so many passes of the run, `[samples]` each."""
         return replay(self.record.passes[: passes - self._skipped], self._known_before)
 
@@ -279,14 +279,14 @@ class Cycle:
         plans = {planned.epoch: planned for planned in self.record.plans}
         if epoch not in plans:
             raise ValueError(f"Epoch {epoch} was not planned in this run; {sorted(plans)} were.")
-        return self.choice(plans[epoch]).explanation(index, epoch)
+        return self.explained(plans[epoch]).explanation(index, epoch)
 
     def history(self, *columns: str) -> pa.Table:
         """See `Curriculum.history`."""
         samples = pa.table(
             {"sample": np.arange(len(self.dataset)), **{name: column_values(self.dataset, name) for name in columns}}
         )
-        return measurements(self.record, samples, None)
+        return measurement_rows(self.record, samples, None)
 
     def samples(self, *columns: str) -> pa.Table:
         """See `Curriculum.samples`."""
@@ -305,7 +305,7 @@ class Cycle:
     def samples_table(self, *columns: str) -> pa.Table:
         """One row for each sample with the columns that tell what it is; see `sample_rows`."""
         read = [*self.planner.columns, *data_columns_of(self.metrics.values())]
-        return sample_rows(self.dataset, columns or self.dataset.telling_columns(*read))
+        return sample_rows(self.dataset, columns or self.dataset.identifying_columns(*read))
 
     def facts(self) -> dict[str, Any]:
         """What the run's scores belong to, for files."""
@@ -334,7 +334,7 @@ class Cycle:
             "plan": None if plan is None else {"indices": pack(plan.indices), "weights": pack(plan.weights)},
             "plans": self._plans,
             "trained": pack(self._trained_before),
-            "clock": self.scoring.clock.state_dict(),
+            "clock": self.pass_runner.clock.state_dict(),
             "scores": self.store.state_dict(),
         }
         return {**state, "digest": digest(state)}
@@ -366,7 +366,7 @@ class Cycle:
             self._trained_before = unpack(state["trained"]).astype(np.int64)
         if same_data and same_metrics:
             self.store.load_state_dict({**state["scores"], "origin": here})
-            self.scoring.clock.load_state_dict(state["clock"])
+            self.pass_runner.clock.load_state_dict(state["clock"])
             self._plans = state["plans"]
             self.record.trim(len(self.store.passes), state["plans"])
             if len(self.record.passes) < len(self.store.passes):

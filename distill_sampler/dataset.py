@@ -169,7 +169,7 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
             hashes.append(_row_hashes(input_ids[before], np.zeros(kept[-1], bool), kept))
         return np.concatenate(hashes)
 
-    def telling_columns(self, *needed: str) -> list[str]:
+    def identifying_columns(self, *needed: str) -> list[str]:
         """The columns that tell a person what a row is: those that are needed, and all with short single values."""
         first = self[0]
 

@@ -61,7 +61,7 @@ class Ranks:
                 places.append(place)
         return np.sort(np.array(places, np.int64))
 
-    def most(self, number: int) -> int:
+    def max_over_ranks(self, number: int) -> int:
         """The largest of the processes' numbers."""
         if self.world_size == 1:
             return number
@@ -69,7 +69,7 @@ class Ranks:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return int(tensor.item())
 
-    def largest(self, values: IntArray) -> IntArray:
+    def elementwise_max(self, values: IntArray) -> IntArray:
         """At each place the largest of the processes' numbers, in arrays of one shape."""
         if self.world_size == 1:
             return values
@@ -77,7 +77,7 @@ class Ranks:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor.cpu().numpy()
 
-    def total(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    def elementwise_sum(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """The sum over processes of arrays of one shape. A NaN stays a NaN."""
         if self.world_size == 1:
             return values

@@ -16,20 +16,20 @@ from torch import nn
 from distill_sampler.artifacts.passes import score_with_parts
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.distributed import Ranks
-from distill_sampler.planning.rescore import Clock, Rescore, choose
+from distill_sampler.planning.rescore import Clock, Rescore, candidates_to_score
 from distill_sampler.planning.summary import ScoringSummary
 from distill_sampler.reading.model_reader import ModelReader
 from distill_sampler.reading.readings import Readings
 from distill_sampler.reading.reduce import columns_of, data_columns_of
 from distill_sampler.reading.scorer import Scorer
 from distill_sampler.serialize import described, differences, hash_of
-from distill_sampler.store import ScorePass, ScoreStore
+from distill_sampler.store import ScoreStore, ScoringPass
 from distill_sampler.types import IntArray, Metric, Missing
 
 logger = logging.getLogger(__name__)
 
 
-class Scoring:
+class PassRunner:
     """Scores with the student, and keeps what is known.
 
     Args:
@@ -60,7 +60,7 @@ class Scoring:
         self.scorer = scorer
         self.seed = seed
         self.parts: Path | None = None
-        """Folder that keeps the blocks of a pass, so that an interrupted pass only does the rest; None: keep nothing."""
+        """Folder that keeps the finished blocks of a pass, for the case that it is interrupted; None: keep nothing."""
         self._readings = Readings()
         self._reader: ModelReader | None = None
         self.clock = Clock()
@@ -76,9 +76,9 @@ class Scoring:
         """Without the student, which its owner keeps."""
         return {**self.__dict__, "_reader": None}
 
-    def anew(self) -> Scoring:
+    def without_scores(self) -> PassRunner:
         """The same without any scores. What frozen readers gave is kept."""
-        fresh = Scoring(
+        fresh = PassRunner(
             self.dataset,
             self.metrics,
             self.candidates,
@@ -91,12 +91,12 @@ class Scoring:
         return fresh
 
     def score(
-        self, model: nn.Module, *, epoch: int, step: int, which: IntArray | None = None
-    ) -> tuple[ScoringSummary, ScorePass | None]:
+        self, model: nn.Module, *, epoch: int, step: int, indices: IntArray | None = None
+    ) -> tuple[ScoringSummary, ScoringPass | None]:
         """One pass; see `Curriculum.score`. Gives its summary, and the pass if anything was measured."""
         reader = self._reader_of(model)
-        which = self.candidates if which is None else which
-        taken: ScorePass | None = None
+        indices = self.candidates if indices is None else indices
+        taken: ScoringPass | None = None
         first = not self.store.passes
         if self.metrics:
             numerics = self._numerics(reader)
@@ -105,15 +105,15 @@ class Scoring:
                     "Scores from here on cannot be compared with those so far (%s), so every candidate is scored anew.",
                     differences(self.store.numerics, numerics),
                 )
-                which = self.candidates
+                indices = self.candidates
             self.store.numerics = numerics
         else:
-            which = which[:0]
+            indices = indices[:0]
         self.store.observed.merge(reader.ranks)
         observed = int((self.store.observed.step >= 0).sum())
         tokens, seconds = 0, 0.0
         tokens_of: Counter[str] = Counter()
-        if len(which) or observed:
+        if len(indices) or observed:
             started = self.clock.tick()
             self.store.begin(epoch=epoch, step=step)
             for scored in score_with_parts(
@@ -121,18 +121,18 @@ class Scoring:
                 reader,
                 self.dataset,
                 list(self.metrics.values()),
-                which,
+                indices,
                 folder=self.parts,
-                identity=self._identity_of_pass(reader, epoch, step, which) if self.parts else {},
+                identity=self._identity_of_pass(reader, epoch, step, indices) if self.parts else {},
                 kept=self._readings,
             ):
                 self.store.write(scored.indices, scored.columns, scored.missing)
                 tokens += scored.tokens
                 tokens_of.update(scored.tokens_of)
-            taken = self.store.settle()
+            taken = self.store.end()
             seconds = self.clock.tick() - started
-            self.clock.passed(seconds, int(self.dataset.lengths[which].sum()) if tokens else 0, first=first)
-        return self._summary(len(which), observed, tokens, tokens_of, seconds, step), taken
+            self.clock.add_pass(seconds, int(self.dataset.lengths[indices].sum()) if tokens else 0, first=first)
+        return self._summary(len(indices), observed, tokens, tokens_of, seconds, step), taken
 
     def _summary(
         self, samples: int, observed: int, tokens: int, tokens_of: Mapping[str, int], seconds: float, step: int
@@ -175,13 +175,13 @@ class Scoring:
                 found |= {f"{key} of {metric.name}'s {name}": value for key, value in other.numerics.items()}
         return found
 
-    def _identity_of_pass(self, reader: ModelReader, epoch: int, step: int, which: IntArray) -> dict[str, Any]:
+    def _identity_of_pass(self, reader: ModelReader, epoch: int, step: int, indices: IntArray) -> dict[str, Any]:
         """Which pass this is: all that decides its numbers to the last bit."""
         return {
             "dataset": self.store.origin["dataset"],
             "metrics": self.store.origin["metrics"],
             "columns": [self.dataset.column_fingerprint(name) for name in data_columns_of(self.metrics.values())],
-            "samples": hash_of(which.tobytes()),
+            "samples": hash_of(indices.tobytes()),
             "epoch": epoch,
             "step": step,
             "weights": reader.weights,
@@ -202,9 +202,11 @@ class Scoring:
             return candidates[:0]
         self.store.observed.merge(ranks)  # what training has shown needs no scoring
         seed = np.random.default_rng([self.seed, len(self.store.passes)]).integers(2**63)
-        which = choose(self.rescore, self.store, candidates, self.dataset.content_hash, seed=int(seed))
+        indices = candidates_to_score(self.rescore, self.store, candidates, self.dataset.content_hash, seed=int(seed))
         if self.rescore.max_share is not None:
             self.clock.tick()
-            affordable = -ranks.most(-self.clock.affords(self.rescore.max_share))  # by the slowest clock
-            which = which[np.cumsum(self.dataset.lengths[which]) <= affordable]
-        return np.sort(which)
+            affordable = -ranks.max_over_ranks(
+                -self.clock.affordable_tokens(self.rescore.max_share)
+            )  # by the slowest clock
+            indices = indices[np.cumsum(self.dataset.lengths[indices]) <= affordable]
+        return np.sort(indices)

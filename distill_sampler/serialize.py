@@ -118,7 +118,7 @@ def unpack(packed: Mapping[str, str]) -> npt.NDArray[Any]:
 # ---- Files ----
 
 
-def write_aside(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
     """Write a file under another name, have it on the disk, then rename it: a reader sees all of it or none."""
     unfinished = path.with_name(path.name + ".unfinished")
     with open(unfinished, "wb") as file:

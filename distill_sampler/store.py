@@ -23,7 +23,7 @@ from distill_sampler.types import BoolArray, FloatArray, IntArray, Missing
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Measured:
+class Measurements:
     """The numbers of some samples as the student gave them."""
 
     indices: IntArray
@@ -39,7 +39,7 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ScorePass:
+class ScoringPass:
     """What was measured for a plan: an entry of the run's record."""
 
     num_samples: int
@@ -47,7 +47,7 @@ class ScorePass:
     """The epoch it was taken for, from 0."""
     step: int
     """Optimizer steps the student had taken."""
-    measured: list[Measured] = field(default_factory=list)
+    measured: list[Measurements] = field(default_factory=list)
     """What was observed comes first. Of several numbers of a sample the last one holds."""
     drift: dict[str, float] = field(default_factory=dict)
     """By column: what was not measured went from `old` to `old + drift`."""
@@ -73,16 +73,16 @@ class ScorePass:
         return missing
 
     @property
-    def which(self) -> BoolArray:
+    def was_measured(self) -> BoolArray:
         """`[samples]` True where a sample was measured."""
         which = np.zeros(self.num_samples, bool)
         for some in self.measured:
             which[some.indices] = True
         return which
 
-    def carry(self, before: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+    def scores_after(self, before: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
         """What is known after this pass, `[samples]` each, if `before` was known before it."""
-        measured, which = self.columns, self.which
+        measured, which = self.columns, self.was_measured
         known = {}
         for name, old in before.items():
             carried = drifted(old, self.drift[name]) if name in self.drift else old
@@ -91,7 +91,7 @@ class ScorePass:
 
 
 class ScoreStore:
-    """The latest scores of `num_samples` samples. A pass is `begin`, any number of `write`, `settle`.
+    """The latest scores of `num_samples` samples. A pass is `begin`, any number of `write`, `end`.
 
     Args:
         num_samples: rows of the data set.
@@ -130,13 +130,13 @@ class ScoreStore:
         """What decided the latest scores besides weights and data: dtype, tie rule and so on."""
         self.passes: list[tuple[int, int]] = []
         """`(epoch, step)` of every pass of the run, those before a resume included."""
-        self._open: ScorePass | None = None
+        self._open: ScoringPass | None = None
         self._before: dict[str, FloatArray] = {}
 
     def begin(self, *, epoch: int, step: int) -> None:
         """Open a pass with what was observed since the last; what `write` brings from now on was measured at `step`."""
         self._before = {name: values.copy() for name, values in self.latest.items()}
-        self._open = ScorePass(num_samples=len(self.step), epoch=epoch, step=step)
+        self._open = ScoringPass(num_samples=len(self.step), epoch=epoch, step=step)
         self.passes.append((epoch, step))
         seen = self.observed.measured()
         if len(seen.indices):
@@ -149,13 +149,13 @@ class ScoreStore:
         """Take in the numbers of some samples, as soon as they are known. `[len(indices)]` each."""
         assert self._open is not None
         step = np.full(len(indices), self._open.step)
-        self._take_in(Measured(indices=indices, step=step, columns=columns, missing=missing or {}))
+        self._take_in(Measurements(indices=indices, step=step, columns=columns, missing=missing or {}))
 
-    def settle(self) -> ScorePass:
+    def end(self) -> ScoringPass:
         """Close the pass: scores that it did not measure move with the drift of those that it did. Gives the pass."""
         taken = self._open
         assert taken is not None
-        which = taken.which
+        which = taken.was_measured
         # Samples were trained on because their scores were good, in part by chance, so the change of observed scores is
         # biased. The drift comes from samples that were scored on purpose, where there are any.
         scored = np.zeros_like(which)
@@ -177,7 +177,7 @@ class ScoreStore:
         self._open, self._before = None, {}
         return taken
 
-    def _take_in(self, measured: Measured) -> None:
+    def _take_in(self, measured: Measurements) -> None:
         assert self._open is not None
         self._open.measured.append(measured)
         self.step[measured.indices] = measured.step
@@ -259,25 +259,25 @@ class Observations:
         processes saw in the same step."""
         if ranks.world_size == 1:
             return
-        latest = ranks.largest(self.step)
+        latest = ranks.elementwise_max(self.step)
         seen = latest >= 0
         ours = seen & (self.step == latest)
         rows = np.zeros((len(latest), len(self.columns) + 1))
         rows[ours, -1] = 1
         for place, values in enumerate(self.columns.values()):
             rows[ours, place] = values[ours]
-        rows = ranks.total(rows)
+        rows = ranks.elementwise_sum(rows)
         self.step = latest
         for place, name in enumerate(self.columns):
             self.columns[name] = np.full(len(latest), np.nan, np.float32)
             self.columns[name][seen] = rows[seen, place] / rows[seen, -1]
         for name, codes in self.missing.items():
-            self.missing[name] = ranks.largest(np.where(ours, codes, 0))
+            self.missing[name] = ranks.elementwise_max(np.where(ours, codes, 0))
 
-    def measured(self) -> Measured:
+    def measured(self) -> Measurements:
         """All of them, as measurements."""
         indices = np.flatnonzero(self.step >= 0)
-        return Measured(
+        return Measurements(
             indices=indices,
             step=self.step[indices],
             columns={name: values[indices] for name, values in self.columns.items()},
@@ -305,18 +305,18 @@ def drifted(values: FloatArray, drift: float) -> FloatArray:
     return (values.astype(np.float64) + drift).astype(np.float32)
 
 
-def replay(passes: Iterable[ScorePass], before: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+def replay(passes: Iterable[ScoringPass], before: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
     """What was known after these passes, `[samples]` each, if `before` was known before them."""
     known = dict(before)
     for taken in passes:
-        known = taken.carry(known)
+        known = taken.scores_after(known)
     return known
 
 
-def replay_missing(passes: Iterable[ScorePass], metrics: Iterable[str], num_samples: int) -> dict[str, IntArray]:
+def replay_missing(passes: Iterable[ScoringPass], metrics: Iterable[str], num_samples: int) -> dict[str, IntArray]:
     """By metric, `[num_samples]` why a sample had no score after these passes."""
     known = {name: np.full(num_samples, Missing.UNREAD, np.int64) for name in metrics}
     for taken in passes:
-        which, codes = taken.which, taken.missing
+        which, codes = taken.was_measured, taken.missing
         known = {name: np.where(which, codes.get(name, before), before) for name, before in known.items()}
     return known

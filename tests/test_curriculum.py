@@ -20,7 +20,7 @@ from distill_sampler import (
     Scorer,
     Shuffle,
 )
-from distill_sampler.artifacts.schema import VERSION, decoded
+from distill_sampler.artifacts.schema import VERSION, decode_facts
 from distill_sampler.types import Policy, Pool
 from tests import tiny
 
@@ -158,7 +158,7 @@ def test_scores_come_out_as_a_table_with_their_origin(
     assert table.column_names == ["sample", "teacher", *facts, *run, *columns, f"{RSR}_missing"]
     assert table.num_rows == 36
     assert table["step"].to_pylist() == [0] * 18 + [3] * 18
-    told = decoded(table.schema.metadata)
+    told = decode_facts(table.schema.metadata)
     assert told["dataset"] == dataset.fingerprint
     assert told["metrics"][0]["text"] == "RankSurprisalRatio()"
     assert told["numerics"] == curriculum.store.numerics

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill_sampler.metrics.steps import by_pattern, decoded, lines, paragraphs, sentences, token_steps
+from distill_sampler.metrics.steps import by_pattern, lines, paragraphs, sentences, text_and_offsets, token_steps
 from tests import tiny
 
 TOKENIZER = tiny.tokenizer()
@@ -78,7 +78,7 @@ def test_steps_cover_every_token_once(text: str, least: int, extra: int) -> None
 @given(text=texts)
 def test_the_text_and_where_tokens_begin_survive_characters_of_several_tokens(text: str) -> None:
     ids = np.array(TOKENIZER(text)["input_ids"], np.int64)
-    decoded_text, begins = decoded(ids, TOKENIZER)
+    decoded_text, begins = text_and_offsets(ids, TOKENIZER)
     assert decoded_text == text
     assert (np.diff(begins) >= 0).all()
     assert len(begins) == len(ids)
@@ -88,7 +88,7 @@ def test_the_text_and_where_tokens_begin_survive_characters_of_several_tokens(te
 @given(ids=st.lists(st.integers(0, 4), min_size=1, max_size=30))
 def test_a_tokenizer_that_eats_spaces_gives_the_same_text(ids: list[int]) -> None:
     tokenizer = SpaceEater(["_a", "b", ".", "_C", "d_"])
-    text, begins = decoded(np.array(ids), tokenizer)
+    text, begins = text_and_offsets(np.array(ids), tokenizer)
     assert text == tokenizer.decode(ids)
     assert [text[start:stop] for start, stop in zip(begins, [*begins[1:], len(text)], strict=True)] == [
         piece.removeprefix(" ") if place == 0 else piece

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distill_sampler.serialize import hash_of, write_aside
+from distill_sampler.serialize import hash_of, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +51,13 @@ class Parts:
         """
         self.remove()
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_aside(self.folder / _IDENTITY, json.dumps(identity, indent=1).encode())
+        write_atomically(self.folder / _IDENTITY, json.dumps(identity, indent=1).encode())
 
     def paths(self) -> list[Path]:
         """The files of the pieces."""
         return sorted(self.folder.glob("[0-9]*.parquet"))
 
-    def check(self) -> int:
+    def drop_damaged(self) -> int:
         """Drop a damaged piece and all that follow it. Gives the number of whole ones.
 
         Raises:
@@ -99,7 +99,7 @@ def write_part(table: pa.Table, folder: Path, name: str) -> Path:
     pq.write_table(table, content, compression="zstd")
     written = content.getvalue().to_pybytes()
     path = folder / f"{name}-{hash_of(written)}.parquet"
-    write_aside(path, written)
+    write_atomically(path, written)
     return path
 
 

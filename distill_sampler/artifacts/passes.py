@@ -63,20 +63,20 @@ def score_with_parts(
     try:
         if parts is not None and parts.identity != identity:
             parts.begin(identity)
-        elif parts is not None and parts.check():
+        elif parts is not None and parts.drop_damaged():
             found = list(parts.tables())
     except OSError as error:
         _report_failure(parts, error)
         parts = None
     done = np.zeros(len(dataset), bool)
-    if ranks.most(len(found)):
+    if ranks.max_over_ranks(len(found)):
         rows = np.zeros((len(dataset), len(names) + len(codes) + 1))
         for table in found:
             at = table["sample"].to_numpy()
             rows[at, -1] = 1
             for place, name in enumerate([*names, *map(missing_column, codes)]):
                 rows[at, place] = table[name].to_numpy()
-        rows = ranks.total(rows)
+        rows = ranks.elementwise_sum(rows)
         done = rows[:, -1] > 0
         logger.warning("%d of %d samples were scored before the interruption.", done.sum(), len(indices))
         yield Scored(

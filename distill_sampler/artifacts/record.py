@@ -28,9 +28,9 @@ import pyarrow as pa
 
 from distill_sampler.artifacts.parts import read_part, write_part
 from distill_sampler.artifacts.passes import missing_column
-from distill_sampler.planning.planner import Planned
-from distill_sampler.serialize import write_aside
-from distill_sampler.store import Measured, ScorePass
+from distill_sampler.planning.planner import PlannedEpoch
+from distill_sampler.serialize import write_atomically
+from distill_sampler.store import Measurements, ScoringPass
 from distill_sampler.types import EpochPlan
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ RECORD = Path("distill_sampler", "record")
 RUN = "run.json"
 
 
-class Entries(Sequence[T], Generic[T]):
+class LazyEntries(Sequence[T], Generic[T]):
     """The passes or the plans of a run, each read when it is looked at."""
 
     def __init__(self, count: Callable[[], int], load: Callable[[int], T]) -> None:
@@ -79,8 +79,8 @@ class Record:
         self._folder = folder
         self._run: str | None = None
         self._write = write
-        self._passes: list[ScorePass] = []
-        self._plans: list[Planned] = []
+        self._passes: list[ScoringPass] = []
+        self._plans: list[PlannedEpoch] = []
 
     @property
     def folder(self) -> Path | None:
@@ -91,18 +91,18 @@ class Record:
         return aside if aside.exists() else self._folder
 
     @property
-    def passes(self) -> Sequence[ScorePass]:
+    def passes(self) -> Sequence[ScoringPass]:
         """Every scoring pass that is kept, the first one first."""
         if self.folder is None:
             return self._passes
-        return Entries(lambda: self._count("pass"), self._load_pass)
+        return LazyEntries(lambda: self._count("pass"), self._load_pass)
 
     @property
-    def plans(self) -> Sequence[Planned]:
+    def plans(self) -> Sequence[PlannedEpoch]:
         """Every plan that is kept: one for each epoch, and one for each time that the rest of an epoch was planned."""
         if self.folder is None:
             return self._plans
-        return Entries(lambda: self._count("plan"), self._load_plan)
+        return LazyEntries(lambda: self._count("plan"), self._load_plan)
 
     def begin(self, run: Mapping[str, Any], samples: pa.Table) -> None:
         """Start a record, or go on with it if it is of the same run. The record of another run is moved aside.
@@ -128,9 +128,9 @@ class Record:
         for old in self._folder.glob("samples-*.parquet"):
             old.unlink()
         write_part(samples, self._folder, "samples")
-        write_aside(self._folder / RUN, json.dumps(run, indent=1, default=str).encode())
+        write_atomically(self._folder / RUN, json.dumps(run, indent=1, default=str).encode())
 
-    def add_pass(self, taken: ScorePass) -> None:
+    def add_pass(self, taken: ScoringPass) -> None:
         """Keep a scoring pass.
 
         Raises:
@@ -141,7 +141,7 @@ class Record:
         elif self._write:
             self._add("pass", self._count("pass"), _pass_table(taken))
 
-    def add_plan(self, planned: Planned) -> None:
+    def add_plan(self, planned: PlannedEpoch) -> None:
         """Keep a plan and its reasons.
 
         Raises:
@@ -199,14 +199,14 @@ class Record:
     def _count(self, kind: str) -> int:
         return len(self._files(kind))
 
-    def _load_pass(self, place: int) -> ScorePass:
+    def _load_pass(self, place: int) -> ScoringPass:
         return _pass_of(read_part(list(self._files("pass").values())[place]))
 
-    def _load_plan(self, place: int) -> Planned:
+    def _load_plan(self, place: int) -> PlannedEpoch:
         number, path = list(self._files("plan").items())[place]
         table = read_part(path)
         told = json.loads(table.schema.metadata[b"record"])
-        return Planned(
+        return PlannedEpoch(
             plan=EpochPlan(indices=table["sample"].to_numpy(), weights=table["weight"].to_numpy()),
             left_out_by=read_part(self._files("left")[number])["left_out_by"].to_numpy().astype(np.int64),
             **told,
@@ -240,7 +240,7 @@ def _aside(folder: Path, run: str) -> Path:
     return folder.with_name(f"{folder.name}-{run}")
 
 
-def _pass_table(taken: ScorePass) -> pa.Table:
+def _pass_table(taken: ScoringPass) -> pa.Table:
     """One row for each measurement, in the order in which they were made."""
     tables = []
     for some in taken.measured:
@@ -266,7 +266,7 @@ def _pass_table(taken: ScorePass) -> pa.Table:
     return table.replace_schema_metadata({b"record": json.dumps(told).encode()})
 
 
-def _pass_of(table: pa.Table) -> ScorePass:
+def _pass_of(table: pa.Table) -> ScoringPass:
     told = json.loads(table.schema.metadata[b"record"])
     metrics: list[str] = told["metrics"]
     missing = {name: missing_column(name) for name in metrics}
@@ -278,7 +278,7 @@ def _pass_of(table: pa.Table) -> ScorePass:
         if len(at):
             rows = table.take(pa.array(at))
             measured.append(
-                Measured(
+                Measurements(
                     indices=rows["sample"].to_numpy(),
                     step=rows["step"].to_numpy(),
                     columns={name: rows[name].to_numpy() for name in names},
@@ -286,7 +286,7 @@ def _pass_of(table: pa.Table) -> ScorePass:
                     observed=seen,
                 )
             )
-    return ScorePass(
+    return ScoringPass(
         num_samples=told["num_samples"],
         epoch=told["epoch"],
         step=told["step"],

@@ -51,7 +51,7 @@ def sample_rows(dataset: ScoredDataset, columns: Sequence[str]) -> pa.Table:
     )
 
 
-def measurements(record: Record, samples: pa.Table, columns: Sequence[str] | None) -> pa.Table:
+def measurement_rows(record: Record, samples: pa.Table, columns: Sequence[str] | None) -> pa.Table:
     """Every measurement of a run, by pass and sample, as in `scores.parquet`.
 
     Args:
@@ -61,7 +61,7 @@ def measurements(record: Record, samples: pa.Table, columns: Sequence[str] | Non
     """
     parts = []
     for number, taken in enumerate(record.passes):
-        where = np.flatnonzero(taken.which)
+        where = np.flatnonzero(taken.was_measured)
         step, observed = np.empty(taken.num_samples, np.int64), np.empty(taken.num_samples, bool)
         for some in taken.measured:
             step[some.indices], observed[some.indices] = some.step, some.observed
@@ -106,7 +106,7 @@ def write_tables(record: Record, samples: pa.Table, facts: dict[bytes, bytes], f
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, table in (
-        (SCORES, measurements(record, samples, None)),
+        (SCORES, measurement_rows(record, samples, None)),
         (PLANS, plan_rows(record, samples, None)),
     ):
         unfinished = folder / f"{name}.unfinished"

@@ -74,7 +74,7 @@ def metric_facts(metrics: Iterable[Metric]) -> list[dict[str, Any]]:
     ]
 
 
-def metrics_from(facts: Iterable[Mapping[str, Any]]) -> dict[str, Metric]:
+def _metrics_from_facts(facts: Iterable[Mapping[str, Any]]) -> dict[str, Metric]:
     """The metrics of a file by name: the real ones where their code is installed, stand-ins elsewhere."""
     found: dict[str, Metric] = {}
     for told in facts:
@@ -90,7 +90,7 @@ def metrics_from(facts: Iterable[Mapping[str, Any]]) -> dict[str, Metric]:
     return found
 
 
-def metrics_of(facts: Mapping[str, Any], names: Sequence[str]) -> dict[str, Metric]:
+def metrics_in_file(facts: Mapping[str, Any], names: Sequence[str]) -> dict[str, Metric]:
     """The metrics of a file by name: those that it names, or in a table made by hand those whose columns it has.
 
     Args:
@@ -99,7 +99,7 @@ def metrics_of(facts: Mapping[str, Any], names: Sequence[str]) -> dict[str, Metr
     """
     told = facts.get("metrics")
     if isinstance(told, list) and all(isinstance(one, dict) for one in told):
-        found = metrics_from(told)
+        found = _metrics_from_facts(told)
     else:
         usual: list[Metric] = [getattr(metrics_package, name)() for name in metrics_package.METRICS]
         found = {metric.name: metric for metric in usual}
@@ -137,15 +137,15 @@ def run_facts(
 
 def with_facts(table: pa.Table, facts: Mapping[str, Any]) -> pa.Table:
     """A table with these facts in its metadata, each as JSON."""
-    return table.replace_schema_metadata(encoded(facts))
+    return table.replace_schema_metadata(encode_facts(facts))
 
 
-def encoded(facts: Mapping[str, Any]) -> dict[bytes, bytes]:
+def encode_facts(facts: Mapping[str, Any]) -> dict[bytes, bytes]:
     """Facts as a file's metadata."""
     return {PREFIX + name.encode(): json.dumps(value, default=str).encode() for name, value in facts.items()}
 
 
-def decoded(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
+def decode_facts(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
     """The facts in a file's metadata; text that is no JSON stays text."""
     facts: dict[str, Any] = {}
     for key, value in (metadata or {}).items():

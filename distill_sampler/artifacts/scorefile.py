@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 
 from distill_sampler.artifacts.passes import missing_column
 from distill_sampler.artifacts.record import RECORD, Record, read_run, read_samples
-from distill_sampler.artifacts.run_folder import PLANS, SCORES, measurements, plan_rows
-from distill_sampler.artifacts.schema import decoded, metrics_of
+from distill_sampler.artifacts.run_folder import PLANS, SCORES, measurement_rows, plan_rows
+from distill_sampler.artifacts.schema import decode_facts, metrics_in_file
 from distill_sampler.column_names import DOMAINS, GROUPS, TEACHERS, VERDICTS
-from distill_sampler.planning.why import Choice, PolicyFacts
+from distill_sampler.planning.why import ExplainedPlan, PolicyFacts
 from distill_sampler.store import drifted
 from distill_sampler.types import (
     Column,
@@ -101,10 +101,10 @@ class Scores:
             folder = path / RECORD
             record = Record(folder, write=False)
             facts, samples = read_run(folder), read_samples(folder)
-            names = measurements(record, samples, None).column_names
+            names = measurement_rows(record, samples, None).column_names
 
             def load(columns: list[str], record: Record = record, samples: pa.Table = samples) -> pa.Table:
-                return measurements(record, samples, columns)
+                return measurement_rows(record, samples, columns)
 
             if len(record.plans):
                 plans = lambda: plan_rows(record, samples, ["epoch", "sample"])  # noqa: E731
@@ -112,7 +112,7 @@ class Scores:
         else:
             file = path / SCORES if path.is_dir() else path
             schema = _schema_of(file)
-            names, facts = schema.names, decoded(schema.metadata)
+            names, facts = schema.names, decode_facts(schema.metadata)
 
             def load(columns: list[str], file: Path = file) -> pa.Table:  # type: ignore[misc]
                 return pq.read_table(file, columns=columns)
@@ -121,7 +121,7 @@ class Scores:
             if path.is_dir() and planned.exists():
                 plans = lambda: pq.read_table(planned, columns=["epoch", "sample"])  # noqa: E731
             path = file
-        metrics = metrics_of(facts, names)
+        metrics = metrics_in_file(facts, names)
         if not metrics or "sample" not in names:
             raise ValueError(
                 f"{path} holds no scores (its columns: {', '.join(names[:12])}). Give the file that `distill-sampler "
@@ -299,7 +299,7 @@ class Scores:
         told = self.facts.get("policies")
         return [PolicyFacts.from_json(one) for one in told] if isinstance(told, list) else []
 
-    def choose(self, policies: Sequence[Policy], *, seed: int = 0, epoch: int | None = None) -> Choice:
+    def choose(self, policies: Sequence[Policy], *, seed: int = 0, epoch: int | None = None) -> ExplainedPlan:
         """Apply policies to the scores of an epoch (None: the last). Indices count the rows.
 
         Raises:
@@ -321,12 +321,12 @@ class Scores:
             content_hash=hashes,
         )
         candidates = np.arange(len(hashes)) if tokens is None else np.flatnonzero(tokens > 0)
-        choice = Choice.by(policies, candidates, pool, seed)
-        return Choice(
-            **{**{f.name: getattr(choice, f.name) for f in fields(Choice)}, "missing": self.missing(epoch=epoch)}
+        choice = ExplainedPlan.from_policies(policies, candidates, pool, seed)
+        return ExplainedPlan(
+            **{**{f.name: getattr(choice, f.name) for f in fields(ExplainedPlan)}, "missing": self.missing(epoch=epoch)}
         )
 
-    def planned(self) -> Choice | None:
+    def last_plan(self) -> ExplainedPlan | None:
         """The last plan of a run, with the reasons that were recorded when it was made; None without a record.
 
         Indices count the rows.
@@ -343,7 +343,7 @@ class Scores:
         columns = {name: column for name in names if (column := self.column(name, epoch=epoch)) is not None}
         lengths = self.integers("length", epoch=epoch)
         assert lengths is not None
-        return Choice(
+        return ExplainedPlan(
             policies=self.policies,
             plan=EpochPlan(indices=row[made.plan.indices], weights=made.plan.weights),
             left_out_by=made.left_out_by[samples],

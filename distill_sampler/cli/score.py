@@ -34,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 from distill_sampler import Scorer, __version__
 from distill_sampler.artifacts.parts import Parts, read_part
 from distill_sampler.artifacts.passes import missing_column
-from distill_sampler.artifacts.schema import OWN_COLUMNS, decoded, encoded, run_facts
+from distill_sampler.artifacts.schema import OWN_COLUMNS, decode_facts, encode_facts, run_facts
 from distill_sampler.cli.loading import Student, load_student, pick_device
 from distill_sampler.dataset import ScoredDataset, response_mask
 from distill_sampler.distributed import Ranks
@@ -514,7 +514,7 @@ class ScoreOutput:
             return
         if (before := self._parts.identity) is not None:
             self._compare(before, f"The unfinished {self.output}")
-            self._parts.check()
+            self._parts.drop_damaged()
         else:
             self._parts.begin(self.settings)
         for part in self._parts.paths():
@@ -539,7 +539,7 @@ class ScoreOutput:
         """Write the one file, in row groups of a useful size, and clear away the parts."""
         paths = self._parts.paths()
         contents = (read_part(path, ["content_hash"])["content_hash"].to_numpy().tobytes() for path in paths)
-        entries = encoded({**facts, "dataset": hash_of(*contents), "settings": self.settings})
+        entries = encode_facts({**facts, "dataset": hash_of(*contents), "settings": self.settings})
         unfinished = self.output.with_name(self.output.name + ".unfinished")
         schema = pq.read_schema(paths[0]).with_metadata(entries)
         with pq.ParquetWriter(unfinished, schema, compression="zstd") as writer:
@@ -555,7 +555,7 @@ class ScoreOutput:
 
 def _settings_of(output: Path) -> dict[str, Any]:
     try:
-        found = decoded(pq.read_schema(output).metadata).get("settings")
+        found = decode_facts(pq.read_schema(output).metadata).get("settings")
     except (pa.ArrowException, OSError):
         found = None
     if not isinstance(found, dict):

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from distill_sampler.artifacts.scorefile import Scores
-from distill_sampler.planning.why import Choice
+from distill_sampler.planning.why import ExplainedPlan
 from distill_sampler.serialize import require_writable
 from distill_sampler.sources.candidates import Candidate, Layout, read_candidates
 from distill_sampler.sources.files import Bad, Sources
@@ -105,7 +105,7 @@ def _record(candidate: Candidate, scores: Scores, chat: bool) -> dict[str, Any]:
     return {**candidate.extra, **record, **identity}
 
 
-def _rows(choice: Choice, kept: IO[bytes], places: IntArray) -> Iterator[dict[str, Any]]:
+def _rows(choice: ExplainedPlan, kept: IO[bytes], places: IntArray) -> Iterator[dict[str, Any]]:
     """The rows of the training set, in the order of the plan."""
     plan = choice.plan
     weighted = bool((plan.weights != 1).any())

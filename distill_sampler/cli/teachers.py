@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distill_sampler.artifacts.scorefile import Scores
-from distill_sampler.report.leaderboard import Leaderboard, rank_domains, rank_teachers, tell_domains
+from distill_sampler.report.leaderboard import Leaderboard, domain_sentence, rank_domains, rank_teachers
 from distill_sampler.report.verdict import Estimate
 
 
@@ -38,7 +38,7 @@ def run(path: Path, *, metric: str | None, epoch: int | None, shared: bool, **co
     say = Console()
     say.print(_table(board, wide=say.width >= 110), _sentences(board), sep="\n")
     if by_domain := rank_domains(scores, metric=metric, epoch=epoch, shared=shared):
-        say.print(f"\n{tell_domains(board, by_domain)}\n", markup=False, highlight=False)
+        say.print(f"\n{domain_sentence(board, by_domain)}\n", markup=False, highlight=False)
         say.print(_domains(board, by_domain))
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from distill_sampler.serialize import write_aside
+from distill_sampler.serialize import write_atomically
 from distill_sampler.types import Batch, EpochPlan, Tap
 
 
@@ -40,7 +40,7 @@ class SampleLog(Tap):
     def open(self, model: Any, *, step: int) -> Iterator[None]:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _lines(self._path) if line["step"] <= step] if step else []
-        write_aside(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND)
         try:
             yield

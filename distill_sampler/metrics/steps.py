@@ -94,7 +94,7 @@ def token_steps(
     """
     if len(input_ids) == 0:
         return []
-    text, begins = decoded(input_ids, tokenizer)
+    text, begins = text_and_offsets(input_ids, tokenizer)
     found = list(splitter(text))
     places = np.array([place for place in found if isinstance(place, int | np.integer)], np.int64)
     inside = len(places) == len(found) and ((places >= 0) & (places <= len(text))).all()
@@ -118,7 +118,7 @@ def token_steps(
     return steps
 
 
-def decoded(input_ids: IntArray, tokenizer: Any) -> tuple[str, IntArray]:
+def text_and_offsets(input_ids: IntArray, tokenizer: Any) -> tuple[str, IntArray]:
     """The text of some tokens, and `[tokens]` the character at which each begins.
 
     Most tokenizers decode token by token to the same text as all at once; then the pieces' lengths tell. Others (a

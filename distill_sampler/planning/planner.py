@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from distill_sampler.dataset import ScoredDataset
-from distill_sampler.planning.sampler import fit_length, with_rest
-from distill_sampler.planning.why import Choice, PolicyFacts, trace
+from distill_sampler.planning.sampler import fit_length, replace_rest
+from distill_sampler.planning.why import ExplainedPlan, PolicyFacts, plan_with_reasons
 from distill_sampler.reading.reduce import columns_of
 from distill_sampler.types import Column, EpochPlan, FloatArray, IntArray, Metric, Policy, Pool
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Planned:
+class PlannedEpoch:
     """An epoch's plan, and what was decided on the way."""
 
     epoch: int
@@ -24,7 +24,7 @@ class Planned:
     """Optimizer steps that the student had taken when it was made."""
     plan: EpochPlan
     left_out_by: IntArray
-    """`[samples]` the position of the policy that left each sample out (`why.trace`)."""
+    """`[samples]` the position of the policy that left each sample out (`why.plan_with_reasons`)."""
     start: int = 0
     """Places that were handed out before: the plan changed from here on."""
     passes: int = 0
@@ -91,7 +91,7 @@ class Planner:
             **known,
         )
 
-    def plan(self, pool: Pool, *, tolerate: bool = False) -> tuple[Planned, list[str]]:
+    def plan(self, pool: Pool, *, tolerate: bool = False) -> tuple[PlannedEpoch, list[str]]:
         """An epoch's plan at its constant length, and sentences that a person should read.
 
         Args:
@@ -102,7 +102,7 @@ class Planner:
         Raises:
             ValueError: the plan has another length than the epochs are laid out for.
         """
-        made, left_out_by = trace(self.policies, self.candidates, pool, self.seed)
+        made, left_out_by = plan_with_reasons(self.policies, self.candidates, pool, self.seed)
         if len(made) != self.num_samples and not self._length_given and not tolerate:
             raise ValueError(
                 f"The policies gave {len(made)} samples, but the trainer laid out epochs of {self.num_samples}. With "
@@ -114,22 +114,24 @@ class Planner:
         if len(made) != len(plan):
             action = "cut at its end" if len(made) > len(plan) else "completed from its start"
             notes.append(f"the policies gave {len(made)} samples; the plan was {action} to keep {len(plan)}.")
-        return Planned(epoch=pool.epoch, step=pool.step, plan=plan, left_out_by=left_out_by), notes
+        return PlannedEpoch(epoch=pool.epoch, step=pool.step, plan=plan, left_out_by=left_out_by), notes
 
     def plan_rest(
         self, begun: EpochPlan, start: int, pool: Pool, *, tolerate: bool = False
-    ) -> tuple[Planned, list[str]]:
+    ) -> tuple[PlannedEpoch, list[str]]:
         """The plan of an epoch that was begun, changed from `start` on; see `plan`.
 
         The policies plan the whole epoch by what is known now; what was handed out already counts towards it.
         """
         whole, notes = self.plan(pool, tolerate=tolerate)
-        plan = with_rest(begun, whole.plan, start, self.groups)
+        plan = replace_rest(begun, whole.plan, start, self.groups)
         return replace(whole, plan=plan, start=start), [f"planned anew from sample {start} on.", *notes]
 
-    def choice(self, planned: Planned, scores: Mapping[str, FloatArray], missing: Mapping[str, IntArray]) -> Choice:
+    def explained(
+        self, planned: PlannedEpoch, scores: Mapping[str, FloatArray], missing: Mapping[str, IntArray]
+    ) -> ExplainedPlan:
         """A plan with what is needed to explain it."""
-        return Choice(
+        return ExplainedPlan(
             policies=self.facts,
             plan=planned.plan,
             left_out_by=planned.left_out_by,
@@ -144,7 +146,7 @@ class Planner:
 
     def _dry_run(self, scores: Any) -> EpochPlan:
         columns = {name: scores() for name in columns_of(self.metrics.values())}
-        return trace(self.policies, self.candidates, self.pool(0, columns, dry_run=True), self.seed)[0]
+        return plan_with_reasons(self.policies, self.candidates, self.pool(0, columns, dry_run=True), self.seed)[0]
 
     def _groups(self, plans_rest: bool) -> IntArray:
         declared = {policy.group_by: type(policy).__name__ for policy in self.policies if policy.group_by is not None}

@@ -1,7 +1,7 @@
 """When the student scores again, and whom: fresh scores cost forwards, stale ones cost choices.
 
-Pure arithmetic: a `Rescore` says what the user wants, `choose` picks the samples. The cycle that obeys them is in
-`curriculum.py`.
+Pure arithmetic: a `Rescore` says what the user wants, `candidates_to_score` picks the samples.
+The cycle that obeys them is in `curriculum.py`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Clock:
         self._last = now
         return now
 
-    def passed(self, seconds: float, tokens: int, *, first: bool) -> None:
+    def add_pass(self, seconds: float, tokens: int, *, first: bool) -> None:
         """A scoring pass is over.
 
         Args:
@@ -58,7 +58,7 @@ class Clock:
         """Of the run's time so far that scoring took."""
         return self.scoring / self.run if self.run else 0.0
 
-    def affords(self, max_share: float) -> int:
+    def affordable_tokens(self, max_share: float) -> int:
         """Tokens of samples that can be scored now so that scoring stays within its share of the run's time."""
         seconds = (max_share * self.run - self.scoring) / max(1 - max_share, 1e-9)
         return int(max(0.0, seconds) * self.tokens_per_second)
@@ -131,7 +131,7 @@ class Rescore:
         return every is not None and (into_epoch or epoch) % every == 0
 
 
-def choose(
+def candidates_to_score(
     rescore: Rescore, store: ScoreStore, candidates: IntArray, content_hash: HashArray, *, seed: int
 ) -> IntArray:
     """`[n]` the candidates to score, those that need it most first.

@@ -24,14 +24,14 @@ class DistillSampler(Sampler[int]):
     def __init__(self, num_samples: int) -> None:
         self.num_samples = num_samples
         self.plan: EpochPlan | None = None
-        self.drained = 0
+        self.handed_out = 0
         """Places of the plan that a data loader has been given, read-ahead included."""
 
     def set_plan(self, plan: EpochPlan) -> None:
         """What the next iteration yields. A plan already being iterated is not touched."""
         assert len(plan) == self.num_samples, "plans are fitted to the constant length before they get here"
         self.plan = plan
-        self.drained = 0
+        self.handed_out = 0
         self._order: IntArray = plan.indices.copy()  # shared with the iteration under way, so that its rest can change
 
     def set_rest(self, plan: EpochPlan, start: int) -> None:
@@ -43,10 +43,10 @@ class DistillSampler(Sampler[int]):
         assert self.plan is not None
         assert len(plan) == self.num_samples
         assert np.array_equal(plan.indices[:start], self.plan.indices[:start]), "what was handed out stays"
-        if self.drained > start:
+        if self.handed_out > start:
             raise ValueError(
-                f"The data loader has read {self.drained} samples of the epoch's plan, which was to change from sample "
-                f"{start} on. Make the declared lag longer, Rescore(lag=…), or let the loader read less far ahead "
+                f"The data loader has read {self.handed_out} samples of the epoch's plan, but the plan was to "
+                f"change from sample {start} on. Raise Rescore(lag=), or let the loader read less far ahead "
                 "(dataloader_num_workers, dataloader_prefetch_factor)."
             )
         self.plan = plan
@@ -66,7 +66,7 @@ class DistillSampler(Sampler[int]):
     def _walk(self, order: IntArray) -> Iterator[int]:
         for place in range(len(order)):
             if order is self._order:
-                self.drained = max(self.drained, place + 1)
+                self.handed_out = max(self.handed_out, place + 1)
             yield int(order[place])
 
 
@@ -81,7 +81,7 @@ def fit_length(plan: EpochPlan, num_samples: int) -> EpochPlan:
     return plan.take(np.arange(num_samples) % len(plan))
 
 
-def with_rest(begun: EpochPlan, plan: EpochPlan, start: int, groups: IntArray) -> EpochPlan:
+def replace_rest(begun: EpochPlan, plan: EpochPlan, start: int, groups: IntArray) -> EpochPlan:
     """The plan of an epoch that was begun by one plan and goes on with another.
 
     The new plan says what the whole epoch should be; what was begun counts towards it. For each place handed out, one

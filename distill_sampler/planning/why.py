@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from distill_sampler.policies import trace_policies
-from distill_sampler.policies.keys import best_first, occurrence
+from distill_sampler.policies import apply_one_by_one
+from distill_sampler.policies.keys import best_first_order, occurrence
 from distill_sampler.serialize import as_typed
 from distill_sampler.types import BoolArray, Column, EpochPlan, FloatArray, IntArray, Missing, Policy, Pool
 
@@ -63,7 +63,9 @@ class PolicyFacts:
         return self.text.partition("(")[0]
 
 
-def trace(policies: Sequence[Policy], candidates: IntArray, pool: Pool, seed: int) -> tuple[EpochPlan, IntArray]:
+def plan_with_reasons(
+    policies: Sequence[Policy], candidates: IntArray, pool: Pool, seed: int
+) -> tuple[EpochPlan, IntArray]:
     """The plan that policies make of the candidates, and who left out whom.
 
     Returns:
@@ -75,7 +77,7 @@ def trace(policies: Sequence[Policy], candidates: IntArray, pool: Pool, seed: in
     plan = EpochPlan(indices=candidates)
     left_out_by = np.full(len(pool.lengths), NO_CANDIDATE, np.int64)
     left_out_by[candidates] = KEPT
-    for place, (_, after) in enumerate(trace_policies(policies, plan, pool, seed)):
+    for place, (_, after) in enumerate(apply_one_by_one(policies, plan, pool, seed)):
         gone = left_out_by == KEPT
         gone[after.indices] = False
         left_out_by[gone] = place
@@ -84,13 +86,13 @@ def trace(policies: Sequence[Policy], candidates: IntArray, pool: Pool, seed: in
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Choice:
+class ExplainedPlan:
     """A plan, what it was made of, and the reason for each sample."""
 
     policies: Sequence[PolicyFacts]
     plan: EpochPlan
     left_out_by: IntArray
-    """`[samples]` see `trace`."""
+    """`[samples]` see `plan_with_reasons`."""
     start: int = 0
     """Places of the plan that were handed out before its rest was planned anew."""
     scores: Mapping[str, FloatArray]
@@ -104,13 +106,13 @@ class Choice:
     """By metric, `[samples]` why there is no score (`Missing`)."""
 
     @classmethod
-    def by(cls, policies: Sequence[Policy], candidates: IntArray, pool: Pool, seed: int) -> Choice:
+    def from_policies(cls, policies: Sequence[Policy], candidates: IntArray, pool: Pool, seed: int) -> ExplainedPlan:
         """What policies choose from a pool.
 
         Raises:
             ValueError: a policy names a metric or column that is not there, or leaves nothing.
         """
-        plan, left_out_by = trace(policies, candidates, pool, seed)
+        plan, left_out_by = plan_with_reasons(policies, candidates, pool, seed)
         return cls(
             policies=[PolicyFacts.of(policy) for policy in policies],
             plan=plan,
@@ -196,8 +198,9 @@ class Choice:
         return f" ({reason})" if reason else ""
 
     def _standings(self, place: int) -> tuple[IntArray, IntArray, IntArray]:
-        """For the policy at `place`, `[samples]` each: the sample's rank among its rivals, from 0, the number of rivals,
-        and the best one. Rivals are the samples that the policy was given, of the same group if it has any."""
+        """For the policy at `place`, `[samples]` each: the sample's rank among its rivals (from 0), how many rivals
+        there are, and which is best. Rivals are the samples that the policy was given, within the group if it has one.
+        """
         if place not in self._ranked:
             policy = self.policies[place]
             given = np.flatnonzero((self.left_out_by == KEPT) | (self.left_out_by >= place))
@@ -206,7 +209,7 @@ class Choice:
             groups = np.zeros(len(goodness), np.int64)
             if policy.group_by is not None:
                 groups = self.columns[policy.group_by].codes
-            order = given[best_first(goodness[given], self.content_hash[given], groups[given])]
+            order = given[best_first_order(goodness[given], self.content_hash[given], groups[given])]
             number = np.zeros(len(goodness), np.int64)
             number[order] = occurrence(groups[order])
             first = np.zeros(int(groups.max(initial=0)) + 1, np.int64)

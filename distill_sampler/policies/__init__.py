@@ -1,14 +1,14 @@
-"""One way each to turn a plan into a plan. They compose in a list, first to last.
+"""Policies: each one turns a plan into a plan. They compose in a list, first to last.
 
-Adding one is adding a file here with a frozen dataclass that satisfies `distill_sampler.types.Policy`; the contract
-tests find it by listing this folder. A sample that a plan repeats is so many candidates: each is kept, dropped or drawn
-for itself, and takes its weight along.
+To add one, add a file here with a frozen dataclass that satisfies `distill_sampler.types.Policy`; the contract tests
+find it by listing this folder. A plan may hold several copies of a sample. Policies keep, drop or draw each copy on its
+own, together with its weight.
 """
 
 from distill_sampler.policies.best_of import BestOf
 from distill_sampler.policies.best_teacher import BestTeacher
 from distill_sampler.policies.competence_pacing import CompetencePacing
-from distill_sampler.policies.composition import apply_policies, trace_policies
+from distill_sampler.policies.composition import apply_one_by_one, apply_policies
 from distill_sampler.policies.expressions import Lexicographic, MetricExpression, RankAverage
 from distill_sampler.policies.group_by_length import GroupByLength
 from distill_sampler.policies.interleave import Interleave
@@ -40,7 +40,7 @@ __all__ = [
     "SortBy",
     "WeightBySoftmax",
     "WithinLength",
+    "apply_one_by_one",
     "apply_policies",
     "effective_sample_size",
-    "trace_policies",
 ]

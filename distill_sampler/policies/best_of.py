@@ -1,4 +1,4 @@
-"""Best of N: for each prompt the responses that this student can learn from best."""
+"""Best of N: for each prompt, keep the responses that this student can learn most from."""
 
 from __future__ import annotations
 
@@ -8,44 +8,44 @@ import numpy as np
 
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.policies.expressions import MetricExpression, metric_names
-from distill_sampler.policies.keys import best_first, first_of_each, group_codes
+from distill_sampler.policies.keys import best_first_order, first_of_each, group_codes
 from distill_sampler.types import EpochPlan, Policy, Pool
 
 
 @documents_fields
 @dataclass(frozen=True)
 class BestOf(Policy):
-    """Keep the best `k` samples of each group; the order of the plan stays.
+    """Keep the best `k` samples of each group, in the plan's order.
 
     With `RankSurprisalRatio` and `k=1` this is the trajectory selection of arXiv:2601.14249 (argmin over all
-    candidates of a prompt); with `LocalNaturalness` that of arXiv:2510.03988. A sample without a finite score is never
-    kept while its group has one with a score, and not otherwise either. Ties are broken by content. Trade-off: what
-    the metric likes in all groups alike (one teacher, say) may fill the plan; see `MixTeachers`.
+    candidates of a prompt); with `LocalNaturalness`, that of arXiv:2510.03988. A sample without a finite score is never
+    kept. Ties are broken by content hash. Trade-off: if the metric favours one teacher in every group, that teacher may
+    fill the plan; see `MixTeachers`.
     """
 
     metric: str | MetricExpression
     """Name of the metric, for example `"rank_surprisal_ratio"`, or an expression such as `RankAverage`."""
     per: str
-    """Column that tells which rows answer the same prompt, for example `"prompt_id"`."""
+    """Column that identifies the prompt, for example `"prompt_id"`. Rows with the same value are one group."""
     k: int = 1
-    """How many to keep of each group; a smaller group is kept whole."""
+    """How many samples to keep per group. A smaller group is kept whole."""
     min_score: float | None = None
-    """Nothing with a lower score is kept, in the metric's own units (whichever way is better)."""
+    """Drop samples with a lower score, whichever direction is better. In the metric's own units."""
     max_score: float | None = None
-    """Nothing with a higher score is kept, in the metric's own units. A group may be left with no sample at all."""
+    """Drop samples with a higher score, likewise. The bounds may leave a group empty."""
 
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ValueError(f"BestOf(k={self.k}): k must be at least 1.")
         if (self.min_score, self.max_score) != (None, None) and not isinstance(self.metric, str):
             raise ValueError(
-                f"BestOf(min_score={self.min_score}, max_score={self.max_score}): {self.metric} has no unit of its "
-                f"own; bounds need the name of one metric."
+                f"BestOf(min_score={self.min_score}, max_score={self.max_score}): bounds are in a metric's "
+                f"units, and {self.metric} has none. Give the name of one metric, or leave the bounds out."
             )
         if self.min_score is not None and self.max_score is not None and not self.min_score <= self.max_score:
             raise ValueError(
-                f"BestOf(min_score={self.min_score}, max_score={self.max_score}): no score is within these bounds; "
-                f"give the lower one as min_score."
+                f"BestOf(min_score={self.min_score}, max_score={self.max_score}): no score is within these bounds. "
+                f"Give the lower one as min_score."
             )
 
     @property
@@ -69,6 +69,6 @@ class BestOf(Policy):
                 goodness = np.where(scores < self.min_score, np.nan, goodness)
             if self.max_score is not None:
                 goodness = np.where(scores > self.max_score, np.nan, goodness)
-        order = best_first(goodness, pool.content_hash[plan.indices], groups)
+        order = best_first_order(goodness, pool.content_hash[plan.indices], groups)
         best = order[first_of_each(groups[order], self.k)]
         return plan.take(np.sort(best[~np.isnan(goodness[best])]))

@@ -1,4 +1,4 @@
-"""Several metrics as one: usable wherever a policy takes the name of a metric."""
+"""Metric expressions: several metrics combined into one, usable wherever a policy takes the name of a metric."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from distill_sampler.field_docs import documents_fields
-from distill_sampler.policies.keys import descending_bits, sort_by, starts
+from distill_sampler.policies.keys import descending_bits, first_of_each, sort_by
 from distill_sampler.types import FloatArray, Metric, Pool
 
 
 class MetricExpression(Protocol):
-    """A score made of other scores. Calling it gives `[samples]` numbers, higher is better, NaN where there is none."""
+    """A score computed from other scores. Calling it gives `[samples]` numbers; higher is better, NaN: no score."""
 
     @property
     def uses_metrics(self) -> tuple[str, ...]:
@@ -29,17 +29,17 @@ class MetricExpression(Protocol):
 @documents_fields
 @dataclass(frozen=True, init=False, repr=False)
 class RankAverage:
-    """The mean of a sample's ranks by several metrics: a compromise that does not depend on the metrics' units.
+    """The mean of a sample's ranks by several metrics, which does not depend on the metrics' units.
 
-    Each metric ranks, among all samples of the pool that have every score, from near 0 (worst) to near 1 (best); equal
-    scores share the mean of their ranks. A sample that lacks one of the scores has none. Trade-off: how much better
-    one sample is than the next is forgotten. Borda's count, in the form of Dwork et al. (2001).
+    Each metric ranks the samples of the pool that have every score, from near 0 (worst) to near 1 (best). Equal scores
+    share the mean of their ranks. A sample that lacks one of the scores gets none. Trade-off: ranks do not show how
+    much better one sample is than the next. This is Borda's count in the form of Dwork et al. (2001).
     """
 
     metrics: tuple[str | MetricExpression, ...]
     """Names of the metrics, or expressions."""
     weights: tuple[float, ...] | None
-    """How much each metric counts, in the same order; None: all alike."""
+    """How much each metric counts, in the same order. None: all equally."""
 
     def __init__(self, *metrics: str | MetricExpression, weights: Sequence[float] | None = None) -> None:
         if not metrics:
@@ -74,13 +74,14 @@ class RankAverage:
 @documents_fields
 @dataclass(frozen=True, init=False, repr=False)
 class Lexicographic:
-    """The first metric decides; the next one only between samples that the ones before it hold equal.
+    """Rank by the first metric; use each next one only where all metrics before it tie.
 
-    For metrics that take few values (a verdict, a count). A sample that lacks one of the scores has none.
+    Useful if the first metrics have few distinct values (correct or not, a count). A sample that lacks one of the
+    scores gets none.
     """
 
     metrics: tuple[str | MetricExpression, ...]
-    """Names of the metrics, or expressions, the decisive one first."""
+    """Names of the metrics, or expressions, the most important first."""
 
     def __init__(self, *metrics: str | MetricExpression) -> None:
         if not metrics:
@@ -99,7 +100,7 @@ class Lexicographic:
         scored = np.flatnonzero(~np.any(np.isnan(goodness), axis=0))
         first, *then = (descending_bits(numbers[scored]) for numbers in goodness)
         order = sort_by(first, *((bits, shift) for bits in then for shift in (32, 0)))
-        better = np.any([starts(bits[order]) for bits in (first, *then)], axis=0)
+        better = np.any([first_of_each(bits[order]) for bits in (first, *then)], axis=0)
         result = np.full(len(pool.content_hash), np.nan)
         result[scored[order]] = -np.cumsum(better, dtype=np.float64)  # [-1, -1, -2, ...] from the best down
         return result
@@ -118,7 +119,7 @@ def metric_names(*metrics: str | MetricExpression) -> tuple[str, ...]:
 
 
 def rank_shares(numbers: FloatArray) -> npt.NDArray[np.float64]:
-    """`[n]` mid-ranks as shares of n, in (0, 1), largest number highest: `[7, 9, 7, 8] -> [.25, .875, .25, .625]`."""
+    """`[n]` mid-ranks divided by n, in (0, 1), highest for the largest: `[7, 9, 7, 8] -> [.25, .875, .25, .625]`."""
     order = np.argsort(numbers, kind="stable")
     in_order = numbers[order]
     edges = np.r_[np.flatnonzero(np.r_[True, in_order[1:] != in_order[:-1]][: len(order)]), len(order)]

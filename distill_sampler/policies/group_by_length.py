@@ -16,16 +16,17 @@ from distill_sampler.types import EpochPlan, Policy, Pool
 class GroupByLength(Policy):
     """Sort each stretch of `mega_batch` samples by length, longest first, so that batches need little padding.
 
-    A curriculum stays in order at the larger scale: only neighbours change places. Large stretches save more padding,
-    small ones keep more of the order; transformers' `group_by_length` takes 50 batches. Ties are broken by content.
+    Samples move only within their stretch, so a curriculum stays in order at the larger scale. Large stretches save
+    more padding, small ones keep more of the order; transformers' `group_by_length` uses 50 batches. Ties are broken by
+    content hash.
     """
 
     mega_batch: int
-    """How many consecutive samples are sorted among themselves: some tens of the global batch size."""
+    """How many consecutive samples are sorted together: a few dozen global batches."""
 
     def __post_init__(self) -> None:
         if self.mega_batch < 1:
-            raise ValueError(f"GroupByLength(mega_batch={self.mega_batch}): a stretch holds at least 1 sample.")
+            raise ValueError(f"GroupByLength(mega_batch={self.mega_batch}): give at least 1 sample.")
 
     def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
         stretch = np.arange(len(plan), dtype=np.uint64) // np.uint64(self.mega_batch)

@@ -14,10 +14,11 @@ from distill_sampler.types import EpochPlan, Policy, Pool
 @documents_fields
 @dataclass(frozen=True)
 class Interleave(Policy):
-    """Give every stretch of the epoch its share of each value of a column; within a value the order of the plan stays.
+    """Spread each value of a column evenly through the epoch. Samples with the same value stay in order.
 
-    The j-th of n samples of a value goes to (j + ½)/n of the epoch, so a curriculum runs through every value at the
-    same pace. For batches that mix domains without the luck of a shuffle. Trade-off: the order between values is lost.
+    Sample j of the n samples with a value (j from 0) goes to (j + ½)/n of the epoch, so a curriculum runs through every
+    value at the same pace. Use it to mix domains in each batch more evenly than a shuffle does. Trade-off: the order
+    between samples of different values is lost.
     """
 
     column: str
@@ -33,8 +34,8 @@ class Interleave(Policy):
         values = pool.column(self.column).codes[plan.indices]
         content = pool.content_hash[plan.indices]
         place = (occurrence(values) + 0.5) / np.bincount(values)[values]
-        # Values that meet at one place take turns in the order of their smallest content, not of their codes.
+        # Ties between values are broken by their smallest content hash: their codes depend on the order of the rows.
         smallest = np.full(values.max() + 1, 2**64 - 1, np.uint64)
         np.minimum.at(smallest, values, content)
-        turn = smallest[values]
-        return plan.take(sort_by(descending_bits(-place), (turn, 32), (turn, 0)))
+        tie_break = smallest[values]
+        return plan.take(sort_by(descending_bits(-place), (tie_break, 32), (tie_break, 0)))

@@ -1,4 +1,4 @@
-"""Keep the top share of the whole pool."""
+"""Keep the best samples of the whole plan."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import numpy as np
 
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.policies.expressions import MetricExpression, metric_names
-from distill_sampler.policies.keys import best_first
+from distill_sampler.policies.keys import best_first_order
 from distill_sampler.types import EpochPlan, Policy, Pool
 
 
 @documents_fields
 @dataclass(frozen=True)
 class KeepTop(Policy):
-    """Keep the best samples of the whole plan, a fraction of it or a number; the order of the plan stays.
+    """Keep the best samples of the whole plan, a fraction of it or a number, in the plan's order.
 
-    Samples without a finite score count in the fraction's base but are never kept. Ties are broken by content.
-    Trade-off: prompts whose responses all score badly disappear; `BestOf` keeps every prompt. The data pruning of
-    Paul et al. (arXiv:2107.07075) with whichever score.
+    The fraction is of all samples of the plan, but those without a finite score are never kept. Ties are broken by
+    content hash. This is the data pruning of Paul et al. (arXiv:2107.07075) with any score. Trade-off: prompts whose
+    responses all score badly disappear; `BestOf` keeps every prompt.
     """
 
     metric: str | MetricExpression
     """Name of the metric, for example `"rank_surprisal_ratio"`, or an expression such as `RankAverage`."""
     fraction: float | None = None
-    """Share to keep, in (0, 1]; rounded up to whole samples."""
+    """Share to keep, in (0, 1], rounded up to whole samples."""
     num: int | None = None
-    """How many to keep. Give this or `fraction`."""
+    """Number of samples to keep. Give this or `fraction`."""
 
     def __post_init__(self) -> None:
         if (self.fraction is None) == (self.num is None):
@@ -49,5 +49,5 @@ class KeepTop(Policy):
             assert self.fraction is not None
             keep = math.ceil(self.fraction * len(plan) - 1e-9)  # 0.1 * 70 is 7.000000000000001
         goodness = pool.goodness(self.metric)[plan.indices]
-        best = best_first(goodness, pool.content_hash[plan.indices])[:keep]
+        best = best_first_order(goodness, pool.content_hash[plan.indices])[:keep]
         return plan.take(np.sort(best[~np.isnan(goodness[best])]))

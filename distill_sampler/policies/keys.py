@@ -1,7 +1,7 @@
-"""Random and sorting keys that belong to a sample's content, not to its position in the data set.
+"""Random and sorting keys that depend on a sample's content, not on its position in the data set.
 
-Policies sort by these, so that permuting the rows of a data set only permutes the plan. Every sort is stable, so that
-two machines agree whatever their processors.
+Policies sort by these keys, so the plan does not depend on the order of the data set's rows. Every sort is stable, so
+all machines get the same plan.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ HALF = np.uint64(32)
 
 
 def occurrence(values: IntArray | HashArray) -> IntArray:
-    """`[n]` how often the value at each place has already appeared before it: `[7, 8, 7, 7] -> [0, 0, 1, 2]`."""
+    """`[n]` how many times each value has appeared before its position: `[7, 8, 7, 7] -> [0, 0, 1, 2]`."""
     order = np.argsort(values, kind="stable")
-    first = np.flatnonzero(starts(values[order]))
+    first = np.flatnonzero(first_of_each(values[order]))
     counts = np.arange(len(values)) - np.repeat(first, np.diff(np.r_[first, len(values)]))
     result = np.empty(len(values), np.int64)
     result[order] = counts
@@ -26,38 +26,33 @@ def occurrence(values: IntArray | HashArray) -> IntArray:
 
 
 def random_keys(plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> HashArray:
-    """`[len(plan)]` 64-bit keys, uniform and independent, the same for a sample wherever it stands in the data set."""
+    """`[len(plan)]` 64-bit keys, uniform and independent. A sample's key does not depend on its row number."""
     salt = rng.integers(0, 2**64, dtype=np.uint64)
     content = pool.content_hash[plan.indices]
     keys = splitmix64(content ^ salt)
-    if starts(np.sort(content)).all():  # nothing repeats: half the time of counting occurrences
+    if first_of_each(np.sort(content)).all():  # no repeats: skipping the count halves the time
         return splitmix64(keys)
     return splitmix64(keys + occurrence(content).astype(np.uint64))
 
 
-def unit(keys: HashArray) -> npt.NDArray[np.float64]:
+def to_unit_interval(keys: HashArray) -> npt.NDArray[np.float64]:
     """`[n]` the keys as float64 numbers strictly between 0 and 1."""
     return ((keys >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
 
-def starts(in_order: IntArray | HashArray) -> BoolArray:
-    """`[n]` True where a run of equal neighbours begins."""
-    return first_of_each(in_order, 1)
-
-
-def first_of_each(in_order: IntArray | HashArray, k: int) -> BoolArray:
-    """`[n]` True for the first `k` of each run of equal neighbours: `k=2, [5, 5, 5, 6] -> [T, T, F, T]`."""
+def first_of_each(in_order: IntArray | HashArray, k: int = 1) -> BoolArray:
+    """`[n]` True for the first `k` elements of each run of equal neighbours: `k=2, [5, 5, 5, 6] -> [T, T, F, T]`."""
     first = np.ones(len(in_order), np.bool_)
     first[k:] = in_order[k:] != in_order[:-k]
     return first
 
 
 def descending_bits(numbers: FloatArray) -> HashArray:
-    """`[n]` integers that sort as the numbers do from large to small, NaN last."""
-    descending = np.subtract(0.0, numbers, dtype=np.float64)  # 0.0 - x makes one zero of the two
+    """`[n]` integers whose ascending order is the descending order of the numbers, NaN last."""
+    descending = np.subtract(0.0, numbers, dtype=np.float64)  # 0.0 and -0.0 both become 0.0
     bits = descending.view(np.uint64)
     flip = (descending < 0).astype(np.uint64)
-    np.negative(flip, out=flip)  # all bits of what is below zero, the sign alone of the rest
+    np.negative(flip, out=flip)  # flip all bits of negative numbers, the sign bit of the others
     flip |= np.uint64(1 << 63)
     bits ^= flip
     bits[np.isnan(numbers)] = np.uint64(2**64 - 1)
@@ -65,12 +60,12 @@ def descending_bits(numbers: FloatArray) -> HashArray:
 
 
 def sort_by(first: HashArray, *then: tuple[HashArray, int]) -> IntArray:
-    """`[n]` the stable order by `first`, ties by 32 bits of each `(words, shift)` of `then`: `words >> shift`.
+    """`[n]` the stable order by `first`; ties by the low 32 bits of `words >> shift` for each of `then`.
 
-    Like `np.lexsort`, but what comes later is read only where everything before it is tied.
+    Like `np.lexsort`, but a later key is read only where all keys before it tie.
     """
     order = np.argsort(first, kind="stable")
-    tied = ~starts(first[order])[1:]  # [i] whether i + 1 equals i
+    tied = ~first_of_each(first[order])[1:]  # [i] whether i + 1 equals i
     for words, shift in then:
         at = np.flatnonzero(np.r_[tied, False] | np.r_[False, tied])
         if len(at) == 0:
@@ -80,12 +75,12 @@ def sort_by(first: HashArray, *then: tuple[HashArray, int]) -> IntArray:
         packed = run << HALF | word
         by_word = np.argsort(packed, kind="stable")
         order[at] = order[at][by_word]
-        tied[at[:-1]] = ~starts(packed[by_word])[1:]
+        tied[at[:-1]] = ~first_of_each(packed[by_word])[1:]
     return order
 
 
-def best_first(goodness: FloatArray, content: HashArray, groups: IntArray | None = None) -> IntArray:
-    """`[n]` the order by group, best first, ties by content; NaN last in its group."""
+def best_first_order(goodness: FloatArray, content: HashArray, groups: IntArray | None = None) -> IntArray:
+    """`[n]` the order by group, then best first; ties by content hash, NaN last in its group."""
     bits = descending_bits(goodness)
     by_content = (content, 32), (content, 0)
     if groups is None:
@@ -94,10 +89,16 @@ def best_first(goodness: FloatArray, content: HashArray, groups: IntArray | None
 
 
 def group_codes(plan: EpochPlan, pool: Pool, per: str, policy: str) -> IntArray:
-    """`[len(plan)]` which group each sample is of.
+    """`[len(plan)]` the group of each sample, as a number.
+
+    Args:
+        plan: the samples.
+        pool: where the column is.
+        per: the column whose equal values are a group.
+        policy: name of the policy, for the error message.
 
     Raises:
-        ValueError: some of the samples have no group; `policy` is whose name the message carries.
+        ValueError: some samples have no value in the column.
     """
     column = pool.column(per)
     codes = column.codes[plan.indices]
@@ -106,6 +107,6 @@ def group_codes(plan: EpochPlan, pool: Pool, per: str, policy: str) -> IntArray:
         if missing:
             raise ValueError(
                 f"{policy}(per='{per}'): {missing} of {len(plan)} samples have no value in column '{per}', so they "
-                f"belong to no group; fill the column or drop these rows."
+                f"belong to no group. Fill the column, or drop these rows."
             )
     return codes

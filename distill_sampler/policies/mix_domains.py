@@ -1,4 +1,4 @@
-"""Fixed shares of the epoch for each domain, whatever the scores say."""
+"""Give each domain a fixed share of the epoch, whatever the scores say."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from distill_sampler.types import EpochPlan, Policy, Pool, unknown_name
 @documents_fields
 @dataclass(frozen=True)
 class MixDomains(Policy):
-    """Give each domain its share of the plan, to one sample; the order of the plan stays.
+    """Give each domain its share of the plan, exact to one sample, in the plan's order.
 
     DeepSeek-R1's recipe is `{"reasoning": 3, "general": 1}` (arXiv:2501.12948). Which samples of a domain are left out
-    (or repeated) is drawn anew each epoch. Without `num` no sample is repeated and the domain that is shortest of
-    its share sets the length: the trade-off is that a rare domain with a large share makes a small epoch.
+    or repeated is drawn anew each epoch. Without `num` no sample is repeated, so the domain with the fewest samples for
+    its share sets the length. Trade-off: a rare domain with a large share makes a short epoch.
     """
 
     shares: Mapping[Any, float]
-    """For each value of the column its share, in any unit: only ratios count. 0 leaves a domain out."""
+    """The share of each value of the column, in any unit: only ratios count. 0 leaves a domain out."""
     column: str = "domain"
-    """Column that tells what kind of task a row is."""
+    """Column that names the domain."""
     by: Literal["samples", "tokens"] = "samples"
-    """Whether the shares are of samples or of tokens (prompt included)."""
+    """Whether shares count samples or tokens (prompt included)."""
     num: int | None = None
-    """How many samples (or tokens) the plan shall have, each sample repeated as often as any other of its domain or
-    once more, copies side by side; None: as many as need no repeats."""
+    """Number of samples (or tokens) in the plan. Samples of a domain are repeated equally often, some once more, with
+    copies side by side. None: as many as possible without repeats."""
 
     def __post_init__(self) -> None:
         if not self.shares or not all(0 <= s < math.inf for s in self.shares.values()) or not any(self.shares.values()):
@@ -59,8 +59,8 @@ class MixDomains(Policy):
         for domain in present:
             if domain not in self.shares:
                 raise ValueError(
-                    f"MixDomains(column='{self.column}'): the plan has samples of {domain!r}, which has no share; "
-                    f"give it one, 0 to leave it out."
+                    f"MixDomains(column='{self.column}'): the plan has samples of {domain!r}, which has no share. "
+                    f"Give it one, or 0 to leave it out."
                 )
         for domain, share in self.shares.items():
             if share and domain not in column.values:
@@ -68,28 +68,28 @@ class MixDomains(Policy):
                 raise ValueError(f"MixDomains: {unknown_name('domain', str(domain), known, 'in the column')}")
             if share and domain not in present:
                 raise ValueError(
-                    f"MixDomains: no sample of {domain!r} is left in the plan, so it cannot have its share; loosen the "
-                    f"policies before this one, or give it share 0."
+                    f"MixDomains: no sample of {domain!r} is left in the plan, so it cannot have its share. Loosen the "
+                    f"policies before this one, or set its share to 0."
                 )
         rows = {domain: np.flatnonzero(domains == present[domain]) for domain, s in self.shares.items() if s}
-        stock = {domain: int(sizes[at].sum()) for domain, at in rows.items()}
-        wanted = self._wanted(stock)
+        available = {domain: int(sizes[at].sum()) for domain, at in rows.items()}
+        wanted = self._wanted(available)
         keys = random_keys(plan, pool, rng)
         times = np.zeros(len(plan), np.int64)
         for domain, at in rows.items():
-            rounds, rest = divmod(wanted[domain], stock[domain])
-            times[at] = rounds
-            if rest:
+            repeats, remainder = divmod(wanted[domain], available[domain])
+            times[at] = repeats
+            if remainder:
                 drawn = at[np.argsort(keys[at], kind="stable")]
-                so_far = np.r_[0, np.cumsum(sizes[drawn])]
-                times[drawn[: np.argmin(np.abs(so_far - rest))]] += 1
+                cumulative = np.r_[0, np.cumsum(sizes[drawn])]
+                times[drawn[: np.argmin(np.abs(cumulative - remainder))]] += 1
         return plan.take(np.repeat(np.arange(len(plan)), times))
 
-    def _wanted(self, stock: Mapping[Any, int]) -> dict[Any, int]:
-        """How many samples (or tokens) of each domain: the nearest whole numbers that add up (largest remainders)."""
-        shares = {domain: Fraction(self.shares[domain]).limit_denominator(10**9) for domain in stock}
+    def _wanted(self, available: Mapping[Any, int]) -> dict[Any, int]:
+        """How many samples (or tokens) each domain gets, rounded by largest remainders so that they add up."""
+        shares = {domain: Fraction(self.shares[domain]).limit_denominator(10**9) for domain in available}
         whole = sum(shares.values())
-        total = self.num or math.floor(min(stock[domain] * whole / share for domain, share in shares.items()))
+        total = self.num or math.floor(min(available[domain] * whole / share for domain, share in shares.items()))
         exact = {domain: total * share / whole for domain, share in shares.items()}
         wanted = {domain: math.floor(number) for domain, number in exact.items()}
         by_remainder = sorted(exact, key=lambda domain: wanted[domain] - exact[domain])

@@ -1,4 +1,4 @@
-"""Let no teacher flood the plan."""
+"""Limit how much of the plan one teacher may supply."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from distill_sampler.types import EpochPlan, Policy, Pool
 @documents_fields
 @dataclass(frozen=True)
 class MixTeachers(Policy):
-    """Leave out samples of the most frequent teachers until none has more than its share; the order stays.
+    """Drop samples of the most frequent teachers until none has more than `max_share`. The order of the plan stays.
 
-    In the paper of RSR (arXiv:2601.14249) one teacher supplies 45-77 % of each selected set. Which samples are left
-    out is drawn anew each epoch; as few as possible are. Trade-off: the prompts that only they answered leave too.
+    In the RSR paper (arXiv:2601.14249) one teacher supplies 45-77 % of each selected set. As few samples as possible
+    are dropped; which ones is drawn anew each epoch. Trade-off: prompts that only these teachers answered are lost.
     """
 
     max_share: float
     """Largest share of the resulting plan that one teacher may have, in (0, 1]."""
     teacher: str = "teacher"
-    """Column that tells who wrote the response."""
+    """Column that names the teacher."""
 
     def __post_init__(self) -> None:
         if not 0 < self.max_share <= 1:
@@ -44,10 +44,10 @@ class MixTeachers(Policy):
         num_teachers = int(np.count_nonzero(counts))
         if share * num_teachers < 1:
             raise ValueError(
-                f"MixTeachers(max_share={self.max_share}): {num_teachers} teachers in the plan cannot all stay below "
-                f"that share; it needs {math.ceil(1 / share)} teachers, or max_share={1 / num_teachers:.3g}."
+                f"MixTeachers(max_share={self.max_share}): the plan has {num_teachers} teachers, and they cannot all "
+                f"have so small a share. Use {math.ceil(1 / share)} teachers, or max_share={1 / num_teachers:.3g}."
             )
-        # `low` samples each are few enough, `high` too many. In between: the shares hold up to one number, then fail.
+        # find the largest number of samples per teacher that respects the share: `low` does, `high` does not
         low, high = 1, int(counts.max()) + 1
         while high - low > 1:
             middle = (low + high) // 2

@@ -11,13 +11,12 @@ from distill_sampler.hashing import splitmix64
 from distill_sampler.policies.expressions import MetricExpression, metric_names
 from distill_sampler.policies.keys import (
     HALF,
-    best_first,
+    best_first_order,
     first_of_each,
     group_codes,
     random_keys,
     sort_by,
-    starts,
-    unit,
+    to_unit_interval,
 )
 from distill_sampler.types import EpochPlan, FloatArray, HashArray, IntArray, Policy, Pool
 
@@ -27,11 +26,11 @@ from distill_sampler.types import EpochPlan, FloatArray, HashArray, IntArray, Po
 class SampleBySoftmax(Policy):
     """Draw samples with probability proportional to exp(goodness / temperature), anew each epoch.
 
-    `goodness` is the score, or its negative where lower is better. Between `BestOf`/`KeepTop` (temperature → 0) and a
-    uniform draw (→ ∞). Without replacement the draws are successive, by Gumbel top-k (Kool et al., arXiv:1903.06059).
-    The order of the plan stays and copies stand side by side, so an order comes after it. Samples without a score are
-    never drawn; a group without any score is left out. Probabilities are not loss weights: drawing often already is
-    the emphasis. Trade-off against a hard cut: variety, for some samples that score worse.
+    `goodness` is the score, negated if lower is better. A temperature near 0 approaches `BestOf` or `KeepTop`, a high
+    one a uniform draw. Without replacement, samples are drawn one after the other, by Gumbel top-k (Kool et al.,
+    arXiv:1903.06059). Samples without a score are never drawn. They stay in the plan's order with copies side by side,
+    so put an ordering policy after this one. Loss weights do not change: drawing a sample often already emphasises it.
+    Trade-off: more variety than a hard cut, but some samples score worse.
     """
 
     metric: str | MetricExpression
@@ -39,26 +38,26 @@ class SampleBySoftmax(Policy):
     temperature: float
     """In the metric's units: a sample better by this much is e times as likely."""
     num_samples: int | None = None
-    """How many to draw (from each group, with `per`), of any size; None: as many as there are in the plan (the group).
+    """How many samples to draw from the plan, or with `per` from each group. None: as many as it has.
 
-    Without replacement a group that has fewer gives all it has.
+    Without replacement, a group with fewer samples gives all of them.
     """
     replacement: bool = True
-    """Whether a sample can be drawn again. False needs `num_samples`: drawing everything once changes nothing."""
+    """Whether a sample can be drawn more than once. False needs `num_samples`, or every sample would be drawn once."""
     per: str | None = None
-    """Column that tells which rows answer the same prompt, to draw within each; None: from the whole plan."""
+    """Column that identifies the prompt, to draw within each prompt's group. None: draw from the whole plan."""
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(
-                f"SampleBySoftmax(temperature={self.temperature}): the temperature must be above 0; for the best "
-                f"alone use BestOf or KeepTop."
+                f"SampleBySoftmax(temperature={self.temperature}): the temperature must be above 0. To keep only "
+                f"the best, use BestOf or KeepTop."
             )
         if self.num_samples is not None and self.num_samples < 1:
             raise ValueError(f"SampleBySoftmax(num_samples={self.num_samples}): draw at least 1 sample.")
         if self.num_samples is None and not self.replacement:
             raise ValueError(
-                "SampleBySoftmax(num_samples=None, replacement=False) would draw everything once; give num_samples=."
+                "SampleBySoftmax(num_samples=None, replacement=False) would draw every sample once; give num_samples=."
             )
 
     @property
@@ -84,28 +83,28 @@ class SampleBySoftmax(Policy):
         scored = np.flatnonzero(~np.isnan(goodness))
         if not self.replacement:
             assert self.num_samples is not None
-            noise = -np.log(-np.log(unit(random_keys(plan, pool, rng)[scored])))
-            # Only the order counts, so scale whichever of the two stays finite.
+            noise = -np.log(-np.log(to_unit_interval(random_keys(plan, pool, rng)[scored])))
+            # only the order matters, so scale the one of the two that stays finite
             cold = self.temperature <= 1
             perturbed = (
                 goodness[scored] + self.temperature * noise if cold else goodness[scored] / self.temperature + noise
             )
-            order = scored[best_first(perturbed, content[scored], groups[scored])]
+            order = scored[best_first_order(perturbed, content[scored], groups[scored])]
             return plan.take(np.sort(order[first_of_each(groups[order], self.num_samples)]))
         if not len(scored):
             return plan.take(scored)
         by_content = sort_by(groups[scored].astype(np.uint64) << HALF | content[scored] >> HALF, (content[scored], 0))
         order = scored[by_content]
-        first = np.flatnonzero(starts(groups[order]))
+        first = np.flatnonzero(first_of_each(groups[order]))
         if self.num_samples is None:
             num = np.bincount(groups)[groups[order[first]]]
         else:
             num = np.full(len(first), self.num_samples)
-        drawn = draw(goodness[order], self.temperature, first, num, content[order], rng)
+        drawn = draw_with_replacement(goodness[order], self.temperature, first, num, content[order], rng)
         return plan.take(np.sort(order[drawn]))
 
 
-def draw(
+def draw_with_replacement(
     goodness: FloatArray,
     temperature: float,
     first: IntArray,
@@ -113,9 +112,10 @@ def draw(
     content: HashArray,
     rng: np.random.Generator,
 ) -> IntArray:
-    """`[num.sum()]` positions drawn with replacement: `num[g]` of them from the g-th run, which begins at `first[g]`.
+    """`[num.sum()]` positions drawn with replacement: `num[g]` of them from the g-th group, which begins at `first[g]`.
 
-    By the inverse of each run's cumulative distribution; the uniforms belong to the content of the run's first sample.
+    Inverts the cumulative distribution of each group. The random numbers depend on the content of the group's first
+    sample, not on row numbers.
     """
     lengths = np.diff(np.r_[first, len(goodness)])
     best = np.repeat(np.maximum.reduceat(goodness, first), lengths)
@@ -123,11 +123,11 @@ def draw(
         cumulative = np.cumsum(np.exp((goodness - best) / temperature))
     cumulative -= np.repeat(np.r_[0.0, cumulative[first[1:] - 1]], lengths)
     cumulative /= np.repeat(cumulative[first + lengths - 1], lengths)
-    cumulative += np.repeat(np.arange(len(first)), lengths)  # run g covers [g, g + 1]
-    run = np.repeat(np.arange(len(first)), num)
-    turn = np.arange(len(run)) - np.repeat(np.cumsum(num) - num, num)
+    cumulative += np.repeat(np.arange(len(first)), lengths)  # group g covers [g, g + 1]
+    group = np.repeat(np.arange(len(first)), num)
+    draw_number = np.arange(len(group)) - np.repeat(np.cumsum(num) - num, num)
     salt = rng.integers(0, 2**64, dtype=np.uint64)
-    uniform = unit(splitmix64(splitmix64(content[first] ^ salt)[run] + turn.astype(np.uint64)))
-    drawn: IntArray = np.searchsorted(cumulative, np.sort(run + uniform), side="right")
-    last: IntArray = (first + lengths - 1)[run]
-    return np.minimum(drawn, last, dtype=np.int64)  # run + uniform may round up to the next run
+    uniform = to_unit_interval(splitmix64(splitmix64(content[first] ^ salt)[group] + draw_number.astype(np.uint64)))
+    drawn: IntArray = np.searchsorted(cumulative, np.sort(group + uniform), side="right")
+    last: IntArray = (first + lengths - 1)[group]
+    return np.minimum(drawn, last, dtype=np.int64)  # group + uniform may round up to the next group

@@ -9,30 +9,29 @@ import numpy as np
 
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.policies.expressions import MetricExpression, metric_names
-from distill_sampler.policies.keys import best_first, random_keys, unit
+from distill_sampler.policies.keys import best_first_order, random_keys, to_unit_interval
 from distill_sampler.types import EpochPlan, Policy, Pool
 
 
 @documents_fields
 @dataclass(frozen=True)
 class SortBy(Policy):
-    """Sort the plan by a metric, best first or last; samples without a score come last. Ties are broken by content.
+    """Sort the plan by a metric. Samples without a score come last; ties are broken by content hash.
 
-    Curriculum learning in its plain form (Bengio et al., 2009). Trade-off: neighbours in the epoch resemble each
-    other (in length, in domain), which makes batches less varied; `jitter`, or `Shuffle(bucket=)` after it, loosens
-    the order.
+    This is plain curriculum learning (Bengio et al., 2009). Trade-off: neighbours in the epoch resemble each other (in
+    length, in domain), so batches are less varied. `jitter`, or `Shuffle(bucket=)` after it, loosens the order.
     """
 
     metric: str | MetricExpression
     """Name of the metric, for example `"global_naturalness"`, or an expression such as `RankAverage`."""
     best_first: bool = True
-    """False: the worst first, for an anti-curriculum control."""
+    """Whether the best come first. False: the worst first, for an anti-curriculum control."""
     jitter: float = 0.0
-    """No sample moves further from its sorted place than this share of the epoch; drawn anew each epoch."""
+    """How far a sample may move from its sorted position, as a share of the epoch. Drawn anew each epoch."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.jitter < math.inf:
-            raise ValueError(f"SortBy(jitter={self.jitter}): a share of the epoch, 0 or more; 0.1 moves by a tenth.")
+            raise ValueError(f"SortBy(jitter={self.jitter}): give a share of the epoch, 0 or more, such as 0.1.")
 
     @property
     def uses_metrics(self) -> tuple[str, ...]:
@@ -40,9 +39,9 @@ class SortBy(Policy):
 
     def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
         goodness = pool.goodness(self.metric)[plan.indices]
-        order = best_first(goodness if self.best_first else -goodness, pool.content_hash[plan.indices])
+        order = best_first_order(goodness if self.best_first else -goodness, pool.content_hash[plan.indices])
         if self.jitter:
             scored = order[: np.count_nonzero(~np.isnan(goodness))]
-            shift = self.jitter * len(scored) * (unit(random_keys(plan, pool, rng)[scored]) - 0.5)
+            shift = self.jitter * len(scored) * (to_unit_interval(random_keys(plan, pool, rng)[scored]) - 0.5)
             order[: len(scored)] = scored[np.argsort(np.arange(len(scored)) + shift, kind="stable")]
         return plan.take(order)

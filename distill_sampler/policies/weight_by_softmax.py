@@ -1,4 +1,4 @@
-"""Weigh the loss of each sample by its score."""
+"""Weight the loss of each sample by its score."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from distill_sampler.types import EpochPlan, Policy, Pool
 @documents_fields
 @dataclass(frozen=True)
 class WeightBySoftmax(Policy):
-    """Multiply each sample's loss weight by floor + (1 - floor) · n · softmax(goodness / temperature); mean 1.
+    """Multiply each sample's loss weight by floor + (1 - floor) · n · softmax(goodness / temperature), with mean 1.
 
-    `goodness` is the score, or its negative where lower is better. Order and length of the plan stay: the gentlest way
-    to prefer samples, and the only one whose epoch costs as much as without it. A sample without a score has the least
-    weight, `floor`; if none has a score the plan stays. Trade-off: forwards are spent on samples that hardly count;
+    `goodness` is the score, negated if lower is better. The plan keeps its order and length, which makes this the
+    gentlest way to prefer samples. A sample without a score gets the smallest weight, `floor`; if none has a score, the
+    plan does not change. Trade-off: an epoch costs as much as before, although many samples may hardly count;
     `effective_sample_size` says how many do.
     """
 
@@ -27,13 +27,15 @@ class WeightBySoftmax(Policy):
     temperature: float
     """In the metric's units: a sample better by this much counts e times as much."""
     floor: float = 0.0
-    """Least weight of any sample, in [0, 1)."""
+    """Smallest weight of any sample, in [0, 1)."""
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"WeightBySoftmax(temperature={self.temperature}): the temperature must be above 0.")
         if not 0 <= self.floor < 1:
-            raise ValueError(f"WeightBySoftmax(floor={self.floor}): a weight in [0, 1); weights have mean 1.")
+            raise ValueError(
+                f"WeightBySoftmax(floor={self.floor}): give a weight in [0, 1), because weights have mean 1."
+            )
 
     @property
     def uses_metrics(self) -> tuple[str, ...]:
@@ -49,15 +51,15 @@ class WeightBySoftmax(Policy):
         weights = np.full(len(plan), self.floor)
         weights[scored] += (1 - self.floor) * len(plan) * softmax / softmax.sum()
         weights *= plan.weights
-        # Never quite zero, so that whatever a later policy keeps still has a mean.
+        # never exactly zero, so that a later policy can scale whatever it keeps back to mean 1
         weights = np.maximum(weights / weights.mean(), np.finfo(np.float32).tiny)
         return EpochPlan(indices=plan.indices, weights=weights)
 
 
 def effective_sample_size(plan: EpochPlan) -> float:
-    """Kish's (Σw)² / Σw², w being the total weight of each distinct sample: how many samples the plan amounts to.
+    """How many samples a plan effectively has: Kish's (Σw)² / Σw², with w the total weight of each distinct sample.
 
-    The number of samples if all count alike, near 1 if a single one dominates, 0 for an empty plan.
+    It is the number of samples if all weigh the same, near 1 if one dominates, and 0 for an empty plan.
     """
     totals = np.bincount(plan.indices, plan.weights)
     return float(totals.sum() ** 2 / (totals**2).sum()) if len(plan) else 0.0

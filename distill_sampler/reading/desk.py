@@ -76,7 +76,7 @@ class Desk:
                 known = {place: self._kept.get(key, self._statistics) for place, key in keys.items()}
                 self.stats |= {place: replace(stats, cost=0.0) for place, stats in known.items() if stats is not None}
                 places = [place for place in places if place not in self.stats]
-                if not ranks.most(len(places)):
+                if not ranks.max_over_ranks(len(places)):
                     continue
             found = opened(reader)([self._views[place] for place in places])
             self.stats |= dict(zip(places, found, strict=True))

@@ -144,7 +144,7 @@ class ModelReader(Reader):
     @property
     def budget(self) -> int:
         """Tokens in a batch: the smallest of the processes' budgets, because all must cut the same blocks."""
-        return self._batch_tokens or -self.ranks.most(-_affordable_tokens(self.model, self.device))
+        return self._batch_tokens or -self.ranks.max_over_ranks(-_affordable_tokens(self.model, self.device))
 
     @property
     def block_tokens(self) -> int:
@@ -186,7 +186,7 @@ class _Session:
         left = self._plan(views, prompts)
         # agreed on before the first forward pass: afterwards, others may still wait for this process inside one
         forwards = sum(len(wave.batches) + bool(wave.prompts) for wave in left)
-        idle = self._ranks.most(forwards) - forwards
+        idle = self._ranks.max_over_ranks(forwards) - forwards
         while left:
             wave = left.pop(0)
             sharing = Counter(wave.row.values())
@@ -222,7 +222,7 @@ class _Session:
     def _plan(self, views: Sequence[View], prompts: Sequence[IntArray | None]) -> list[Wave]:
         """What is read with what. Whether prompts can be shared is tried when some process would first gain by it."""
         planned = list(waves(views, prompts, self._budget))
-        if self.sharing is None and self._ranks.most(int(any(wave.prompts for wave in planned))):
+        if self.sharing is None and self._ranks.max_over_ranks(int(any(wave.prompts for wave in planned))):
             self.sharing = _can_share(self._forward, self._info.examples)
         return list(waves(views, [None] * len(views), self._budget)) if self.sharing is False else planned
 

@@ -256,7 +256,7 @@ class _Pass:
                 tokens_of[row, number] = sum(desk.cost(at) for at in set(places))
             used = {at for places in asked if not isinstance(places, Missing) for at in places}
             tokens_of_all[row] = sum(desk.cost(at) for at in used | ({trace} if trace else set()))
-        every = self.ranks.total(np.concatenate([columns, tokens_of, missing, tokens_of_all], axis=1))
+        every = self.ranks.elementwise_sum(np.concatenate([columns, tokens_of, missing, tokens_of_all], axis=1))
         columns, tokens_of, missing, tokens_of_all = np.split(
             every, np.cumsum([len(names), len(self.metrics), len(self.metrics)]), axis=1
         )

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distill_sampler.artifacts.scorefile import Scores
-from distill_sampler.policies.keys import best_first, starts
+from distill_sampler.policies.keys import best_first_order, first_of_each
 from distill_sampler.report.verdict import Estimate, TeacherLine, verdict_of, warnings_of
 from distill_sampler.types import BoolArray, Column, FloatArray, HashArray, IntArray, Metric
 
@@ -102,9 +102,9 @@ def leaderboard(
     _, groups = np.unique(groups[order], return_inverse=True)
     num_prompts = int(groups.max()) + 1
     goodness = rows[metric] if ranking.higher_is_better else -rows[metric]
-    winners = best_first(goodness, content_hash[order], groups)
+    winners = best_first_order(goodness, content_hash[order], groups)
     chosen = np.zeros(len(order))
-    chosen[winners[starts(groups[winners])]] = 1.0
+    chosen[winners[first_of_each(groups[winners])]] = 1.0
     bounds = np.flatnonzero(np.r_[True, codes[1:] != codes[:-1], True])
     slices = [slice(start, stop) for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)]
     part_names = [name for name in ranking.columns if name != metric]
@@ -240,7 +240,7 @@ def rank_domains(
     return found if len(found) > 1 else {}
 
 
-def tell_domains(board: Leaderboard, by_domain: Mapping[str, Leaderboard]) -> str:
+def domain_sentence(board: Leaderboard, by_domain: Mapping[str, Leaderboard]) -> str:
     """Whether the first teacher is the first everywhere, in a sentence."""
     first = board.lines[0].teacher
     firsts = {domain: own.lines[0].teacher for domain, own in by_domain.items()}

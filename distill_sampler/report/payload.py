@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 
 from distill_sampler.artifacts.schema import TRACE_COLUMNS
 from distill_sampler.artifacts.scorefile import Scores
-from distill_sampler.planning.why import Choice
+from distill_sampler.planning.why import ExplainedPlan
 from distill_sampler.policies import BestOf
-from distill_sampler.report.leaderboard import Leaderboard, rank_domains, rank_teachers, tell_domains
+from distill_sampler.report.leaderboard import Leaderboard, domain_sentence, rank_domains, rank_teachers
 from distill_sampler.report.verdict import Estimate
 from distill_sampler.types import Column, FloatArray, IntArray, Policy
 
@@ -119,12 +119,14 @@ def _mark(character: str) -> str:
     return chr(0x2400 + code) if code < 0x20 else f"⟦U+{code:04X}⟧"
 
 
-def _choice(scores: Scores, policies: Sequence[Policy], seed: int, metric: str, groups: Column | None) -> Choice | None:
+def _choice(
+    scores: Scores, policies: Sequence[Policy], seed: int, metric: str, groups: Column | None
+) -> ExplainedPlan | None:
     """By the policies that were given; else what a run planned last; else the best response of each prompt."""
     if policies:
         return scores.choose(policies, seed=seed)
     if scores.load_plans is not None:
-        return scores.planned()
+        return scores.last_plan()
     if scores.group is None or groups is None or len(groups.values) == len(groups.codes):
         return None
     return scores.choose([BestOf(metric, per=scores.group)], seed=seed)
@@ -156,7 +158,7 @@ def _verdicts(correct: Column | None, size: int) -> IntArray:
     ]
 
 
-def _reason(choice: Choice | None, row: int, plans: Mapping[int, IntArray], chosen: bool) -> str:
+def _reason(choice: ExplainedPlan | None, row: int, plans: Mapping[int, IntArray], chosen: bool) -> str:
     why = "" if choice is None else visible(choice.reason(row), 400)
     if not plans:
         return why
@@ -216,7 +218,7 @@ def _by_domain(board: Leaderboard, by_domain: Mapping[str, Leaderboard]) -> dict
             for own, other in zip(found, by_domain.values(), strict=True)
         ]
         rows.append({"teacher": visible(line.teacher, 60), "cells": cells})
-    sentence = visible(tell_domains(board, by_domain), 1000)
+    sentence = visible(domain_sentence(board, by_domain), 1000)
     prompts = [other.prompts for other in by_domain.values()]
     return {"sentence": sentence, "names": [visible(d, 60) for d in by_domain], "prompts": prompts, "rows": rows}
 
@@ -232,7 +234,7 @@ def _composition(
     num_teachers: int,
     finite: IntArray,
     plans: Mapping[int, IntArray],
-    choice: Choice | None,
+    choice: ExplainedPlan | None,
 ) -> list[dict[str, Any]]:
     """Bars of how many samples each teacher has: among the candidates, and in each epoch or in the choice."""
     if num_teachers < 2:
@@ -283,7 +285,7 @@ def _traces(
     scores: Scores,
     columns: Sequence[str],
     numbers: dict[str, FloatArray],
-    choice: Choice | None,
+    choice: ExplainedPlan | None,
     plans: Mapping[int, IntArray],
     chosen: Any,
     teachers: IntArray,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distill_sampler.policies import BestOf, KeepCorrect, MixDomains, Shuffle, SortBy, trace_policies
+from distill_sampler.policies import BestOf, KeepCorrect, MixDomains, Shuffle, SortBy, apply_one_by_one
 from distill_sampler.types import Column, EpochPlan, FloatArray, Pool, Sample, View
 
 POLICIES = [
@@ -81,7 +81,7 @@ def measure(size: int) -> dict[str, float]:
     plan = EpochPlan(indices=np.arange(size))
     result["inputs MB"] = peak_megabytes()
     begun = before = time.perf_counter()
-    for policy, made in trace_policies(POLICIES, plan, pool, seed=0):
+    for policy, made in apply_one_by_one(POLICIES, plan, pool, seed=0):
         now = time.perf_counter()
         result[type(policy).__name__] = now - before
         result["planned"] = len(made)

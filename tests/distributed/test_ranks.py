@@ -43,6 +43,6 @@ def test_one_process_sends_nothing() -> None:
     assert not torch.distributed.is_initialized()
     alone = Ranks.current(torch.device("cpu"))
     values = np.array([1.0, np.nan])
-    assert alone.total(values) is values
-    assert alone.most(7) == 7
+    assert alone.elementwise_sum(values) is values
+    assert alone.max_over_ranks(7) == 7
     alone.require_equal("abcdef012345", "plan")

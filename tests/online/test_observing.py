@@ -122,9 +122,9 @@ def test_the_next_plan_goes_by_what_was_seen(tmp_path: Path, tokenizer: PreTrain
     assert (first.scoring.observed, second.scoring.observed) == (0, 2)
     assert second.scoring.estimated == 4
     trained = curriculum.plans[0].indices
-    assert curriculum.cycle.record.passes[1].which.nonzero()[0].tolist() == sorted(trained.tolist())
+    assert curriculum.cycle.record.passes[1].was_measured.nonzero()[0].tolist() == sorted(trained.tolist())
     # the others moved with the drift of those that were seen
-    before, after = curriculum.cycle.known(1), curriculum.cycle.known(2)
+    before, after = curriculum.cycle.scores_after(1), curriculum.cycle.scores_after(2)
     others = np.setdiff1d(np.arange(6), trained)
     shift = (after[RSR] - before[RSR])[trained].mean()
     np.testing.assert_allclose((after[RSR] - before[RSR])[others], shift, rtol=1e-4)

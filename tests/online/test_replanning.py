@@ -27,7 +27,7 @@ from distill_sampler import (
     WeightBySoftmax,
     attach,
 )
-from distill_sampler.planning.sampler import with_rest
+from distill_sampler.planning.sampler import replace_rest
 from tests import tiny
 from tests.test_attach import TRAINERS, trained
 
@@ -143,7 +143,7 @@ def test_the_rest_of_a_plan(data: st.DataObject) -> None:
     plans = st.lists(st.integers(0, size - 1), min_size=length, max_size=length)
     begun, new = (EpochPlan(indices=np.array(data.draw(plans))) for _ in range(2))
     start = data.draw(st.integers(0, length))
-    result = with_rest(begun, new, start, groups)
+    result = replace_rest(begun, new, start, groups)
     assert len(result) == length
     assert result.indices[:start].tolist() == begun.indices[:start].tolist()
     rest = result.indices[start:].tolist()
@@ -164,7 +164,7 @@ def test_the_rest_of_a_plan(data: st.DataObject) -> None:
 
 def test_what_was_handed_out_is_taken_off_before_others_of_its_group() -> None:
     begun, new = EpochPlan(indices=np.array([0, 2, 1])), EpochPlan(indices=np.array([0, 1, 2]))
-    assert with_rest(begun, new, 1, groups=np.array([0, 0, 1])).indices.tolist() == [0, 1, 2]
+    assert replace_rest(begun, new, 1, groups=np.array([0, 0, 1])).indices.tolist() == [0, 1, 2]
 
 
 def test_a_loader_that_has_read_too_far_is_found_out() -> None:

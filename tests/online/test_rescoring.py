@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from distill_sampler import BestOf, Curriculum, RankSurprisalRatio, Rescore, ScoredDataset, Scorer, Shuffle
-from distill_sampler.planning.rescore import Clock, choose
+from distill_sampler.planning.rescore import Clock, candidates_to_score
 from distill_sampler.store import ScoreStore, replay
 from tests import tiny
 
@@ -59,7 +59,7 @@ def test_the_stalest_come_round_before_any_comes_twice(dataset: ScoredDataset, m
     curriculum = bound(dataset, Rescore(fraction=1 / 3))
     for epoch in range(4):
         curriculum.start_epoch(epoch, model, step=epoch)
-    passes = [taken.which for taken in curriculum.cycle.record.passes]
+    passes = [taken.was_measured for taken in curriculum.cycle.record.passes]
     assert passes[0].all()
     assert sum(passes[1:]).tolist() == [1] * 18  # type: ignore[union-attr]
     assert curriculum.store.times_scored.tolist() == [2] * 18
@@ -70,8 +70,8 @@ def test_the_uncertain_are_those_that_surprised() -> None:
     for step, moved in ((0, [0, 0, 0, 0, 0, 0]), (1, [0.1, 3, 0, -5, 0.2, 0])):
         store.begin(epoch=0, step=step)
         store.write(np.arange(6), {"score": np.array([1, 2, 3, 4, 5, 6], np.float32) + np.array(moved, np.float32)})
-        store.settle()
-    chosen = choose(
+        store.end()
+    chosen = candidates_to_score(
         Rescore(fraction=1 / 3, choose="uncertain"), store, np.arange(6), np.arange(6, dtype=np.uint64), seed=0
     )
     assert chosen.tolist() == [3, 1]
@@ -88,7 +88,7 @@ def test_the_choice_does_not_depend_on_the_order_of_the_rows(seed: int, fraction
     for rows in (np.arange(20), order):
         store = ScoreStore(20, ["score"], {})
         store.step = steps[rows]
-        chosen = choose(rescore, store, np.arange(20), content[rows], seed=seed)
+        chosen = candidates_to_score(rescore, store, np.arange(20), content[rows], seed=seed)
         found.append(rows[chosen].tolist())
         assert (store.step >= 0).all() or (store.step[chosen[: (steps < 0).sum()]] < 0).all()
         assert len(chosen) == max(np.ceil(fraction * 20), (steps < 0).sum())
@@ -103,11 +103,11 @@ def test_what_is_not_scored_moves_with_those_that_are() -> None:
     some = np.arange(0, 100, 7)
     store.begin(epoch=0, step=0)
     store.write(np.arange(100), {"score": old})
-    passes = [store.settle()]
+    passes = [store.end()]
     assert not store.estimated.any()
     store.begin(epoch=1, step=5)
     store.write(some, {"score": truth[some]})
-    passes.append(store.settle())
+    passes.append(store.end())
     np.testing.assert_allclose(store.latest["score"], truth, rtol=1e-5)
     assert np.flatnonzero(~store.estimated).tolist() == some.tolist()
     assert store.step[some].tolist() == [5] * len(some)
@@ -124,7 +124,7 @@ def test_the_drift_comes_from_samples_that_were_scored_on_purpose_where_there_ar
         store.begin(epoch=step, step=step)
         if len(asked):
             store.write(np.array(asked), {"score": np.full(len(asked), step + 1, np.float32)})
-        taken = store.settle()
+        taken = store.end()
         if step == 1:  # 1 became 5 and 6
             assert store.latest["score"].tolist() == [5, 6, 5.5, 5.5, 5.5, 5.5]
     assert store.latest["score"].tolist() == [10, 12, 3, 3, 3, 3]  # with those that were asked, not with 5 to 10
@@ -137,10 +137,10 @@ def test_an_estimate_keeps_who_is_better() -> None:
     store = ScoreStore(30, ["score"], {})
     store.begin(epoch=0, step=0)
     store.write(np.arange(30), {"score": np.arange(30, dtype=np.float32)})
-    store.settle()
+    store.end()
     store.begin(epoch=1, step=1)
     store.write(np.arange(10), {"score": -np.arange(10, dtype=np.float32)})
-    store.settle()
+    store.end()
     assert (np.diff(store.latest["score"][10:]) > 0).all()
 
 
@@ -155,10 +155,10 @@ def test_scores_without_a_new_pass_are_those_of_the_last(dataset: ScoredDataset,
 
 def test_a_share_of_the_time_is_kept() -> None:
     spent = Clock(run=100.0, scoring=2.0, tokens_per_second=1000.0)
-    tokens = spent.affords(0.05)
+    tokens = spent.affordable_tokens(0.05)
     seconds = tokens / 1000
     assert (spent.scoring + seconds) / (spent.run + seconds) == pytest.approx(0.05, rel=0.01)
-    assert Clock(run=100.0, scoring=20.0, tokens_per_second=10.0).affords(0.05) == 0
+    assert Clock(run=100.0, scoring=20.0, tokens_per_second=10.0).affordable_tokens(0.05) == 0
 
 
 def test_a_share_of_the_time_is_obeyed(

@@ -80,9 +80,9 @@ def test_who_is_left_out_is_drawn_evenly_and_anew() -> None:
 @pytest.mark.parametrize(
     ("shares", "sentence"),
     [
-        ({"x": 1}, r"MixDomains\(column='domain'\): the plan has samples of 'y', which has no share; give it one"),
+        ({"x": 1}, r"^MixDomains\(column='domain'\): .*'y'.* 0 to leave it out"),
         ({"x": 1, "y": 1, "yy": 1}, "MixDomains: There is no domain 'yy'.* Did you mean 'y'"),
-        ({"x": 1, "y": 1, "z": 1}, "MixDomains: no sample of 'z' is left in the plan, .* loosen"),
+        ({"x": 1, "y": 1, "z": 1}, "^MixDomains: .*'z'.* set its share to 0"),
     ],
 )
 def test_shares_and_domains_must_match(shares: dict[str, float], sentence: str) -> None:
@@ -102,7 +102,7 @@ def test_no_teacher_has_more_than_its_share_and_no_more_is_left_out(counts: list
     teachers = [name for name, count in zip("wxyz", counts, strict=False) for _ in range(count)]
     pool = make_pool(np.zeros(len(teachers)), teacher=teachers)
     if max_share * len(counts) < 1 - 1e-9:
-        with pytest.raises(ValueError, match=rf"MixTeachers\(max_share=.*\): {len(counts)} teachers .* needs"):
+        with pytest.raises(ValueError, match=rf"MixTeachers\(max_share=.*\): .* {len(counts)} teachers.* max_share="):
             MixTeachers(max_share)(everything(pool), pool, rng())
         return
     got = counts_of(teachers, MixTeachers(max_share)(everything(pool), pool, rng()).indices)

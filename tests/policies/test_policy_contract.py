@@ -32,8 +32,8 @@ from distill_sampler.policies import (
     SortBy,
     WeightBySoftmax,
     WithinLength,
+    apply_one_by_one,
     apply_policies,
-    trace_policies,
 )
 from distill_sampler.types import EpochPlan, Policy, Pool
 
@@ -268,4 +268,4 @@ def test_a_list_of_policies_is_their_composition(
     except ValueError:
         reject()
     assert apply_policies(policies, plan, pool, seed) == expected
-    assert list(trace_policies(policies, plan, pool, seed)) == steps
+    assert list(apply_one_by_one(policies, plan, pool, seed)) == steps

@@ -108,10 +108,12 @@ def test_keep_correct_never_empties_a_prompt(candidates: tuple[Pool, EpochPlan])
     assert result == plan.take(np.array(sorted(expected), np.int64))
 
 
-def test_keep_correct_drops_or_refuses_where_asked() -> None:
+def test_keep_correct_drops_or_refuses_prompts_without_a_correct_response() -> None:
     pool = make_pool([1, 2, 3], prompt_id=["a", "a", "b"], correct=[1.0, 0.0, NAN])
     assert KeepCorrect("correct", if_none="drop")(everything(pool), pool, rng()).indices.tolist() == [0]
-    with pytest.raises(ValueError, match=r"KeepCorrect\(if_none='error'\): 1 prompts .* prompt_id='b'.* choose"):
+    with pytest.raises(
+        ValueError, match=r"KeepCorrect\(if_none='error'\): 1 prompts .* prompt_id='b'.* if_none='keep_best'"
+    ):
         KeepCorrect("correct", if_none="error", per="prompt_id")(everything(pool), pool, rng())
 
 
@@ -122,7 +124,7 @@ def test_keep_correct_keeps_correct_samples_without_a_score() -> None:
 
 
 @pytest.mark.parametrize("value", ["True", "yes", 0.5, 2])
-def test_keep_correct_refuses_what_is_no_verdict(value: object) -> None:
+def test_keep_correct_refuses_values_other_than_true_and_false(value: object) -> None:
     pool = make_pool([1.0, 2.0], correct=[True, value])
     with pytest.raises(ValueError, match=r"KeepCorrect\(column='correct'\): .* must hold true or false"):
         KeepCorrect("correct", if_none="drop")(everything(pool), pool, rng())
@@ -177,7 +179,7 @@ def test_within_length_includes_its_bounds(candidates: tuple[Pool, EpochPlan]) -
 
 def test_samples_without_a_group_are_refused() -> None:
     pool = make_pool([1.0, 2.0, 3.0], prompt_id=["a", None, "b"])
-    with pytest.raises(ValueError, match=r"BestOf\(per='prompt_id'\): 1 of 3 samples have no value .* fill"):
+    with pytest.raises(ValueError, match=r"BestOf\(per='prompt_id'\): 1 of 3 samples have no value .*(?i:fill)"):
         BestOf("up", per="prompt_id")(everything(pool), pool, rng())
     assert len(BestOf("up", per="prompt_id")(EpochPlan(indices=np.array([0, 2])), pool, rng())) == 2
 

@@ -90,7 +90,7 @@ def test_a_resumed_runs_folder_is_the_uninterrupted_ones(run: tuple[Path, Curric
 def test_a_pass_over_some_samples_leaves_the_others_as_they_were(tmp_path: Path) -> None:
     curriculum = train(tmp_path, rescore=Rescore(fraction=0.5))
     scores = Scores.open(tmp_path)
-    partly = [int(taken.which.sum()) for taken in curriculum.cycle.record.passes]
+    partly = [int(taken.was_measured.sum()) for taken in curriculum.cycle.record.passes]
     assert partly[0] == 18 > partly[1]
     np.testing.assert_array_equal(scores.numbers()[RSR], curriculum.store.latest[RSR])  # estimates included
     assert payload(scores)["passes"]["epochs"] == [taken.epoch for taken in curriculum.cycle.record.passes]
