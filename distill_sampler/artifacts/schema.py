@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from distill_sampler.planning.why import facts_of
 from distill_sampler.serialize import as_typed, described
-from distill_sampler.specs import parse_metrics
+from distill_sampler.specs import recorded_metric
 from distill_sampler.types import FloatArray, Metric, Policy, Sample, TokenStats
 
 VERSION = 2
@@ -63,6 +63,7 @@ def metric_facts(metrics: Iterable[Metric]) -> list[dict[str, Any]]:
             "text": as_typed(metric),
             "identity": described(metric),
             "name": metric.name,
+            "package": _package_of(metric),
             "columns": list(metric.columns),
             "higher_is_better": metric.higher_is_better,
             "uses_columns": list(metric.uses_columns),
@@ -78,14 +79,18 @@ def metrics_from(facts: Iterable[Mapping[str, Any]]) -> dict[str, Metric]:
     for told in facts:
         columns = tuple(told["columns"])
         metric: Metric = RecordedMetric(name=told["name"], of_columns=columns, higher=told["higher_is_better"])
-        try:
-            (real,) = parse_metrics(told["text"])
-            if real.columns == columns and real.higher_is_better == told["higher_is_better"]:
+        real = recorded_metric(str(told["text"]))
+        if real is not None and _package_of(real) == told.get("package", _package_of(real)):
+            said = (real.name, tuple(real.columns), real.higher_is_better)
+            if said == (told["name"], columns, told["higher_is_better"]):  # or else it is of another version
                 metric = real
-        except (ValueError, TypeError):  # of another package or version, or with a reader among its fields
-            pass
         found[metric.name] = metric
     return found
+
+
+def _package_of(metric: Metric) -> str:
+    """The package that has a metric's code. Modules inside it are renamed from version to version."""
+    return type(metric).__module__.partition(".")[0]
 
 
 def run_facts(

@@ -17,13 +17,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distill_sampler import metrics as metrics_package
 from distill_sampler.artifacts.passes import missing_column
 from distill_sampler.artifacts.record import RECORD, Record, read_run, read_samples
 from distill_sampler.artifacts.run_folder import PLANS, SCORES, measurements, plan_rows
 from distill_sampler.artifacts.schema import decoded, metrics_from
 from distill_sampler.column_names import DOMAINS, GROUPS, TEACHERS, VERDICTS
 from distill_sampler.planning.why import Choice, PolicyFacts
+from distill_sampler.specs import known_metrics
 from distill_sampler.store import drifted
 from distill_sampler.types import (
     Column,
@@ -402,13 +402,7 @@ def _metrics_of(facts: Mapping[str, Any], names: Sequence[str]) -> dict[str, Met
     told = facts.get("metrics")
     if isinstance(told, list) and all(isinstance(one, dict) for one in told):
         return {name: metric for name, metric in metrics_from(told).items() if set(metric.columns) <= set(names)}
-    usual: dict[str, Metric] = {}
-    for item in (getattr(metrics_package, name) for name in metrics_package.__all__):
-        if isinstance(item, type) and issubclass(item, Metric):
-            metric = item()
-            if set(metric.columns) <= set(names):
-                usual[metric.name] = metric
-    return usual
+    return known_metrics(names)
 
 
 def _float_columns(table: pa.Table, names: Sequence[str]) -> dict[str, FloatArray]:
