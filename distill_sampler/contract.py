@@ -60,9 +60,9 @@ def _checked(item: Any, protocol: Any, what: str) -> Any:
     if isinstance(item, str):
         raise ValueError(f"{argument}= was given the text {item!r}; it takes objects, such as {_HINTS[what]}.")
     if not isinstance(item, protocol):
-        needed = [name for name in sorted(_members(protocol)) if not hasattr(item, name)]
+        missing = ", ".join(lacking(item, protocol))
         raise ValueError(
-            f"{argument}= was given {_shown(item)}, which is no {what}: it has no {', '.join(needed)}. Subclass "
+            f"{argument}= was given {_shown(item)}, which is no {what}: it has no {missing}. Subclass "
             f"distill_sampler.{kind}, a protocol with defaults for most of it."
         )
     if what == "metric":
@@ -78,10 +78,10 @@ def _checked(item: Any, protocol: Any, what: str) -> Any:
     return item
 
 
-def _members(protocol: Any) -> set[str]:
-    return {name for name in vars(protocol) if not name.startswith("_")} | (
-        {"__call__"} if "__call__" in vars(protocol) else set()
-    )
+def lacking(item: Any, protocol: Any) -> list[str]:
+    """The members of a protocol that an object does not have."""
+    members = {name for name in vars(protocol) if not name.startswith("_") or name == "__call__"}
+    return [name for name in sorted(members) if not hasattr(item, name)]
 
 
 def _shown(item: Any) -> str:

@@ -47,13 +47,20 @@ def described(value: Any) -> str:
 
 
 def as_typed(value: Any) -> str:
-    """A policy or metric as one would type it, without defaults: `BestOf('rank_surprisal_ratio', per='prompt_id')`."""
+    """A policy or metric as one would type it, without defaults: `BestOf('rank_surprisal_ratio', per='prompt_id')`.
+
+    A reader among its fields is written by its identity.
+    """
+    if not is_dataclass(value) or isinstance(value, type):
+        return f"{type(value).__name__}()"
     given = []
     for place, each in enumerate(fields(value)):
         content = getattr(value, each.name)
         default = each.default if each.default_factory is MISSING else each.default_factory()
         if each.compare and (default is MISSING or content != default):
             text = getattr(content, "__qualname__", None) or repr(content)
+            if isinstance(content, Reader):
+                text = repr(content.identity)
             given.append(text if place == 0 and not each.kw_only else f"{each.name}={text}")
     return f"{type(value).__name__}({', '.join(given)})"
 

@@ -16,10 +16,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from distill_sampler import metrics as metrics_package
 from distill_sampler.planning.why import facts_of
 from distill_sampler.serialize import as_typed, described
-from distill_sampler.specs import parse_metrics
+from distill_sampler.specs import known_metrics, recorded_metric
 from distill_sampler.types import FloatArray, Metric, Policy, Sample, TokenStats
 
 VERSION = 2
@@ -65,6 +64,7 @@ def metric_facts(metrics: Iterable[Metric]) -> list[dict[str, Any]]:
             "text": as_typed(metric),
             "identity": described(metric),
             "name": metric.name,
+            "package": _package_of(metric),
             "columns": list(metric.columns),
             "higher_is_better": metric.higher_is_better,
             "uses_columns": list(metric.uses_columns),
@@ -80,12 +80,11 @@ def _metrics_from_facts(facts: Iterable[Mapping[str, Any]]) -> dict[str, Metric]
     for told in facts:
         columns = tuple(told["columns"])
         metric: Metric = RecordedMetric(name=told["name"], of_columns=columns, higher=told["higher_is_better"])
-        try:
-            (real,) = parse_metrics(told["text"])
-            if real.columns == columns and real.higher_is_better == told["higher_is_better"]:
+        real = recorded_metric(str(told["text"]))
+        if real is not None and _package_of(real) == told.get("package", _package_of(real)):
+            said = (real.name, tuple(real.columns), real.higher_is_better)
+            if said == (told["name"], columns, told["higher_is_better"]):  # or else it is of another version
                 metric = real
-        except (ValueError, TypeError):  # of another package or version, or with a reader among its fields
-            pass
         found[metric.name] = metric
     return found
 
@@ -101,9 +100,13 @@ def metrics_in_file(facts: Mapping[str, Any], names: Sequence[str]) -> dict[str,
     if isinstance(told, list) and all(isinstance(one, dict) for one in told):
         found = _metrics_from_facts(told)
     else:
-        usual: list[Metric] = [getattr(metrics_package, name)() for name in metrics_package.METRICS]
-        found = {metric.name: metric for metric in usual}
+        found = known_metrics(names)
     return {name: metric for name, metric in found.items() if set(metric.columns) <= set(names)}
+
+
+def _package_of(metric: Metric) -> str:
+    """The package that has a metric's code. Modules inside it are renamed from version to version."""
+    return type(metric).__module__.partition(".")[0]
 
 
 def run_facts(

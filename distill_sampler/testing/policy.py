@@ -1,0 +1,315 @@
+"""`check_policy`: pure, honest about what it reads, indifferent to the order of the rows, ready for a dry run."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from distill_sampler.testing.verdict import Verdict
+from distill_sampler.types import (
+    Column,
+    EpochPlan,
+    FloatArray,
+    IntArray,
+    Metric,
+    Policy,
+    Pool,
+    Sample,
+    TokenStats,
+)
+
+
+def check_policy(
+    policy: Policy,
+    *,
+    metrics: Sequence[Metric] = (),
+    columns: Mapping[str, Sequence[Any]] | None = None,
+    fixed_length: bool = True,
+    rounds: int = 40,
+    seed: int = 0,
+) -> None:
+    """Check a policy's contract on random pools and plans.
+
+    Args:
+        policy: any.
+        metrics: the metrics that it reads, if it needs more of them than their scores. Left out: stand-ins, whose
+            groups have the mean.
+        columns: values of the columns that it reads. Left out: `"a"`, `"b"`, `"c"`.
+        fixed_length: whether the length of its plan does not depend on what the scores are. False for a policy with a
+            bound on scores, whose users give `Curriculum(num_samples=)`.
+        rounds: how many pools.
+        seed: of everything random.
+
+    Raises:
+        AssertionError: the policy breaks the contract; the message says how, and what to do.
+    """
+    say = Verdict(policy, Policy)
+    say.require_value(policy)
+    _check_declarations(policy, say)
+    twin: Policy = pickle.loads(pickle.dumps(policy))
+    refusals = []
+    for number in range(rounds):
+        rng = np.random.default_rng([seed, number])
+        pool = _pool(policy, metrics, columns or {}, rng, say)
+        plan = _plan(len(pool.lengths), rng)
+        before = _contents(pool, plan)
+        result = _planned(policy, plan, pool, say)
+        say.require(
+            _contents(pool, plan) == before,
+            "it changes the pool or the plan that it is given",
+            "Copy what you change: pool.scores[name].copy()",
+        )
+        if isinstance(result, str):
+            refusals.append(result)
+            continue
+        for other in (policy, twin):
+            say.require(
+                _planned(other, plan, pool, say) == result,
+                "equal arguments give another plan the second time",
+                "Draw from the generator that it is given and keep no state: every process of a run makes its own plan",
+            )
+        _check_result(result, plan, say)
+        _check_permuted(policy, plan, pool, result, say, rng)
+        _check_dry_run(policy, plan, pool, say, fixed_length=fixed_length)
+        empty = _planned(policy, EpochPlan(indices=np.zeros(0, np.int64)), pool, say)
+        say.require(
+            not isinstance(empty, str) and len(empty) == 0,
+            "an empty plan does not stay empty",
+            "Return the plan as it is where len(plan) is 0",
+        )
+    say.require(
+        len(refusals) < rounds,
+        f"it refuses all of {rounds} random pools ({refusals[-1] if refusals else ''})",
+        "If it needs certain values in a column, give check_policy(columns={name: values})",
+    )
+
+
+def _check_declarations(policy: Policy, say: Verdict) -> None:
+    for member, names in (("uses_metrics", policy.uses_metrics), ("uses_columns", policy.uses_columns)):
+        say.require(
+            isinstance(names, tuple) and all(isinstance(name, str) for name in names),
+            f"{member} is {names!r}",
+            "Return a tuple of names",
+        )
+    say.require(
+        policy.group_by is None or policy.group_by in policy.uses_columns,
+        f"group_by is {policy.group_by!r}, which uses_columns does not list",
+        "List it there too, so that the pool has the column",
+    )
+
+
+def _check_result(result: EpochPlan, plan: EpochPlan, say: Verdict) -> None:
+    say.require(
+        set(result.indices.tolist()) <= set(plan.indices.tolist()),
+        "its plan has samples that the plan before it does not have",
+        "Build on plan.indices, for instance with plan.take(positions)",
+    )
+    mean = float(result.weights.mean(dtype=np.float64)) if len(result) else 1.0
+    least = float(result.weights.min(initial=1.0))
+    say.require(
+        abs(mean - 1) < 1e-5 and least >= 0,
+        f"its weights have the mean {mean:.6g} and the minimum {least:.6g}",
+        "Let none be negative, and divide them by their mean",
+    )
+
+
+def _check_permuted(
+    policy: Policy, plan: EpochPlan, pool: Pool, result: EpochPlan, say: Verdict, rng: np.random.Generator
+) -> None:
+    """The same samples in other rows give the same plan of the same samples."""
+    old_row = rng.permutation(len(pool.lengths))  # [new row] -> old row
+    new_row = np.argsort(old_row)
+    assert pool.times_trained is not None
+    assert pool.score_step is not None
+    assert pool.estimated is not None
+    permuted = replace(
+        pool,
+        scores=_Listed({name: values[old_row] for name, values in pool.scores.items()}, "metric", say),
+        columns=_Listed({name: _permuted(column, old_row) for name, column in pool.columns.items()}, "column", say),
+        lengths=pool.lengths[old_row],
+        content_hash=pool.content_hash[old_row],
+        times_trained=pool.times_trained[old_row],
+        score_step=pool.score_step[old_row],
+        estimated=pool.estimated[old_row],
+    )
+    other = _planned(policy, EpochPlan(indices=new_row[plan.indices], weights=plan.weights), permuted, say)
+    same = (
+        not isinstance(other, str)
+        and other.indices.tolist() == new_row[result.indices].tolist()
+        and np.allclose(other.weights, result.weights, rtol=1e-4)
+    )
+    say.require(
+        same,
+        "the order of the data set's rows decides what is planned",
+        "Break ties by pool.content_hash and draw random keys for the content (distill_sampler.policies.keys: "
+        "best_first, random_keys), never by the row's number",
+    )
+
+
+def _check_dry_run(policy: Policy, plan: EpochPlan, pool: Pool, say: Verdict, *, fixed_length: bool) -> None:
+    """With a constant for every score the plan has the length that it has with scores."""
+    lengths = []
+    for constant in (1.0, 100.0):
+        scores = {name: np.full(len(values), constant) for name, values in pool.scores.items()}
+        dry = _planned(policy, plan, replace(pool, scores=_Listed(scores, "metric", say), dry_run=True), say)
+        say.require(
+            not isinstance(dry, str),
+            f"a dry run is refused ({dry})",
+            "In a dry run (pool.dry_run) scores are made up and only the plan's length is wanted",
+        )
+        lengths.append(len(dry))
+    say.require(
+        lengths[0] == lengths[1],
+        f"it has {lengths[0]} samples in a dry run where every score is 1, and {lengths[1]} where every score is 100",
+        "Let bounds on scores pass everything in a dry run (pool.dry_run), so that the length of an epoch is known "
+        "before there are scores",
+    )
+    if fixed_length:
+        known = {name: np.where(np.isnan(values), 1.0, values) for name, values in pool.scores.items()}
+        real = _planned(policy, plan, replace(pool, scores=_Listed(known, "metric", say)), say)
+        say.require(
+            isinstance(real, str) or len(real) == lengths[0],
+            f"a dry run has {lengths[0]} samples and the real plan {len(real)}",
+            "If its length has to depend on the scores, say check_policy(fixed_length=False) and tell users to give "
+            "Curriculum(num_samples=)",
+        )
+
+
+def _planned(policy: Policy, plan: EpochPlan, pool: Pool, say: Verdict) -> EpochPlan | str:
+    """The policy's plan; or what it says where it refuses the pool."""
+    try:
+        result = policy(plan, pool, np.random.default_rng(7))
+    except ValueError as refusal:
+        return str(refusal)
+    except AssertionError as error:
+        if "weights have mean 1" not in str(error):
+            raise
+        say.require(False, "its weights do not have mean 1", "Divide them by their mean, or use plan.take(positions)")
+        raise
+    except Exception as error:
+        raise AssertionError(
+            f"{type(policy).__name__}: it raises {type(error).__name__}: {error}. Raise ValueError for what users can "
+            "put right; anything else must not happen, whatever the pool."
+        ) from error
+    say.require(
+        isinstance(result, EpochPlan),
+        f"it returns a {type(result).__name__}",
+        "Return a distill_sampler.EpochPlan, for instance plan.take(positions)",
+    )
+    return result
+
+
+# ---- Pools ----
+
+
+_AWKWARD = (0.0, -0.0, 1.0, -1.0, 2.5, 1.0 + 1e-12, 3e-8, -7.0)
+"""Scores that are tied, or almost: -0.0 equals 0.0, and some differ beyond float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _AnyMetric(Metric):
+    """A metric that is only looked up."""
+
+    name: str = ""
+    higher: bool = True
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.higher
+
+    def reduce(self, sample: Sample, stats: Sequence[TokenStats]) -> Mapping[str, float]:
+        raise NotImplementedError
+
+
+class _Listed(dict[str, Any]):
+    """What a pool has under names. To ask for a name that the policy does not list is a broken contract."""
+
+    def __init__(self, values: Mapping[str, Any], what: str, say: Verdict) -> None:
+        super().__init__(values)
+        self._what, self._say = what, say
+
+    def __contains__(self, name: object) -> bool:
+        self._say.require(
+            super().__contains__(name), f"it reads the {self._what} '{name}'", f"List it in uses_{self._what}s"
+        )
+        return True
+
+    def __missing__(self, name: str) -> Any:
+        return name in self
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name]
+
+
+def _pool(
+    policy: Policy,
+    metrics: Sequence[Metric],
+    columns: Mapping[str, Sequence[Any]],
+    rng: np.random.Generator,
+    say: Verdict,
+) -> Pool:
+    """Up to 24 candidates, some or all without a score, some tied."""
+    num = int(rng.integers(1, 25))
+    given = {metric.name: metric for metric in metrics}
+    used: dict[str, Metric] = {
+        name: given.get(name, _AnyMetric(name=name, higher=bool(rng.integers(2)))) for name in policy.uses_metrics
+    }
+    unscored, tied = rng.choice([0.0, 0.2, 0.9, 1.0], p=[0.4, 0.4, 0.1, 0.1]), rng.choice([0.0, 0.5, 1.0])
+    scores: dict[str, FloatArray] = {}
+    for metric in used.values():
+        missing = rng.random(num) < unscored
+        for name in metric.columns:
+            drawn = np.where(rng.random(num) < tied, rng.choice(_AWKWARD, num), 3 * rng.normal(size=num))
+            if metric.name in given:  # whose groups may divide one of its numbers by another
+                drawn = np.abs(drawn) + 0.1
+            scores[name] = np.where(missing, np.nan, drawn)
+    pool_columns = {}
+    for name in policy.uses_columns:
+        values = columns.get(name, ("a", "b", "c"))
+        pool_columns[name] = _encoded([values[place] for place in rng.integers(len(values), size=num)])
+    return Pool(
+        epoch=int(rng.integers(0, 5)),
+        metrics=_Listed(used, "metric", say),
+        scores=_Listed(scores, "metric", say),
+        columns=_Listed(pool_columns, "column", say),
+        lengths=rng.integers(1, 10, num),
+        content_hash=rng.integers(2**64, size=num, dtype=np.uint64),
+        times_trained=rng.integers(0, 4, num),
+        score_step=rng.integers(-1, 9, num),
+        estimated=rng.random(num) < 0.3,
+        step=10,
+        num_epochs=5,
+    )
+
+
+def _plan(num: int, rng: np.random.Generator) -> EpochPlan:
+    """Each sample at most once in any order, or some repeatedly; with loss weights."""
+    once = bool(rng.integers(2))
+    indices = rng.permutation(num)[: rng.integers(1, num + 1)] if once else rng.integers(num, size=rng.integers(1, 30))
+    weights = rng.uniform(0.1, 4, len(indices))
+    return EpochPlan(indices=indices, weights=weights / weights.mean())
+
+
+def _encoded(values: Sequence[Any]) -> Column:
+    """A column as the data set has it: distinct values in order of first appearance."""
+    distinct = tuple(dict.fromkeys(values))
+    return Column(codes=np.array([distinct.index(value) for value in values], np.int64), values=distinct)
+
+
+def _permuted(column: Column, old_row: IntArray) -> Column:
+    return _encoded([column.values[code] for code in column.codes[old_row]])
+
+
+def _contents(pool: Pool, plan: EpochPlan) -> list[bytes]:
+    """Everything that a policy could change."""
+    arrays = [
+        *pool.scores.values(),
+        *(column.codes for column in pool.columns.values()),
+        *(pool.lengths, pool.content_hash, pool.times_trained, pool.score_step, pool.estimated),
+        *(plan.indices, plan.weights),
+    ]
+    return [array.tobytes() for array in arrays if array is not None]
