@@ -27,7 +27,7 @@ from distill_sampler.types import BoolArray, Column, HashArray, IntArray, Sample
 IGNORED_LABEL = -100
 """Labels of tokens that are not trained on, as everywhere in PyTorch."""
 
-_TEMPLATE_TAIL = 2
+TEMPLATE_TAIL = 2
 """Chat templates write at most this many tokens behind the end-of-turn marker (ChatML: one newline)."""
 
 _ROWS = 4096
@@ -76,7 +76,7 @@ def response_mask(
         markers = np.isin(input_ids[positions], np.fromiter(end_token_ids, np.int64))
         last_marker = np.full(len(starts), -1)
         np.maximum.at(last_marker, stretch[markers], positions[markers])
-        cut = np.where((last_marker >= 0) & (stops - last_marker <= 1 + _TEMPLATE_TAIL), last_marker, stops)
+        cut = np.where((last_marker >= 0) & (stops - last_marker <= 1 + TEMPLATE_TAIL), last_marker, stops)
         scored[positions] = positions < cut[stretch]
     scored[row_start] = False
     return scored
@@ -158,13 +158,16 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
 
     @cached_property
     def prompt_hash(self) -> HashArray:
-        """`[samples]` a hash of the tokens before the first that counts: equal for responses to the same prompt."""
+        """`[samples]` a hash of the tokens before the response: equal for responses to the same prompt.
+
+        The last of them is left out: a tokenizer may have merged it with the beginning of the response.
+        """
         hashes = []
         for input_ids, labels, offsets in self._blocks():
             scored = response_mask(input_ids, labels, offsets, self._end_token_ids)
             place = np.arange(len(input_ids))
             first = np.minimum.reduceat(np.where(scored, place, len(input_ids)), offsets[:-1])
-            before = place < np.repeat(np.minimum(first, offsets[1:]), np.diff(offsets))
+            before = place < np.repeat(np.minimum(first, offsets[1:]) - 1, np.diff(offsets))
             kept = np.r_[0, np.cumsum(before)][offsets]
             hashes.append(_row_hashes(input_ids[before], np.zeros(kept[-1], bool), kept))
         return np.concatenate(hashes)

@@ -282,11 +282,11 @@ def test_every_format_scores_the_responses_and_trains_the_plan(
     assert trained(trainer) == planned(attached)
 
 
-def test_plain_text_scores_all_of_it(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_plain_text_scores_all_of_it_on_request(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = tiny.candidates().map(as_text, remove_columns=["prompt", "completion"])
     trainer = sft_trainer(tmp_path, tokenizer, rows=rows)
     attached = curriculum()
-    attach(trainer, attached)
+    attach(trainer, attached, score_whole_text=True)
     assert scored_texts(trainer, attached, tokenizer) == [
         text[1:] for text in rows["text"]
     ]  # nothing predicts the first

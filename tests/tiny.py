@@ -22,11 +22,15 @@ CHATML = (
 TEACHERS = ("ada", "bob", "cy")
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each byte, and ChatML's two markers (`<|im_end|>` is EOS and padding)."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+def tokenizer(*merged: tuple[str, str]) -> PreTrainedTokenizerFast:
+    """One token for each byte, and ChatML's two markers (`<|im_end|>` is EOS and padding).
+
+    Args:
+        merged: pairs of bytes that are one token each, such as `("Ċ", "Ċ")` for two newlines.
+    """
+    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merged)]
     specials = ["<|im_start|>", "<|im_end|>"]
-    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=list(merged)))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(specials)

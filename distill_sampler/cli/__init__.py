@@ -145,6 +145,9 @@ def score(
     split: Annotated[str, typer.Option(help="Of a saved data set, or one on the hub.")] = "train",
     subset: Annotated[str | None, typer.Option(help="Of a data set on the hub that has several.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="No chat template: prompt and response as they are.")] = False,
+    whole_text: Annotated[
+        bool, typer.Option("--whole-text", help="Score all of a text in which no response is found, the prompt too.")
+    ] = False,
     chat_template: Annotated[Path | None, typer.Option(help="File with a chat template to use instead.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens after which a row is cut off.")] = None,
     batch_tokens: Annotated[
@@ -190,6 +193,7 @@ def score(
                 split=split,
                 subset=subset,
                 plain=plain,
+                whole_text=whole_text,
                 chat_template=chat_template,
                 max_length=max_length,
                 batch_tokens=batch_tokens,

@@ -43,7 +43,7 @@ from distill_sampler.reading.reduce import columns_of
 from distill_sampler.reading.token_stats import fastest
 from distill_sampler.serialize import described, hash_of, require_writable
 from distill_sampler.sources.candidates import Candidate, Layout, read_candidates
-from distill_sampler.sources.encoding import Encoded, Encoder
+from distill_sampler.sources.encoding import Encoded, Encoder, choose_template
 from distill_sampler.sources.files import Bad, Sources
 from distill_sampler.specs import parse_metrics
 from distill_sampler.types import FloatArray, Metric, Missing, TokenStats
@@ -80,6 +80,8 @@ class Options:
     chat_template: Path | None = None
     plain: bool = False
     """No chat template: prompt and response one after the other."""
+    whole_text: bool = False
+    """Score all of a text in which no response can be found."""
     dtype: str = "auto"
     device: str = "auto"
     batch_tokens: int | None = None
@@ -128,7 +130,8 @@ def run(options: Options) -> None:
         "split": options.split,
         "subset": options.subset,
         "columns": _said(options.layout),
-        "template": "plain" if options.plain else _digest(student.tokenizer.chat_template or ""),
+        "template": ("plain" if options.plain else _digest(student.tokenizer.chat_template or ""))
+        + " whole text" * options.whole_text,
         "max_length": options.max_length,
         "batch_tokens": batch_tokens,
         "traces": options.traces,
@@ -236,7 +239,12 @@ class Job:
         self.say.print(f"Columns: {layout.describe()}", markup=False)
         if layout.teacher is None and layout.candidates is None:
             self.say.print("  No column says who wrote a response; name it with --teacher-column to compare teachers.")
-        if layout.group is None:
+        if layout.group is None and layout.text:
+            self.say.print(
+                "  Each text is a group of its own; name the column that says which answer the same prompt with "
+                "--group-column."
+            )
+        elif layout.group is None:
             self.say.print("  Rows with the same prompt are one group ('prompt_id' is a hash of the prompt).")
 
     def _refuse(self, bad: Bad) -> None:
@@ -273,17 +281,12 @@ class Job:
 
     def _encode(self, candidates: Sequence[Candidate]) -> list[Encoded]:
         if self.encoder is None:
-            template = not self.options.plain
-            as_text = candidates[0].as_text
-            if template and as_text and not self.student.tokenizer.chat_template:
-                template = False
-                self.say.print("Template: none (the tokenizer has no chat template): prompt and response as they are.")
-            elif template:
-                how = "prompt and response wrapped as a conversation" if as_text else "conversations"
-                self.say.print(f"Template: the model's chat template, {how}; the end marker is not scored.")
-            elif not as_text:
-                raise ValueError("--plain reads text, but the data holds messages; leave --plain out.")
-            self.encoder = Encoder(self.student.tokenizer, template=template, max_length=self.options.max_length)
+            tokenizer, options = self.student.tokenizer, self.options
+            template, said = choose_template(candidates[0], tokenizer, plain=options.plain)
+            self.say.print(f"Template: {said}", markup=False)
+            self.encoder = Encoder(
+                tokenizer, template=template, max_length=options.max_length, whole_text=options.whole_text
+            )
         return self.encoder(candidates)
 
     # ---- Scoring ----
@@ -428,6 +431,11 @@ class Job:
             (self.non_finite, "candidates without a score because the student's logits for them are NaN or infinite"),
             (self.too_long, "candidates without some score because the student has no positions for so many tokens"),
             (encoder.lost_turns if encoder else 0, "earlier turns not scored because the template rewrites them"),
+            (encoder.whole_texts if encoder else 0, "texts scored whole, prompt included, because of --whole-text"),
+            (
+                encoder.wrapped_twice if encoder else 0,
+                "prompts that were written in the chat template already and were wrapped once more, unlike the first",
+            ),
             (
                 _duplicates(self.options.output) if self.ranks.rank == 0 else 0,
                 "candidates that repeat another word for word, and count as often as they stand in the data",

@@ -90,9 +90,11 @@ def _keep(
 
 
 def _record(candidate: Candidate, scores: Scores, chat: bool) -> dict[str, Any]:
-    """A candidate as TRL reads it: `prompt` and `completion`, or `messages` where every turn is trained on."""
+    """A candidate as TRL reads it: `prompt` and `completion`, `messages` where every turn is trained on, or `text`."""
     record: dict[str, Any] = {}
-    if not chat:
+    if candidate.text is not None:
+        record["text"] = candidate.text
+    elif not chat:
         record["prompt"], record["completion"] = (message["content"] for message in candidate.messages)
     elif candidate.first:
         record["prompt"] = candidate.messages[: candidate.first]

@@ -22,6 +22,7 @@ from distill_sampler.integrations.checkpoints import FOLDER
 from distill_sampler.integrations.loss_weights import LossWeights
 from distill_sampler.integrations.observed_scores import ObservedScores
 from distill_sampler.integrations.refusals import refuse_for, refuse_settings
+from distill_sampler.integrations.responses import with_response_labels
 from distill_sampler.integrations.sample_log import SampleLog
 from distill_sampler.integrations.seams import (
     log_through,
@@ -31,7 +32,7 @@ from distill_sampler.integrations.seams import (
     step_through,
     train_through,
 )
-from distill_sampler.integrations.trl import is_sft_trainer, with_response_labels
+from distill_sampler.sources.templates import markers
 from distill_sampler.types import Tap
 
 if Version(transformers.__version__) < Version("5.3"):
@@ -47,15 +48,21 @@ def attach(
     labels: str | None = "labels",
     score_end_marker: bool = False,
     unscorable: Literal["error", "drop"] = "error",
+    score_whole_text: bool = False,
     accept_changes: bool = False,
     sample_log: bool = False,
 ) -> None:
     """Let a curriculum decide what each epoch of this trainer trains on. Call it once, before `trainer.train()`.
 
     Works on the prepared `trainer.train_dataset` (after tokenisation, truncation and dropped rows), with columns like
-    prompt ids and teachers still in it. What is scored is what is trained on, less end-of-turn markers; where the
-    trainer trains on prompts too (`messages` without `assistant_only_loss`, `completion_only_loss=False`), the
-    responses are found through the chat template, and only they are scored.
+    prompt ids and teachers still in it. What is scored is the response, as far as it is trained on, less end-of-turn
+    markers. Conversations (`messages`, prompt and completion as messages) are told apart with the chat template; a
+    completion that is text is the response, less what a chat template wrote around it; in one text (`text`, or tokens
+    that are all labelled) the assistant's turns are found between the chat template's markers. A token that begins in
+    the prompt is the prompt's. See `sources.templates`.
+
+    `SFTTrainer` applies no chat template to a prompt and completion that are text, and what it trains on is scored;
+    `distill-sampler score` wraps them as a conversation unless `--plain` is given.
 
     Every scoring pass and every plan is kept in the output folder as it happens (`distill_sampler/record/`), and when
     training ends they are there as tables (`scores.parquet`, `plans.parquet`). `distill-sampler report OUTPUT` draws
@@ -67,6 +74,8 @@ def attach(
         labels: column of the prepared data set with the labels. None: every token is trained on.
         score_end_marker: score the end-of-turn marker like a token of the response. The papers do not.
         unscorable: what to do about rows without a response token: `"error"` or `"drop"` (never train on them).
+        score_whole_text: score all of a row, its prompt too, where every token is trained on and nothing says which of
+            them are the response. Left out, such rows are refused.
         accept_changes: resume although metrics, policies or seed are not those that the checkpoint was written with.
             An epoch that was begun is trained to its end as planned; the changes take effect from the next. Another
             data set is accepted between epochs only.
@@ -80,8 +89,7 @@ def attach(
     refuse_settings(trainer)
     args = trainer.args
     rows: Any = trainer.train_dataset
-    if is_sft_trainer(trainer) and labels == "labels" and "labels" in rows.column_names:
-        rows, labels = with_response_labels(trainer, rows)
+    rows, labels = with_response_labels(trainer, rows, labels, score_whole_text=score_whole_text)
     dataset = ScoredDataset(
         rows,
         labels=labels,
@@ -129,10 +137,8 @@ def end_token_ids(tokenizer: Any, model: nn.Module | None) -> tuple[int, ...]:
     for source in (tokenizer, generation):
         token_ids = getattr(source, "eos_token_id", None)
         found.update([token_ids] if isinstance(token_ids, int) else token_ids or [])
-    if getattr(tokenizer, "chat_template", None):
-        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        rendered = tokenizer.apply_chat_template(turn, tokenize=False)
-        tail = tokenizer(rendered[rendered.rindex("b") + 1 :], add_special_tokens=False)["input_ids"]
+    if getattr(tokenizer, "chat_template", None) and (marks := markers(tokenizer)) is not None:
+        tail = tokenizer(marks.end, add_special_tokens=False)["input_ids"]
         found.update(token for token in tail[:1] if token in tokenizer.all_special_ids)
     return tuple(sorted(found))
 

@@ -19,6 +19,8 @@ Message = dict[str, Any]
 PROMPTS = ("prompt", "question", "instruction", "problem", "query", "input")
 RESPONSES = ("response", "completion", "output", "solution", "generation", "answer", "text", "content")
 MESSAGES = ("messages", "conversations", "conversation")
+TEXT = "text"
+"""Alone, without a prompt: both in one text, as a chat template wrote them."""
 NESTED = ("candidates", "responses", "completions", "generations", "solutions", "outputs", "traces")
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -33,6 +35,8 @@ class Layout:
     prompt: str | None = None
     response: str | None = None
     messages: str | None = None
+    text: str | None = None
+    """Column with prompt and response in one text."""
     candidates: str | None = None
     """Column with several responses to the row's prompt."""
     group: str | None = None
@@ -50,25 +54,30 @@ class Layout:
             return next((name for name in names if name in values and fits(values[name])), None)
 
         guess = self
-        if not (self.response or self.messages or self.candidates):
+        if not (self.response or self.messages or self.text or self.candidates):
             messages = first(MESSAGES, _is_conversation)
             nested = None if messages else first(NESTED, _is_nested)
             guess = replace(guess, messages=messages, candidates=nested)
-        if not guess.messages:
+        if not (guess.messages or guess.text):
             guess = replace(guess, prompt=guess.prompt or first(PROMPTS))
             if not guess.candidates:
                 names = tuple(name for name in RESPONSES if name != guess.prompt)
                 guess = replace(guess, response=guess.response or first(names))
+            if not guess.prompt and not self.response and guess.response == TEXT and isinstance(values[TEXT], str):
+                guess = replace(guess, response=None, text=TEXT)
         guess = replace(guess, group=guess.group or first(GROUPS), teacher=guess.teacher or first(TEACHERS))
         for part in fields(self):
             name = getattr(self, part.name)
             # a nested candidate may bring its own response and teacher
             if name and name not in values and not (guess.candidates and part.name in ("response", "teacher")):
                 raise ValueError(f"--{part.name}-column: there is no column '{name}' in the data; it has {columns}.")
-        if not guess.messages and not (guess.prompt and (guess.response or guess.candidates)):
+        if not (guess.messages or guess.text) and not (guess.prompt and (guess.response or guess.candidates)):
+            tokenised = " Token ids alone cannot be checked against the student's tokenizer: give the text."
             raise ValueError(
                 f"None of the columns ({columns}) looks like a prompt with a response, or like messages. Name them "
                 "with --prompt-column and --response-column, or with --messages-column."
+                + tokenised
+                * ("input_ids" in values)
             )
         return guess
 
@@ -90,6 +99,8 @@ class Candidate:
     """Prompt and response were given as text, not as messages."""
     group: str
     teacher: str | None
+    text: str | None = None
+    """Prompt and response in one text; there are no `messages` then."""
     tools: Any = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Other single values of the row: domain, correctness, the number of the sample."""
@@ -97,16 +108,18 @@ class Candidate:
     @property
     def content_hash(self) -> int:
         """64 bits of the prompt's and the response's text, the same wherever the row stands."""
-        return _hash([self.messages, self.first])
+        return _hash([self.messages, self.first] if self.text is None else self.text)
 
     @property
     def prompt_hash(self) -> int:
-        """64 bits of what was asked: equal for candidates that can be compared."""
-        return _hash(_asked(self.messages, self.first))
+        """64 bits of what was asked: equal for candidates that can be compared; of one text, its group."""
+        return _hash(_asked(self.messages, self.first) if self.text is None else self.group)
 
     @property
     def prompt_text(self) -> str:
-        """What the user asked first, for a person."""
+        """What the user asked first, for a person; all of a text."""
+        if self.text is not None:
+            return self.text
         return next((str(message["content"]) for message in self.messages if message["role"] == "user"), "")
 
 
@@ -131,7 +144,7 @@ def read_candidates(
         try:
             found = list(_candidates(row, layout))
             # half of a surrogate pair can be written in JSON, but is no text: nothing could store or tokenise it
-            json.dumps([[c.messages, c.group, c.teacher, c.extra] for c in found], ensure_ascii=False).encode()
+            json.dumps([[c.messages, c.text, c.group, c.teacher, c.extra] for c in found], ensure_ascii=False).encode()
         except UnicodeEncodeError:
             yield Bad(where=row.where, reason="its text holds half a surrogate pair, which is no character")
         except ValueError as error:
@@ -144,17 +157,20 @@ def read_candidates(
 
 def _candidates(row: Row, layout: Layout) -> Iterator[Candidate]:
     values = row.values
-    for part in ("prompt", "response", "messages", "candidates"):
+    for part in ("prompt", "response", "messages", "text", "candidates"):
         name = getattr(layout, part)
         if name and name not in values and not (layout.candidates and part == "response"):
             raise ValueError(f"it has no column '{name}' (only {', '.join(values)}), unlike the first row")
     tools = values.get("tools") or None
-    used = {layout.prompt, layout.response, layout.messages, layout.candidates, layout.group, layout.teacher, "tools"}
+    used = {*vars(layout).values(), "tools"}
     extra = {k: v for k, v in values.items() if k not in used and isinstance(v, (str, bool, int, float, type(None)))}
     group, teacher = values.get(layout.group or ""), values.get(layout.teacher or "")
     if layout.messages:
         messages = _conversation(values[layout.messages], layout.messages)
         yield _candidate(row.where, messages, 0, False, group, teacher, tools, extra)
+        return
+    if layout.text:
+        yield _written(row.where, values[layout.text], group, teacher, extra)
         return
     prompt = values[layout.prompt or ""]
     before = [_user(prompt, layout.prompt)] if not _is_conversation(prompt) else _conversation(prompt, layout.prompt)
@@ -211,6 +227,23 @@ def _candidate(
         group=f"{_hash(_asked(messages, first)):016x}" if group in _UNSAID else str(group),
         teacher=None if teacher in _UNSAID else str(teacher),
         tools=tools,
+        extra=extra,
+    )
+
+
+def _written(where: str, text: Any, group: Any, teacher: Any, extra: Any) -> Candidate:
+    if not isinstance(text, str):
+        raise ValueError(f"the text is {_kind(text)}, not text")
+    if not text.strip():
+        raise ValueError("the text is empty")
+    return Candidate(
+        where=where,
+        messages=[],
+        first=0,
+        as_text=True,
+        group=f"{_hash(text):016x}" if group in _UNSAID else str(group),
+        teacher=None if teacher in _UNSAID else str(teacher),
+        text=text,
         extra=extra,
     )
 

@@ -1,18 +1,25 @@
-"""From candidates to tokens and labels, with the chat template applied as TRL does: the prompt is what the template
-writes up to the assistant's header, the response is what it writes after that.
-
-Each row is rendered to text, tokenised once, and its labels are found by where each token starts in the text. A token
-that begins in the prompt is the prompt's.
-"""
+"""From candidates to tokens and labels, for the command line: how `templates` is applied to what the files hold."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from distill_sampler.dataset import IGNORED_LABEL
 from distill_sampler.sources.candidates import Candidate
+from distill_sampler.sources.templates import (
+    Written,
+    all_of,
+    conversation,
+    is_in_template,
+    markers,
+    plain_text,
+    prompt_and_completion,
+    tokenised,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +39,36 @@ class Encoded:
         return self.text[start : self.ends[token]]
 
 
+def choose_template(first: Candidate, tokenizer: Any, *, plain: bool) -> tuple[bool, str]:
+    """Whether the chat template is applied to data that begins with this candidate, and a sentence that says so.
+
+    Messages need the template. A prompt and a response that are text are wrapped as a conversation, unless they are
+    written in the template already, the tokenizer has none, or `plain` asks for them as they are. TRL's `SFTTrainer`
+    differs there: it never applies a template to text.
+
+    Raises:
+        ValueError: `plain`, and the data holds messages.
+    """
+    marks = markers(tokenizer)
+    found = "the response lies between the chat template's markers"
+    if first.text is not None:
+        return False, f"none is applied: each text is read as it is, and {found}."
+    if not first.as_text:
+        if plain:
+            raise ValueError("--plain reads text, but the data holds messages; leave --plain out.")
+        return True, "the model's chat template, conversations; the end marker is not scored."
+    prompt, response = (str(message["content"]) for message in first.messages)
+    if is_in_template(prompt, response, marks):
+        return False, f"none is applied: prompt and response are written in it already, and {found}."
+    if plain or not tokenizer.chat_template:
+        why = "--plain" if plain else "the tokenizer has no chat template"
+        return False, f"none ({why}): prompt and response as they are, as SFTTrainer reads them."
+    return True, (
+        "the model's chat template, prompt and response wrapped as a conversation; the end marker is not scored. "
+        "SFTTrainer applies no template to a prompt and completion that are text; --plain scores them as it reads them."
+    )
+
+
 class Encoder:
     """Turns candidates into tokens with a tokenizer.
 
@@ -39,12 +76,13 @@ class Encoder:
         tokenizer: of transformers, with offsets (a fast one).
         template: apply its chat template; False reads prompt and response as plain text, one after the other.
         max_length: tokens after which a row is cut off; None: never.
+        whole_text: score all of a text in which no response can be found, its prompt too.
 
     Raises:
         ValueError: there is no chat template to apply, or the tokenizer cannot tell where tokens are.
     """
 
-    def __init__(self, tokenizer: Any, *, template: bool, max_length: int | None) -> None:
+    def __init__(self, tokenizer: Any, *, template: bool, max_length: int | None, whole_text: bool = False) -> None:
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} cannot tell where its tokens lie; use a fast tokenizer.")
         if template and not tokenizer.chat_template:
@@ -53,67 +91,53 @@ class Encoder:
                 "instruction-tuned model, or give a template with --chat-template FILE."
             )
         self._tokenizer = tokenizer
+        self._markers = markers(tokenizer)
         self.template = template
         self._max_length = max_length
+        self._whole_text = whole_text
         self.lost_turns = 0
         """Assistant turns that the template writes differently once others follow; they are not scored."""
+        self.whole_texts = 0
+        """Texts in which no response was found, scored whole."""
+        self.wrapped_twice = 0
+        """Prompts that were written in the template already, unlike the first, and were wrapped once more."""
 
     def __call__(self, candidates: Sequence[Candidate]) -> list[Encoded]:
-        rendered = [self._render(candidate) for candidate in candidates]
-        tokens = self._tokenizer(
-            [text for text, _ in rendered],
-            add_special_tokens=not self.template,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-        )
-        return [
-            self._labelled(text, spans, input_ids, offsets)
-            for (text, spans), input_ids, offsets in zip(
-                rendered, tokens["input_ids"], tokens["offset_mapping"], strict=True
-            )
-        ]
+        """The tokens of some candidates.
 
-    def _labelled(
-        self, text: str, spans: list[tuple[int, int]], input_ids: list[int], offsets: list[tuple[int, int]]
-    ) -> Encoded:
-        input_ids, offsets = input_ids[: self._max_length], offsets[: self._max_length]
-        labels = [IGNORED_LABEL] * len(input_ids)
-        for begin, stop in spans:
-            for place, (start, end) in enumerate(offsets):
-                if begin <= start and end <= stop and end > start:
-                    labels[place] = input_ids[place]
-        return Encoded(input_ids=input_ids, labels=labels, text=text, ends=[end for _, end in offsets])
+        Raises:
+            ValueError: nothing in a text says which part is the response.
+        """
+        written = [self._write(candidate) for candidate in candidates]
+        encoded = []
+        for row, tokens in zip(written, tokenised(written, self._tokenizer), strict=True):
+            input_ids = tokens.input_ids[: self._max_length]
+            labels = np.where(tokens.is_response[: self._max_length], input_ids, IGNORED_LABEL)
+            ends = tokens.ends[: self._max_length]
+            encoded.append(Encoded(input_ids=input_ids, labels=labels.tolist(), text=row.text, ends=ends))
+        return encoded
 
-    def _render(self, candidate: Candidate) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and from where to where in it the response's turns reach."""
+    def _write(self, candidate: Candidate) -> Written:
+        if candidate.text is not None:
+            written = plain_text(candidate.text, self._markers)
+            if written.responses:
+                return written
+            if not self._whole_text:
+                raise ValueError(
+                    f"{candidate.where}: the text holds no turn of the assistant in the model's chat template, so "
+                    "nothing says which part of it is the response. Give prompt and response as two columns, or as "
+                    "messages; name the template that the text is written in with --chat-template FILE; or score all "
+                    "of it, the prompt too, with --whole-text."
+                )
+            self.whole_texts += 1
+            return all_of(written)
         if not self.template:
             prompt, response = (str(message["content"]) for message in candidate.messages)
-            return prompt + response, [(len(prompt), len(prompt) + len(response))]
-        messages = candidate.messages
-        text = self._apply(candidate, len(messages))
-        return text, list(self._spans(candidate, text))
-
-    def _spans(self, candidate: Candidate, text: str) -> Iterator[tuple[int, int]]:
-        for turn in range(candidate.first, len(candidate.messages)):
-            if candidate.messages[turn]["role"] != "assistant":
-                continue
-            until = text if turn + 1 == len(candidate.messages) else self._apply(candidate, turn + 1)
-            before = self._apply(candidate, turn, generate=True)
-            if not text.startswith(until):
-                self.lost_turns += 1
-                continue
-            yield _common(before, text), len(until)
-
-    def _apply(self, candidate: Candidate, stop: int, *, generate: bool = False) -> str:
+            return prompt_and_completion(prompt, response, self._markers)
+        if candidate.as_text:
+            prompt, response = (str(message["content"]) for message in candidate.messages)
+            self.wrapped_twice += is_in_template(prompt, response, self._markers)
         options = {"tools": candidate.tools} if candidate.tools else {}
-        text: str = self._tokenizer.apply_chat_template(
-            candidate.messages[:stop], tokenize=False, add_generation_prompt=generate, **options
-        )
-        return text
-
-
-def _common(left: str, right: str) -> int:
-    """Characters that both begin with."""
-    if right.startswith(left):
-        return len(left)
-    return next(place for place, (a, b) in enumerate(zip(left + "\0", right + "\1", strict=False)) if a != b)
+        written = conversation(candidate.messages, candidate.first, self._tokenizer, self._markers, **options)
+        self.lost_turns += written.lost_turns
+        return written

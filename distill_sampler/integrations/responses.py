@@ -1,0 +1,173 @@
+"""Which tokens of a trainer's prepared rows are the response, as a column of labels beside the trainer's own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+import torch.utils.data
+from transformers import ProcessorMixin
+
+from distill_sampler.dataset import IGNORED_LABEL
+from distill_sampler.integrations.trl import as_trl_writes, is_sft_trainer, keeps_text
+from distill_sampler.sources.templates import Markers, Written, cut_off, markers, responses_of, tokenised
+
+logger = logging.getLogger(__name__)
+
+RESPONSE_LABELS = "response_labels"
+"""Column of our own copy of the data set: the labels of the responses alone."""
+
+_FOUND = "response_found"
+_LOST_TURNS = "response_turns_lost"
+
+
+def with_response_labels(
+    trainer: Any, rows: Any, labels: str | None, *, score_whole_text: bool = False
+) -> tuple[Any, str | None]:
+    """The data set with a column that labels the responses alone, out of what the trainer trains on.
+
+    `SFTTrainer` keeps the columns that a row was made from, and reads them as TRL does: `prompt` and `completion`, else
+    `messages`, else the text. `sources.templates` says which tokens are the response. Rows that these columns do not
+    reproduce, and rows of a plain `Trainer`, hold tokens alone: labels that leave tokens out are taken at their word,
+    and where every token is labelled, the response is found between the chat template's markers.
+
+    Args:
+        trainer: with its tokenizer as `processing_class`.
+        rows: the prepared data set.
+        labels: its column of labels; None: every token is trained on.
+        score_whole_text: label all of a row in which no response can be found.
+
+    Returns:
+        The data set and the name of its label column: what was given, if there is nothing to do.
+
+    Raises:
+        ValueError: nothing says which tokens of a row are the response.
+    """
+    if len(rows) == 0 or not {"input_ids", labels or "input_ids"} <= set(_columns(rows)):
+        return rows, labels
+    sft = is_sft_trainer(trainer) and labels == "labels" and keeps_text(_columns(rows), trainer.args.dataset_text_field)
+    if not sft and labels is not None and _leaves_out(rows, labels):
+        return rows, labels
+    tokenizer: Any = trainer.processing_class
+    chat_template = trainer.chat_template if is_sft_trainer(trainer) else None
+    if isinstance(tokenizer, ProcessorMixin):
+        chat_template, tokenizer = chat_template or tokenizer.chat_template, tokenizer.tokenizer
+    settings: dict[str, Any] = {
+        "labels": labels,
+        "tokenizer": tokenizer if tokenizer is not None and tokenizer.is_fast else None,
+        "chat_template": chat_template,
+        "text_column": trainer.args.dataset_text_field if sft else None,
+    }
+    settings["marks"] = settings["tokenizer"] and markers(tokenizer, chat_template)
+    with trainer.args.main_process_first(desc="finding the responses"):
+        if isinstance(rows, datasets.Dataset):
+            labelled = rows.with_format(None).map(
+                _response_labels,
+                batched=True,
+                batch_size=256,
+                num_proc=trainer.args.dataset_num_proc if sft else None,
+                fn_kwargs=settings,
+                desc="Finding the responses",
+            )
+            found, lost = np.asarray(labelled[_FOUND][:]), sum(labelled[_LOST_TURNS][:])
+            labelled = labelled.remove_columns([_FOUND, _LOST_TURNS])
+        else:
+            each = [rows[row] for row in range(len(rows))]
+            columns = _response_labels({name: [row[name] for row in each] for name in each[0]}, **settings)
+            found, lost = np.asarray(columns[_FOUND]), sum(columns[_LOST_TURNS])
+            labelled = _WithColumn(rows, RESPONSE_LABELS, columns[RESPONSE_LABELS])
+    if lost:
+        logger.warning(
+            "%d earlier turns of the assistant are not scored: the chat template writes them differently once others "
+            "follow.",
+            lost,
+        )
+    if not found.all():
+        _whole_text(np.flatnonzero(~found), len(rows), settings, score_whole_text)
+    return labelled, RESPONSE_LABELS
+
+
+def _whole_text(missing: Any, num_rows: int, settings: Mapping[str, Any], asked_for: bool) -> None:
+    """Say, or refuse, that rows are scored whole."""
+    marks: Markers | None = settings["marks"]
+    if settings["tokenizer"] is None:
+        why = "the trainer has no fast tokenizer (processing_class=) to find it with"
+    elif marks is None or not marks.header.strip():
+        why = "the tokenizer has no chat template whose markers would show it"
+    else:
+        why = f"they hold no turn of the assistant in the tokenizer's chat template ({marks.header.strip()!r})"
+    rows = f"{len(missing)} of {num_rows} rows (first: row {missing[0]})"
+    if not asked_for:
+        raise ValueError(
+            f"Nothing says which part of {rows} is the response: every token is trained on, and {why}. Give the data "
+            "as messages or as prompt and completion, mask the prompts in the labels with -100, or use the chat "
+            "template that the text is written in; attach(score_whole_text=True) scores such rows whole, prompts too."
+        )
+    logger.warning("score_whole_text=True: %s are scored whole, prompts too, because %s.", rows, why)
+
+
+def _response_labels(
+    batch: Mapping[str, Sequence[Any]],
+    *,
+    labels: str | None,
+    tokenizer: Any,
+    chat_template: str | None,
+    marks: Markers | None,
+    text_column: str | None,
+) -> dict[str, list[Any]]:
+    """Labels of the responses of some rows, whether they were found, and how many turns were not."""
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    written: list[Written | None] = [None] * len(rows)
+    if text_column is not None and tokenizer is not None:
+        written = [as_trl_writes(row, tokenizer, chat_template, marks, text_column) for row in rows]
+    read = iter(tokenised([row for row in written if row is not None], tokenizer))
+    result: dict[str, list[Any]] = {RESPONSE_LABELS: [], _FOUND: [], _LOST_TURNS: []}
+    for row, text in zip(rows, written, strict=True):
+        input_ids, trained = (np.asarray(row[name]).tolist() for name in ("input_ids", labels or "input_ids"))
+        is_response = None
+        if text is not None:
+            tokens = next(read)
+            cut = cut_off(tokens.input_ids, input_ids)
+            if cut is not None and text.responses:
+                is_response = np.zeros(len(input_ids), bool)
+                kept = tokens.is_response[cut : cut + len(input_ids)]
+                is_response[: len(kept)] = kept
+        if is_response is None and IGNORED_LABEL not in trained and tokenizer is not None:
+            is_response = responses_of(input_ids, tokenizer, marks)
+            is_response = is_response if is_response.any() else None
+        found = is_response is not None or IGNORED_LABEL in trained
+        if is_response is not None:
+            trained = np.where(is_response, trained, IGNORED_LABEL).tolist()
+        result[RESPONSE_LABELS].append(trained)
+        result[_FOUND].append(found)
+        result[_LOST_TURNS].append(0 if text is None else text.lost_turns)
+    return result
+
+
+def _leaves_out(rows: Any, labels: str) -> bool:
+    """Whether some token of the data set is not trained on: the labels then say what counts."""
+    if not isinstance(rows, datasets.Dataset):
+        return any(IGNORED_LABEL in rows[row][labels] for row in range(len(rows)))
+    tables = rows.select_columns([labels]).with_format("arrow").iter(batch_size=4096)
+    return any(pc.any(pc.equal(pc.list_flatten(table.column(labels)), IGNORED_LABEL)).as_py() for table in tables)
+
+
+def _columns(rows: Any) -> list[str]:
+    return list(rows.column_names) if isinstance(rows, datasets.Dataset) else list(rows[0])
+
+
+class _WithColumn(torch.utils.data.Dataset[Any]):
+    """Rows of a data set that is no table, with one column more."""
+
+    def __init__(self, rows: Any, name: str, values: Sequence[Any]) -> None:
+        self._rows, self._name, self._values = rows, name, values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return {**self._rows[row], self._name: self._values[row]}
