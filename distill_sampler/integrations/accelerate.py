@@ -39,7 +39,6 @@ from distill_sampler.integrations.sample_log import SampleLog
 from distill_sampler.planning.sampler import DistillSampler
 from distill_sampler.types import Batch, Tap
 
-
 logger = logging.getLogger(__name__)
 
 
