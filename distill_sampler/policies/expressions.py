@@ -111,8 +111,8 @@ def metric_names(*metrics: str | MetricExpression) -> tuple[str, ...]:
     for metric in metrics:
         if isinstance(metric, Metric):
             raise ValueError(
-                f"A policy takes the name of a metric, not the metric itself: write '{metric.name}', and put the metric "
-                "into Curriculum(metrics=[…])."
+                f"A policy takes the name of a metric, not the metric itself: write '{metric.name}', and put the "
+                "metric into Curriculum(metrics=[…])."
             )
     names = [name for metric in metrics for name in ((metric,) if isinstance(metric, str) else metric.uses_metrics)]
     return tuple(dict.fromkeys(names))

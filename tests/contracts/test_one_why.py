@@ -32,7 +32,7 @@ from distill_sampler import (
     WeightBySoftmax,
     WithinLength,
 )
-from distill_sampler.artifacts.schema import FACT_COLUMNS, VERSION, decoded
+from distill_sampler.artifacts.schema import FACT_COLUMNS, VERSION, decode_facts
 from distill_sampler.artifacts.scorefile import Scores
 from distill_sampler.report.payload import payload
 from tests import tiny
@@ -160,7 +160,7 @@ def test_both_writers_keep_one_schema(student_path: Path, candidates: ScoredData
         assert name in by_run.names
     for name in ("content_hash", "prompt_hash", "mean_rank", RSR, GLOBAL, f"{RSR}_missing"):
         assert by_command.field(name).type == by_run.field(name).type, name
-    first, second = decoded(by_command.metadata), decoded(by_run.metadata)
+    first, second = decode_facts(by_command.metadata), decode_facts(by_run.metadata)
     for told in (first, second):
         assert told["schema"] == VERSION
         assert told["columns"] == {"group": "prompt_id", "teacher": "teacher"}
