@@ -93,7 +93,7 @@ class Cycle:
         self.pass_runner = PassRunner(
             dataset,
             self.metrics,
-            self.planner.candidates,
+            self.planner.samples_to_score,
             self.origin,
             rescore=rescore,
             scorer=scorer,
@@ -286,7 +286,7 @@ class Cycle:
         samples = pa.table(
             {"sample": np.arange(len(self.dataset)), **{name: column_values(self.dataset, name) for name in columns}}
         )
-        return measurement_rows(self.record, samples, None)
+        return measurement_rows(self.record, samples, None, unmeasured=False)
 
     def samples(self, *columns: str) -> pa.Table:
         """See `Curriculum.samples`."""

@@ -441,6 +441,17 @@ class Policy(Protocol):
         for its whole group."""
         return None
 
+    def samples_to_score(self, plan: EpochPlan, pool: Pool) -> IntArray | None:
+        """The samples whose scores it will read, where it does not need them all; None: all of the plan.
+
+        Asked once, before anything is scored. Must not depend on scores, and not on the order of the data set.
+
+        Args:
+            plan: what the policies before this one make without scores.
+            pool: what is known of the samples; the scores are a constant.
+        """
+        return None
+
     @abstractmethod
     def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
         """The new plan.

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from distill_sampler import (
     BestOf,
+    BestTeacher,
     Curriculum,
     EpochPlan,
     GlobalNaturalness,
@@ -19,6 +20,7 @@ from distill_sampler import (
     ScoredDataset,
     Scorer,
     Shuffle,
+    SortBy,
 )
 from distill_sampler.artifacts.schema import VERSION, decode_facts
 from distill_sampler.types import Policy, Pool
@@ -224,3 +226,18 @@ def test_a_sample_that_is_too_long_is_explained_by_that(dataset: ScoredDataset) 
     (summary,) = curriculum.summaries
     long = next(index for index in summary.scoring.too_long if index not in plan.indices)
     assert f"it has no {RSR} (it has more tokens than the model has positions for)" in curriculum.explain(int(long), 0)
+
+
+def test_best_teacher_scores_its_draw_and_nothing_else(dataset: ScoredDataset, model: PreTrainedModel) -> None:
+    curriculum = bound(dataset, policies=[BestTeacher(RSR, num_samples=2, per="prompt_id"), Shuffle()])
+    first = curriculum.start_epoch(0, model)
+    assert [summary.scoring.samples for summary in curriculum.summaries] == [6]
+    scored = np.isfinite(curriculum.store.latest[RSR])
+    assert scored.sum() == 6
+    second = curriculum.start_epoch(1, model, step=6)
+    assert sorted(first.indices) == sorted(second.indices)
+    assert (np.isfinite(curriculum.store.latest[RSR]) == scored).all()
+    assert curriculum.summaries[1].scoring.age_max == 0
+    everything = bound(dataset, policies=[BestTeacher(RSR, num_samples=2), SortBy(RSR)])
+    everything.start_epoch(0, model)
+    assert everything.summaries[0].scoring.samples == 18

@@ -16,6 +16,7 @@ from distill_sampler.artifacts.passes import missing_column
 from distill_sampler.artifacts.record import Record
 from distill_sampler.artifacts.schema import OWN_COLUMNS, RUN_COLUMNS
 from distill_sampler.dataset import ScoredDataset
+from distill_sampler.types import Missing
 
 SCORES, PLANS = "scores.parquet", "plans.parquet"
 
@@ -51,18 +52,27 @@ def sample_rows(dataset: ScoredDataset, columns: Sequence[str]) -> pa.Table:
     )
 
 
-def measurement_rows(record: Record, samples: pa.Table, columns: Sequence[str] | None) -> pa.Table:
+def measurement_rows(
+    record: Record, samples: pa.Table, columns: Sequence[str] | None, *, unmeasured: bool = True
+) -> pa.Table:
     """Every measurement of a run, by pass and sample, as in `scores.parquet`.
 
     Args:
         record: the run's.
         samples: one row for each sample of the data set.
         columns: those that are wanted; None: all of them, in the schema's order.
+        unmeasured: whether the first pass has a row, without numbers, for each sample that it did not measure, so that
+            every sample is in the table. Its step is -1.
     """
     parts = []
     for number, taken in enumerate(record.passes):
-        where = np.flatnonzero(taken.was_measured)
-        step, observed = np.empty(taken.num_samples, np.int64), np.empty(taken.num_samples, bool)
+        measured = taken.was_measured
+        where = np.flatnonzero(measured | (unmeasured and number == 0))
+        step, observed = np.full(taken.num_samples, -1, np.int64), np.zeros(taken.num_samples, bool)
+        no_reason = np.zeros(taken.num_samples, np.int64)
+        if unmeasured and number == 0:
+            without_response = samples["num_tokens"].to_numpy() == 0
+            no_reason = np.where(without_response, Missing.NO_RESPONSE, Missing.UNREAD)
         for some in taken.measured:
             step[some.indices], observed[some.indices] = some.step, some.observed
         own = {
@@ -71,7 +81,10 @@ def measurement_rows(record: Record, samples: pa.Table, columns: Sequence[str] |
             "step": step[where],
             "observed": observed[where],
             **{name: values[where] for name, values in taken.columns.items()},
-            **{missing_column(name): codes[where].astype(np.int8) for name, codes in taken.missing.items()},
+            **{
+                missing_column(name): np.where(measured, codes, no_reason)[where].astype(np.int8)
+                for name, codes in taken.missing.items()
+            },
         }
         wanted = _ordered(samples.column_names, list(own)) if columns is None else list(columns)
         told = samples.select([name for name in wanted if name not in own]).take(pa.array(where))

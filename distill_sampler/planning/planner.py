@@ -11,6 +11,7 @@ import numpy as np
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.planning.sampler import fit_length, replace_rest
 from distill_sampler.planning.why import ExplainedPlan, PolicyFacts, plan_with_reasons
+from distill_sampler.policies import apply_one_by_one
 from distill_sampler.reading.reduce import columns_of
 from distill_sampler.types import Column, EpochPlan, FloatArray, IntArray, Metric, Policy, Pool
 
@@ -72,6 +73,8 @@ class Planner:
         # with made-up scores that differ, they show whether they weight: hosts that cannot apply weights refuse then
         made_up = (dataset.content_hash >> np.uint64(40)) / 2.0**24 + 1
         self.gives_weights = bool((self._dry_run(lambda: made_up).weights != 1).any())
+        self.samples_to_score = self._samples_to_score()
+        """`[n]` the candidates whose scores some policy reads, ascending; all where no policy reads any."""
 
     def pool(self, epoch: int, scores: Mapping[str, FloatArray], **known: Any) -> Pool:
         """What the policies get to see.
@@ -147,6 +150,20 @@ class Planner:
     def _dry_run(self, scores: Any) -> EpochPlan:
         columns = {name: scores() for name in columns_of(self.metrics.values())}
         return plan_with_reasons(self.policies, self.candidates, self.pool(0, columns, dry_run=True), self.seed)[0]
+
+    def _samples_to_score(self) -> IntArray:
+        constant = {name: np.ones(len(self.dataset), np.float32) for name in columns_of(self.metrics.values())}
+        pool = self.pool(0, constant, dry_run=True)
+        plan = EpochPlan(indices=self.candidates)
+        read: list[IntArray] = []
+        for policy, after in apply_one_by_one(self.policies, plan, pool, self.seed):
+            if policy.uses_metrics:
+                needed = policy.samples_to_score(plan, pool)
+                if needed is None:
+                    return self.candidates
+                read.append(needed)
+            plan = after
+        return np.unique(np.concatenate(read)) if read else self.candidates
 
     def _groups(self, plans_rest: bool) -> IntArray:
         declared = {policy.group_by: type(policy).__name__ for policy in self.policies if policy.group_by is not None}

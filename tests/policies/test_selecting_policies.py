@@ -158,13 +158,41 @@ def test_best_teacher_breaks_ties_by_name_not_by_row(teachers: str) -> None:
 def test_best_teacher_reads_at_most_num_samples_of_each() -> None:
     # A is worse on average but has a few excellent traces: with samples of one it must win sometimes, not always.
     pool = make_pool([0, 0, 0, 100] * 50 + [30] * 200, teacher=["A"] * 200 + ["B"] * 200)
+    contents = [replace(pool, content_hash=rng(seed).permutation(pool.content_hash)) for seed in range(100)]
     wins = Counter(
-        pool.columns["teacher"].codes[BestTeacher("up", num_samples=1)(everything(pool), pool, rng(seed)).indices[0]]
-        for seed in range(100)
+        one.columns["teacher"].codes[BestTeacher("up", num_samples=1)(everything(one), one, rng()).indices[0]]
+        for one in contents
     )
     assert 10 < wins[0] < 45  # a quarter of A's traces win
-    everyone = {BestTeacher("up")(everything(pool), pool, rng(seed)).indices[0] for seed in range(10)}
+    everyone = {BestTeacher("up")(everything(one), one, rng()).indices[0] for one in contents[:10]}
     assert everyone == {200}
+
+
+def test_best_teacher_draws_the_same_samples_in_every_epoch() -> None:
+    pool = make_pool(rng(3).normal(size=60).tolist(), teacher=list("ABC") * 20)
+    policy = BestTeacher("up", num_samples=2)
+    winners = {tuple(policy(everything(pool), replace(pool, epoch=n), rng(n)).indices) for n in range(8)}
+    assert len(winners) == 1
+    read = policy.samples_to_score(everything(pool), pool)
+    assert np.bincount(pool.columns["teacher"].codes[read]).tolist() == [2, 2, 2]
+    unread = np.setdiff1d(np.arange(60), read)
+    scores = {name: np.where(np.isin(np.arange(60), unread), NAN, values) for name, values in pool.scores.items()}
+    assert tuple(policy(everything(pool), replace(pool, scores=scores), rng()).indices) in winners
+
+
+def test_best_teacher_compares_on_the_same_prompts() -> None:
+    """A answered the easy half only; on the prompts that both answered, B is better."""
+    prompts = [f"p{n}" for n in range(20)] * 2
+    teachers = ["A"] * 20 + ["B"] * 20
+    up = [90.0] * 10 + [10.0] * 10 + [20.0] * 20
+    kept = [*range(10), *range(10, 20), *range(30, 40)]  # B answered the last ten only
+    pool = make_pool([up[n] for n in kept], teacher=[teachers[n] for n in kept], prompt_id=[prompts[n] for n in kept])
+    policy = BestTeacher("up", num_samples=10, per="prompt_id")
+    read = policy.samples_to_score(everything(pool), pool)
+    assert len({prompts[kept[n]] for n in read}) == 10
+    assert pool.columns["teacher"].codes[policy(everything(pool), pool, rng()).indices[0]] == 1
+    apart = BestTeacher("up", num_samples=20)
+    assert pool.columns["teacher"].codes[apart(everything(pool), pool, rng()).indices[0]] == 0
 
 
 @quick
