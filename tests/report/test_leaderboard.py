@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from distill_sampler.correlation import spearman
 from distill_sampler.metrics import LocalNaturalness, RankSurprisalRatio
-from distill_sampler.report.leaderboard import Leaderboard, leaderboard, spearman
+from distill_sampler.report.leaderboard import Leaderboard, leaderboard
 from distill_sampler.types import Column
 
 RSR = "rank_surprisal_ratio"
