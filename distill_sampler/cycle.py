@@ -228,7 +228,7 @@ class Cycle:
                 metrics=self.metrics,
                 scores=self.store.latest,
                 teacher=self.teachers,
-                scorable=self.planner.candidates,
+                candidates=self.planner.candidates,
                 num_scored=self.dataset.num_scored,
                 scoring=scoring,
                 notes=said,

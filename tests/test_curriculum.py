@@ -116,7 +116,7 @@ def test_a_plan_of_another_length_is_refused_with_the_cure(dataset: ScoredDatase
     probe = bound(dataset, policies=[])
     probe.start_epoch(0, model)
     limit = float(np.median(probe.store.latest[RSR]))
-    with pytest.raises(ValueError, match=r"gave 9 samples, but the trainer laid out epochs of 18.*num_samples=9"):
+    with pytest.raises(ValueError, match=r"9 samples.* 18 .*Curriculum\(num_samples=9\)"):
         bound(dataset, policies=[Below(limit)]).start_epoch(0, model)
     curriculum = bound(dataset, policies=[Below(limit)], num_samples=12)
     plan = curriculum.start_epoch(0, model)
@@ -192,9 +192,9 @@ def test_a_sample_left_out_is_explained_by_the_policy_and_its_numbers(
     scores = curriculum.store.latest[RSR]
     chosen = next(index for index in range(3) if index in plan.indices)
     worst = max(range(3), key=lambda index: scores[index])
-    place = plan.indices.tolist().index(chosen)
+    position = plan.indices.tolist().index(chosen)
     said = curriculum.explain(chosen, 0)
-    assert f"Sample {chosen} was in epoch 0, at place {place} of 6, with weight 1: kept by BestOf" in said
+    assert f"Sample {chosen} was in epoch 0, at position {position} of 6, with weight 1: kept by BestOf" in said
     said = curriculum.explain(worst, 0)
     assert f"Sample {worst} was not in epoch 0: left out by BestOf" in said
     assert f"its {RSR} {scores[worst]:.4g} is number 3 of 3 with prompt_id = sum-0" in said

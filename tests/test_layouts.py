@@ -170,6 +170,7 @@ def test_every_layout_scores_the_same_tokens_in_a_trainer(
     for layout in LAYOUTS:
         curriculum = attached(sft_trainer(tmp_path, model, merging, laid_out(rows(), layout, merging)))
         assert scored(curriculum) == expected_tokens(rows(), merging), layout.__name__
+        assert len(set(curriculum.dataset.prompt_hash.tolist())) == 2, layout.__name__
         found[layout.__name__] = scores(curriculum, model)
     for name, values in found.items():
         # SFTTrainer adds an EOS to text, so that rows are padded otherwise
@@ -223,17 +224,31 @@ def test_tokens_that_are_all_labelled_are_told_apart_in_a_plain_trainer(
         assert trainer.train_dataset is wrapped
 
 
+@pytest.mark.parametrize("beside", [{}, {"messages": [{"role": "assistant", "content": "Other words"}]}], ids=str)
 def test_labels_that_leave_tokens_out_are_taken_at_their_word(
-    tmp_path: Path, merging: PreTrainedTokenizerBase, model: PreTrainedModel
+    beside: dict[str, Any], tmp_path: Path, merging: PreTrainedTokenizerBase, model: PreTrainedModel
 ) -> None:
-    """The last two tokens of each row alone: an end marker, which is not scored, and a newline behind it."""
+    """Two tokens behind each conversation, where no template would have a response."""
     data = [
-        {"input_ids": [*row["input_ids"], 70, 71], "labels": [-100] * len(row["input_ids"]) + [70, 71]}
+        {"input_ids": [*row["input_ids"], 70, 71], "labels": [-100] * len(row["input_ids"]) + [70, 71], **beside}
         for row in laid_out(rows(), as_tokens_alone, merging)
     ]
     for make in (sft_trainer, lambda *parts: plain_trainer(*parts[:3], datasets.Dataset.from_list(parts[3]))):
         curriculum = attached(make(tmp_path, model, merging, data))
         assert scored(curriculum) == [[70, 71]] * len(data)
+
+
+def test_what_is_not_trained_on_is_not_scored(
+    tmp_path: Path, merging: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> None:
+    """Tokenised by the user as the messages beside say, the first three tokens of each response masked."""
+    data = laid_out(rows(), as_tokens, merging)
+    for row, original in zip(data, rows(), strict=True):
+        row["messages"] = original["prompt"] + original["completion"]
+        begin = next(place for place, label in enumerate(row["labels"]) if label != -100)
+        row["labels"][begin : begin + 3] = [-100] * 3
+    expected = [tokens[3:] for tokens in expected_tokens(rows(), merging)]
+    assert scored(attached(sft_trainer(tmp_path, model, merging, data))) == expected
 
 
 def test_columns_that_do_not_give_the_rows_tokens_are_not_believed(

@@ -247,7 +247,7 @@ def test_variants_share_their_views_and_say_what_each_cost(
     assert min(scored.tokens_of.values()) > 0
 
 
-def test_the_first_steps_share_a_row() -> None:
+def test_the_first_steps_share_a_view() -> None:
     tokenizer = tiny.tokenizer()
     ids = tokenizer("Prompt:" + "Step here. " * 7)["input_ids"]
     sample = ScoredDataset([{"input_ids": ids, "labels": [-100] * 7 + ids[7:]}]).sample(0)
@@ -269,8 +269,8 @@ def test_settings_that_describe_no_steps_are_refused(settings: dict[str, Any], s
         LocalNaturalness(**settings)
 
 
-def test_a_missing_tokenizer_is_asked_for(dataset: ScoredDataset) -> None:
-    with pytest.raises(ValueError, match=r"LocalNaturalness reads text, so it needs a tokenizer"):
+def test_a_missing_tokenizer_is_refused_with_the_cure(dataset: ScoredDataset) -> None:
+    with pytest.raises(ValueError, match=r"LocalNaturalness\(tokenizer="):
         LocalNaturalness().views(dataset.sample(0))
 
 
@@ -331,7 +331,7 @@ def test_a_splitter_that_gives_spans_is_named_with_the_sample(
     dataset: ScoredDataset, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     metric = LocalNaturalness(splitter=lambda text: [(0, 9), (5, 99)], tokenizer=tokenizer)  # type: ignore[list-item]
-    with pytest.raises(ValueError, match=r"LocalNaturalness, sample 2: The splitter gave \[\(0, 9\), \(5, 99\)\]"):
+    with pytest.raises(ValueError, match=r"LocalNaturalness, sample 2: The splitter returned \[\(0, 9\), \(5, 99\)\]"):
         metric.views(dataset.sample(2))
 
 

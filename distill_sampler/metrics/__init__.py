@@ -1,7 +1,7 @@
-"""One published metric a file: the views it needs, how their statistics become numbers, which way is better.
+"""Metrics, one published metric per file: the views it needs, how it computes a score from them, what is better.
 
-Adding one is adding a file here with a frozen dataclass that satisfies `distill_sampler.types.Metric`; the contract
-tests find it by listing this folder.
+To add one, add a file here with a frozen dataclass that satisfies `distill_sampler.types.Metric`; the contract tests
+find it by listing this folder.
 """
 
 from distill_sampler.metrics.aslec_drop import AslecDrop
@@ -19,7 +19,7 @@ METRICS = (
     "ResponseLength",
     "RuleQuality",
 )
-"""The classes of metrics."""
+"""Names of the metric classes."""
 
 __all__ = [
     "AslecDrop",

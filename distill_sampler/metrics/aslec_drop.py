@@ -14,14 +14,14 @@ from distill_sampler.types import FloatArray
 class AslecDrop(WindowMetric):
     """`LocalNaturalness` with the first `skip` tokens of each step left out. Higher is better.
 
-    The first token of a step opens a thought and is expensive whatever follows, which punishes short steps. Where
-    windows and steps are the same, the forwards are shared with `LocalNaturalness`.
+    The first token of a step is hard to predict whatever follows it, so short steps score badly in `LocalNaturalness`.
+    This metric leaves that token out. With the same windows and steps, both metrics share their forward passes.
     """
 
     skip: int = 1
-    """Tokens at the start of each step that do not count (its last always does)."""
+    """Tokens to leave out at the start of each step. The last token of a step always counts."""
     name: str = "aslec_drop"
-    """What policies call it, and the score's column."""
+    """Its name in policies, and the column of the score."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Scores that need no forward: what every study of selection should be compared with."""
+"""Scores without a forward pass: the controls that every study of data selection should compare with."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from distill_sampler.types import Metric, Sample, TokenStats, View
 @documents_fields
 @dataclass(frozen=True, kw_only=True)
 class ResponseLength(Metric):
-    """Number of response tokens. The longest response is a strong control: 57.9 where teacher-guided selection reached
-    58.7 and global naturalness 55.1 (arXiv:2512.20908)."""
+    """Number of response tokens. Choosing the longest response is a strong control: it reached 57.9, teacher-guided
+    selection 58.7, global naturalness 55.1 (arXiv:2512.20908)."""
 
     longest: bool = True
-    """False: shorter is better."""
+    """Whether longer is better. False: shorter is."""
     name: str = "response_length"
-    """What policies call it, and the score's column."""
+    """Its name in policies, and the column of the score."""
 
     @property
     def higher_is_better(self) -> bool:
@@ -37,13 +37,15 @@ class ResponseLength(Metric):
 @documents_fields
 @dataclass(frozen=True, kw_only=True)
 class Random(Metric):
-    """A uniform number in [0, 1) drawn from the sample's content and a seed, the same in every pass. The control of
-    every selection, for example of arXiv:2510.03988; `Shuffle` draws anew each epoch instead."""
+    """A uniform number in [0, 1), computed from the sample's content and a seed: the same in every pass.
+
+    It is the basic control for any selection, for example in arXiv:2510.03988. `Shuffle` draws anew each epoch instead.
+    """
 
     seed: int = 0
-    """Another seed, other numbers."""
+    """A different seed gives different numbers."""
     name: str = "random"
-    """What policies call it, and the score's column."""
+    """Its name in policies, and the column of the score."""
 
     def views(self, sample: Sample) -> Sequence[View]:
         return ()
@@ -55,20 +57,20 @@ class Random(Metric):
 @documents_fields
 @dataclass(frozen=True, kw_only=True)
 class RuleQuality(Metric):
-    """Words of reasoning in the response, for each hundred words: checks, alternatives, conclusions. Higher is better.
+    """Reasoning words (checks, alternatives, conclusions) per hundred words of the response. Higher is better.
 
-    The rule-based quality score in the style of LIMO (arXiv:2502.03387), as a control that reads no model.
+    A rule-based quality score in the style of LIMO (arXiv:2502.03387): a control that needs no model.
     """
 
     pattern: str = (
         r"\b(?:check|verify|confirm|double-check|wait|however|alternatively|another way|perhaps|maybe|suppose|assume"
         r"|because|since|therefore|thus|hence|so that|first|second|next|finally|note that|recall)\b"
     )
-    """Regular expression of what counts, regardless of case."""
+    """Regular expression for reasoning words. Case does not matter."""
     tokenizer: Any = field(default=None, repr=False, compare=False)
-    """Turns tokens into text. `attach` and the command line fill it in; give it yourself in a loop of your own."""
+    """Decodes the tokens. `attach` and the command line fill it in; in your own loop, pass it yourself."""
     name: str = "rule_quality"
-    """What policies call it, and the score's column."""
+    """Its name in policies, and the column of the score."""
 
     def with_tokenizer(self, tokenizer: Any) -> Self:
         return replace(self, tokenizer=tokenizer) if self.tokenizer is None else self
@@ -79,7 +81,7 @@ class RuleQuality(Metric):
     def reduce(self, sample: Sample, stats: Sequence[TokenStats]) -> Mapping[str, float]:
         if self.tokenizer is None:
             raise ValueError(
-                "RuleQuality reads text, so it needs a tokenizer: RuleQuality(tokenizer=…). attach gives it its own."
+                "RuleQuality reads text, so it needs a tokenizer: pass RuleQuality(tokenizer=…). attach does it."
             )
         text = self.tokenizer.decode(sample.input_ids[sample.scored].tolist())
         found = len(re.findall(self.pattern, text, flags=re.IGNORECASE))

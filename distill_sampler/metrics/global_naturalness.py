@@ -14,13 +14,13 @@ from distill_sampler.types import Metric, Sample, TokenStats
 class GlobalNaturalness(Metric):
     """Mean log-probability (nats) of the response's tokens under the student. Higher is better.
 
-    The negative of the mean surprisal. One forward a sample, shared with `RankSurprisalRatio`. A group of samples has
-    the mean over its samples. Favours what the student already says: as a predictor of a teacher's worth it reached
-    |Spearman| 0.49 where RSR reached 0.86 (arXiv:2601.14249).
+    It is the negative mean surprisal. One forward pass per sample, shared with `RankSurprisalRatio`. A group's score is
+    the mean over its samples. The metric favours what the student already says: as a predictor of how good a teacher
+    is, it reached |Spearman| 0.49 where RSR reached 0.86 (arXiv:2601.14249).
     """
 
     name: str = "global_naturalness"
-    """What policies call it, and the score's column."""
+    """Its name in policies, and the column of the score."""
 
     def reduce(self, sample: Sample, stats: Sequence[TokenStats]) -> Mapping[str, float]:
         (tokens,) = stats

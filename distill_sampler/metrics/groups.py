@@ -1,4 +1,4 @@
-"""The score of a group of samples, whichever of them have one."""
+"""The score of a group of samples, of which some may have no score."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from distill_sampler.types import FloatArray, IntArray, Metric
 
 
 def group_score(metric: Metric, numbers: Mapping[str, FloatArray], indices: IntArray) -> float:
-    """The metric's aggregate over those of some samples that have every one of its numbers; NaN if none has.
+    """The metric's aggregate over the samples that have all of its numbers; NaN if no sample has.
 
     Args:
-        metric: whose score.
-        numbers: `[samples]` each.
+        metric: the metric.
+        numbers: by column, `[samples]` each.
         indices: `[n]` the samples of the group.
     """
     columns = {name: numbers[name][indices] for name in metric.columns}

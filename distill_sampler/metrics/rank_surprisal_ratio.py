@@ -16,22 +16,22 @@ from distill_sampler.types import FloatArray, Metric, Sample, TokenStats
 class RankSurprisalRatio(Metric):
     """RSR = Σ_k min(rank_k, r_max) / Σ_k surprisal_k over the response's tokens. Lower is better.
 
-    A low ratio means tokens that the student finds surprising (there is something to learn) while it ranks them high
-    (it can be learnt). `rank_k` is 1 + the number of tokens with a strictly larger logit, `surprisal_k` is in nats.
-    A *group* of samples has Σ_j mean_rank(x_j) / Σ_j mean_surprisal(x_j): a ratio of sums of per-sample means, neither
-    the mean of the ratios nor pooled over tokens. One forward a sample.
+    A low ratio means that the student finds the tokens surprising (there is something to learn), yet ranks them high
+    (it can be learnt). `rank_k` is 1 + the number of tokens with a strictly larger logit; `surprisal_k` is in nats. The
+    score of a *group* is Σ_j mean_rank(x_j) / Σ_j mean_surprisal(x_j): a ratio of sums of per-sample means, neither the
+    mean of the ratios nor pooled over tokens. One forward pass per sample.
 
-    Columns: `mean_rank` (of the clipped ranks), `mean_surprisal` (nats), `rank_surprisal_ratio`; with another `name`
-    the first two carry it as a prefix, so that variants can be scored side by side.
+    Columns: `mean_rank` (of the clipped ranks), `mean_surprisal` (nats) and `rank_surprisal_ratio`. With another
+    `name`, the first two get it as a prefix, so that variants can be scored side by side.
 
-    Known weak spots: three teachers from outside the students' family account for part of the paper's correlation,
-    one teacher supplies 45-77 % of each selected set, and text that loops is repetitive in a way the ratio likes.
+    Weak spots: three teachers from outside the students' family account for part of the paper's correlation, one
+    teacher supplies 45-77 % of each selected set, and text that repeats itself in loops scores well.
     """
 
     rank_clip: int = 100
-    """r_max: ranks above it count as this. The paper's 100; it reports 50 → .696, 500 → .822, none → .700 (vs .856)."""
+    """r_max: larger ranks count as this. The paper reports 50 → .696, 100 → .856, 500 → .822, no clipping → .700."""
     name: str = "rank_surprisal_ratio"
-    """What policies call it, and the score's column."""
+    """Its name in policies, and the column of the score."""
 
     def __post_init__(self) -> None:
         if self.rank_clip < 1:
@@ -59,5 +59,5 @@ class RankSurprisalRatio(Metric):
 
 
 def ratio(rank: float, surprisal: float) -> float:
-    """rank / surprisal with the authors' guard against a response that the student is certain of."""
+    """rank / surprisal, with the authors' guard against surprisal 0, where the student is certain of the response."""
     return rank / max(surprisal, 1e-12)

@@ -1,8 +1,8 @@
 """Splitting a response into its reasoning steps, and mapping the steps onto tokens exactly.
 
-A *splitter* is any function from text to the places where a new step begins: `"One. Two.\\nThree" -> [4, 10]`. Those
-here are `sentences` (the default), `lines`, `paragraphs` and `by_pattern`. `token_steps` turns places in the text into
-ranges of tokens, so that no token is lost and none counts twice, whatever the tokenizer.
+A *splitter* is any function from text to the positions where new steps begin: `"One. Two.\\nThree" -> [4, 10]`. This
+file has `sentences` (the default), `lines`, `paragraphs` and `by_pattern`. `token_steps` turns text positions into
+ranges of tokens. With any tokenizer, every token is in exactly one step.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import numpy as np
 from distill_sampler.types import IntArray
 
 Splitter = Callable[[str], Sequence[int]]
-"""From a text to the characters at which a new step begins, in order; 0 and the text's length need not be named."""
+"""From a text to the character positions where new steps begin, ascending. 0 and the text's length may be left out."""
 
-# what is never split: code blocks, display and inline mathematics
+# never split inside these: code blocks, display and inline mathematics
 _WHOLE = re.compile(
     r"```.*?(?:```|\Z)|\$\$.*?\$\$|\\\[.*?\\\]|\\\(.*?\\\)|\\begin\{(\w+\*?)\}.*?\\end\{\1\}|(?<![\\$])\$[^$\n]+\$",
     re.DOTALL,
@@ -34,28 +34,27 @@ _ABBREVIATION = re.compile(
 
 
 def sentences(text: str) -> list[int]:
-    """Where sentences and lines begin.
+    """Where sentences and lines begin: `"It is 3.14. Next" -> [11]`.
 
-    Never inside a code block, display or inline mathematics, after an abbreviation, an initial or a list's number
-    (`1. Add`), and a decimal point is no end: `"It is 3.14. Next" -> [11]`. A space belongs to the sentence that it
-    comes before, a newline to the line that it ends, as most tokenizers have it.
+    Nothing is split inside code blocks and mathematics, nor after abbreviations, initials, list numbers (`1. Add`) and
+    decimal points. A space belongs to the sentence after it and a newline to the line before it, as in most tokenizers.
     """
     whole = [match.span() for match in _WHOLE.finditer(text)]
     starts = [start for start, _ in whole]
-    places = []
+    positions = []
     for match in _SENTENCE_END.finditer(text):
-        place = match.end()
-        inside = bisect_left(starts, place) - 1
-        if inside >= 0 and place < whole[inside][1]:
+        position = match.end()
+        inside = bisect_left(starts, position) - 1
+        if inside >= 0 and position < whole[inside][1]:
             continue
         if match[0].startswith(".") and _ABBREVIATION.search(text, max(0, match.start() - 12), match.start() + 1):
             continue
-        places.append(place)
-    return places
+        positions.append(position)
+    return positions
 
 
 def lines(text: str) -> list[int]:
-    """Where lines begin; empty lines belong to the line before."""
+    """Where lines begin. Empty lines belong to the line before them."""
     return [match.end() for match in re.finditer(r"\n+", text)]
 
 
@@ -66,7 +65,7 @@ def paragraphs(text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class by_pattern:  # lower case: used like the functions above
-    """A splitter that begins a step behind each match of a regular expression."""
+    """A splitter that begins a step after each match of a regular expression."""
 
     pattern: str
 
@@ -77,38 +76,38 @@ class by_pattern:  # lower case: used like the functions above
 def token_steps(
     input_ids: IntArray, tokenizer: Any, splitter: Splitter, *, min_tokens: int, max_tokens: int
 ) -> list[tuple[int, int]]:
-    """The steps of a stretch of tokens, as ranges that cover it without gap or overlap.
+    """The steps of a stretch of tokens, as `(start, stop)` ranges that cover it without gap or overlap.
 
-    A token belongs to the step in which it begins. A step of fewer than `min_tokens` is joined with the next (the last
-    one with the one before); one of more than `max_tokens` is cut into equal pieces.
+    A token belongs to the step in which its text begins. A step with fewer than `min_tokens` is joined with the next
+    one (the last step with the one before it). A step with more than `max_tokens` is cut into equal pieces.
 
     Args:
-        input_ids: `[tokens]` of one stretch of response.
+        input_ids: `[tokens]` one contiguous stretch of the response.
         tokenizer: anything with `decode` and `batch_decode`, such as a tokenizer of transformers.
         splitter: where steps begin in the text.
-        min_tokens: fewest tokens in a step, where the stretch has as many.
-        max_tokens: most tokens in a step.
+        min_tokens: smallest number of tokens in a step, unless the whole stretch is shorter.
+        max_tokens: largest number of tokens in a step.
 
     Raises:
-        ValueError: the splitter gives anything but places in the text, in order.
+        ValueError: the splitter does not return ascending positions in the text.
     """
     if len(input_ids) == 0:
         return []
     text, begins = text_and_offsets(input_ids, tokenizer)
-    found = list(splitter(text))
-    places = np.array([place for place in found if isinstance(place, int | np.integer)], np.int64)
-    inside = len(places) == len(found) and ((places >= 0) & (places <= len(text))).all()
-    if not inside or (np.diff(places) < 0).any():
+    returned = list(splitter(text))
+    positions = np.array([position for position in returned if isinstance(position, int | np.integer)], np.int64)
+    inside = len(positions) == len(returned) and ((positions >= 0) & (positions <= len(text))).all()
+    if not inside or (np.diff(positions) < 0).any():
         raise ValueError(
-            f"The splitter gave {found[:5]}: not places in a text of {len(text)} characters, in ascending order. It "
-            "must return the characters at which new steps begin, counted from 0 (for spans, their starts)."
+            f"The splitter returned {returned[:5]} for a text of {len(text)} characters. It must return the positions "
+            "of the characters at which new steps begin, from 0, in ascending order (for spans, their starts)."
         )
-    cuts = np.unique(np.concatenate([[0], np.searchsorted(begins, places), [len(input_ids)]]))
+    cuts = np.unique(np.concatenate([[0], np.searchsorted(begins, positions), [len(input_ids)]]))
     bounds = [0]
     for cut in cuts[1:].tolist():
         if cut - bounds[-1] >= min_tokens:
             bounds.append(cut)
-    if bounds[-1] != len(input_ids):  # a short last step
+    if bounds[-1] != len(input_ids):  # the last step is too short: join it with the one before
         bounds[max(len(bounds) - 1, 1) :] = [len(input_ids)]
     steps: list[tuple[int, int]] = []
     for start, stop in pairwise(bounds):
@@ -119,11 +118,12 @@ def token_steps(
 
 
 def text_and_offsets(input_ids: IntArray, tokenizer: Any) -> tuple[str, IntArray]:
-    """The text of some tokens, and `[tokens]` the character at which each begins.
+    """The text of some tokens, and `[tokens]` the character position at which each token begins.
 
-    Most tokenizers decode token by token to the same text as all at once; then the pieces' lengths tell. Others (a
-    character spread over several tokens, a space that only shows behind another token) are decoded as they would be
-    streamed: a token's text is what it adds to that of the few before it, once that is whole.
+    With most tokenizers, decoding token by token gives the same text as decoding all tokens at once, so the lengths of
+    the pieces give the positions. With others (a character spread over several tokens, a space that appears only after
+    another token), tokens are decoded as in streaming: a token's text is what it adds to the text of the few tokens
+    before it, once its last character is complete.
     """
     ids = input_ids.tolist()
     if not ids:
@@ -138,9 +138,9 @@ def text_and_offsets(input_ids: IntArray, tokenizer: Any) -> tuple[str, IntArray
 
 
 def _streamed(ids: list[int], tokenizer: Any) -> list[str]:
-    """What each token adds to the text. A token that leaves a character unfinished adds nothing yet."""
+    """The text that each token adds. A token that leaves a character unfinished adds nothing yet."""
     pieces = []
-    start = shown = 0  # tokens from `start` on are decoded together; those before `shown` have been given out
+    start = shown = 0  # decode tokens from `start` on together; tokens before `shown` have their text
     for stop in range(1, len(ids) + 1):
         before: str = tokenizer.decode(ids[start:shown], clean_up_tokenization_spaces=False)
         after: str = tokenizer.decode(ids[start:stop], clean_up_tokenization_spaces=False)

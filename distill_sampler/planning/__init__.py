@@ -1,1 +1,1 @@
-"""From scores to the order of an epoch, and why each sample is in it or not."""
+"""From scores to an epoch's plan, and why each sample is in it or not."""

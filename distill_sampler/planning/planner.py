@@ -1,4 +1,4 @@
-"""From scores to an epoch's plan: policies in order, at the one length that the trainer counts on."""
+"""From scores to an epoch's plan: the policies in order, at the constant length that the trainer expects."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from distill_sampler.types import Column, EpochPlan, FloatArray, IntArray, Metri
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PlannedEpoch:
-    """An epoch's plan, and what was decided on the way."""
+    """A plan of an epoch, and how it came about."""
 
     epoch: int
     step: int
-    """Optimizer steps that the student had taken when it was made."""
+    """Optimizer steps that the student had taken when the plan was made."""
     plan: EpochPlan
     left_out_by: IntArray
-    """`[samples]` the position of the policy that left each sample out (`why.plan_with_reasons`)."""
+    """`[samples]` the index of the policy that left each sample out (`why.plan_with_reasons`)."""
     start: int = 0
-    """Places that were handed out before: the plan changed from here on."""
+    """The position from which a replanned epoch changed; 0 for an epoch's first plan."""
     passes: int = 0
-    """Scoring passes of the run that it goes by."""
+    """How many scoring passes of the run the plan is based on."""
 
 
 class Planner:
     """Makes the plans of a run. Pure: equal arguments give equal plans.
 
     Args:
-        dataset: what is planned.
-        metrics: what is scored, by name.
-        policies: applied in order to "every candidate once, in the data set's order".
-        seed: of everything random.
-        num_samples: length of every epoch; None: what the policies give if no sample lacks a score.
-        plans_rest: whether the rest of an epoch is to be planned anew, which needs to know the groups.
+        dataset: the data set to plan.
+        metrics: the scored metrics, by name.
+        policies: applied in order, starting from "every candidate once, in the data set's order".
+        seed: of all random choices.
+        num_samples: length of every epoch. None: the length that the policies give if no sample lacks a score.
+        plans_rest: whether epochs will be replanned midway. All policies must then have the same groups.
 
     Raises:
         ValueError: a column that a policy needs is missing, no sample would be left, or policies disagree about groups.
@@ -66,11 +66,11 @@ class Planner:
         self.columns: dict[str, Column] = {name: dataset.column(name, complete=True) for name in names}
         self.facts = [PolicyFacts.of(policy) for policy in policies]
         self.groups = self._groups(plans_rest)
-        """`[samples]` equal numbers for samples that stand for each other: those that a policy chooses among."""
+        """`[samples]` equal numbers for samples of the same group, within which a policy chooses."""
         self._length_given = num_samples is not None
-        # with equal scores for all, the policies give the plan's length before there are scores
+        # equal scores for all samples show the plan's length before anything is scored
         self.num_samples = num_samples or len(self._dry_run(lambda: np.ones(len(dataset), np.float32)))
-        # with made-up scores that differ, they show whether they weight: hosts that cannot apply weights refuse then
+        # different made-up scores show whether the policies set weights, which some hosts cannot apply
         made_up = (dataset.content_hash >> np.uint64(40)) / 2.0**24 + 1
         self.gives_weights = bool((self._dry_run(lambda: made_up).weights != 1).any())
         self.samples_to_score = self._samples_to_score()
@@ -80,8 +80,8 @@ class Planner:
         """What the policies get to see.
 
         Args:
-            epoch: the epoch that is planned.
-            scores: `[samples]` each.
+            epoch: the epoch to plan.
+            scores: by column, `[samples]` each.
             known: other fields of `Pool`.
         """
         return Pool(
@@ -95,45 +95,48 @@ class Planner:
         )
 
     def plan(self, pool: Pool, *, tolerate: bool = False) -> tuple[PlannedEpoch, list[str]]:
-        """An epoch's plan at its constant length, and sentences that a person should read.
+        """Plan an epoch at the constant length.
 
         Args:
-            pool: what is known of the samples.
-            tolerate: complete or cut a plan of another length although nobody gave the length, because samples without
-                a score explain it.
+            pool: what is known about the samples.
+            tolerate: if the policies give another length, complete or cut the plan even though the user set no length,
+                because samples without a score explain the difference.
+
+        Returns:
+            The plan, and notes for the user.
 
         Raises:
-            ValueError: the plan has another length than the epochs are laid out for.
+            ValueError: the policies give another length than the epochs have.
         """
         made, left_out_by = plan_with_reasons(self.policies, self.candidates, pool, self.seed)
         if len(made) != self.num_samples and not self._length_given and not tolerate:
             raise ValueError(
-                f"The policies gave {len(made)} samples, but the trainer laid out epochs of {self.num_samples}. With "
-                "policies whose number of samples depends on the scores, say how long an epoch is: "
+                f"The policies gave {len(made)} samples, but the trainer expects {self.num_samples} in each epoch. If "
+                "the number of samples depends on the scores, set the length of an epoch: "
                 f"Curriculum(num_samples={len(made)}) completes shorter plans from their start and cuts longer ones."
             )
         plan = fit_length(made, self.num_samples)
         notes = []
         if len(made) != len(plan):
             action = "cut at its end" if len(made) > len(plan) else "completed from its start"
-            notes.append(f"the policies gave {len(made)} samples; the plan was {action} to keep {len(plan)}.")
+            notes.append(f"the policies gave {len(made)} samples; the plan was {action} to have {len(plan)}.")
         return PlannedEpoch(epoch=pool.epoch, step=pool.step, plan=plan, left_out_by=left_out_by), notes
 
     def plan_rest(
-        self, begun: EpochPlan, start: int, pool: Pool, *, tolerate: bool = False
+        self, current: EpochPlan, start: int, pool: Pool, *, tolerate: bool = False
     ) -> tuple[PlannedEpoch, list[str]]:
-        """The plan of an epoch that was begun, changed from `start` on; see `plan`.
+        """Replan the current epoch from position `start` on; see `plan`.
 
-        The policies plan the whole epoch by what is known now; what was handed out already counts towards it.
+        The policies plan the whole epoch from the current scores. Samples before `start` count towards it.
         """
         whole, notes = self.plan(pool, tolerate=tolerate)
-        plan = replace_rest(begun, whole.plan, start, self.groups)
-        return replace(whole, plan=plan, start=start), [f"planned anew from sample {start} on.", *notes]
+        plan = replace_rest(current, whole.plan, start, self.groups)
+        return replace(whole, plan=plan, start=start), [f"replanned from position {start} on.", *notes]
 
     def explained(
         self, planned: PlannedEpoch, scores: Mapping[str, FloatArray], missing: Mapping[str, IntArray]
     ) -> ExplainedPlan:
-        """A plan with what is needed to explain it."""
+        """A plan with everything that is needed to explain it."""
         return ExplainedPlan(
             policies=self.facts,
             plan=planned.plan,
@@ -174,15 +177,14 @@ class Planner:
         for name, other in others if plans_rest else ():
             if not _same_groups(groups, self.columns[name].codes):
                 raise ValueError(
-                    f"{kind} chooses within groups of equal '{first}', {other} within groups of equal '{name}', and "
-                    "these are not the same groups: when the rest of an epoch is planned anew, it would not be known "
-                    "which samples stand for those that were trained. Use one column for both, or leave out "
-                    "Rescore(every_steps=)."
+                    f"{kind} chooses within groups of equal '{first}', but {other} within groups of equal '{name}'. "
+                    "With Rescore(every_steps=), a sample that was trained on counts for its group, so all policies "
+                    "must have the same groups. Use one column for both, or leave out every_steps=."
                 )
         return groups
 
 
 def _same_groups(left: IntArray, right: IntArray) -> bool:
-    """Whether two columns put the same samples together, whatever they call the groups."""
-    # codes are numbered by first appearance, and so are equal for equal partitions
+    """Whether two columns define the same groups."""
+    # codes are numbered by first appearance, so equal groups have equal codes
     return bool(np.array_equal(left, right))

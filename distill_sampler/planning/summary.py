@@ -1,4 +1,4 @@
-"""What one epoch's plan looks like, as numbers for a log and as a table for a person."""
+"""The numbers of one plan, for a trainer's log and as a table for people."""
 
 from __future__ import annotations
 
@@ -15,76 +15,76 @@ from distill_sampler.policies import effective_sample_size
 from distill_sampler.types import Column, EpochPlan, FloatArray, IntArray, Metric
 
 PREFIX = "curriculum/"
-"""Every number in a trainer's log starts with this."""
+"""Start of the name of every number in a trainer's log."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherRow:
-    """One teacher's part in an epoch."""
+    """One teacher's samples in an epoch."""
 
     teacher: str
     candidates: int
-    """Samples of this teacher that the epoch could have had."""
+    """Samples of this teacher that could be chosen."""
     chosen: int
-    """Places of the plan that this teacher's samples fill."""
+    """Positions of the plan that hold this teacher's samples."""
     tokens: float
     """Mean number of response tokens of its candidates."""
     scores: Mapping[str, float]
-    """By metric: the *group* score of its candidates with a score; NaN without any."""
+    """By metric: the *group* score of its candidates that have a score; NaN if none has."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ScoringSummary:
-    """What it took to know the scores that a plan was made by, and how old they are."""
+    """What scoring for one plan cost, and how old the scores are."""
 
     samples: int
-    """Scored for it."""
+    """Samples that were scored for this plan."""
     observed: int
-    """Seen in training since the last pass."""
+    """Samples whose scores were observed in training since the last pass."""
     estimated: int
-    """Candidates whose scores are older, moved by the drift of the others."""
+    """Candidates whose scores are estimates: older scores, moved by the drift of the others."""
     tokens: int
-    """That went through the student."""
+    """Tokens that the student read."""
     tokens_of: Mapping[str, int]
-    """Thereof, by metric, as if each were the only one."""
+    """By metric, the tokens it would have needed alone. Shared forward passes count for each metric."""
     seconds: float
     share: float
-    """Of the run's time so far that scoring took, the first pass left out."""
+    """Share of the run's time so far that scoring took, without the first pass."""
     age_median: float
-    """Optimizer steps since a candidate's scores were measured."""
+    """Optimizer steps since a candidate's scores were measured, median over candidates."""
     age_max: int
     non_finite: IntArray
-    """Candidates left out because the student's logits for them were NaN or infinite."""
+    """Candidates without a score because the student's logits for them were NaN or infinite."""
     too_long: IntArray
-    """Candidates without the score of some metric: they have more tokens than the student has positions for."""
+    """Candidates without a score because they have more tokens than the student has positions for."""
     not_applicable: Mapping[str, int] = field(default_factory=dict)
-    """By metric, candidates that it does not apply to."""
+    """By metric, how many candidates it does not apply to."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpochSummary:
-    """The numbers of one plan of an epoch and of the scoring it came from."""
+    """The numbers of one plan and of the scoring for it."""
 
     epoch: int
     step: int
     num_samples: int
     """Length of the plan."""
     distinct: int
-    """Distinct samples in it."""
+    """Distinct samples in the plan."""
     candidates: int
     plan_fingerprint: str
     effective_sample_size: float
-    """Kish's (Σw)² / Σw² over the plan's weights, repeats of a sample added up."""
+    """Kish's (Σw)² / Σw² over the plan's weights, with the copies of a sample added up."""
     mean_scores: Mapping[str, tuple[float, float]]
     """By metric: mean over all scored candidates, mean over the plan."""
     teachers: Sequence[TeacherRow]
-    """Empty if the data set does not name teachers. Most chosen first."""
+    """By teacher, most chosen first. Empty if the data set does not name teachers."""
     scoring: ScoringSummary
     notes: Sequence[str]
-    """Sentences that a person should read."""
+    """Notes that the user should read."""
 
     def logs(self) -> dict[str, float]:
-        """Scalars for the trainer's log, whatever `report_to` is."""
+        """The numbers for the trainer's log, for any `report_to`."""
         numbers: dict[str, float] = {
             "effective_sample_size": self.effective_sample_size,
             "distinct_samples": self.distinct,
@@ -98,7 +98,7 @@ class EpochSummary:
             "scoring_seconds": round(self.scoring.seconds, 3),
             "scoring_tokens_per_second": round(self.scoring.tokens / max(self.scoring.seconds, 1e-9), 1),
             "scoring_share_of_run": round(self.scoring.share, 4),
-            # loggers keep float32: the first 24 bits are the most that survives exactly
+            # loggers store float32, which holds 24 bits exactly
             "plan_hash": int(self.plan_fingerprint[:6], 16),
         }
         for metric, (candidates, chosen) in self.mean_scores.items():
@@ -122,19 +122,19 @@ class EpochSummary:
                 f"({rate:,.0f} tokens/s)",
                 style="dim",
             )
-        if set(scoring.tokens_of.values()) - {0, scoring.tokens}:  # some share their forwards, some do not
+        if set(scoring.tokens_of.values()) - {0, scoring.tokens}:  # not all metrics share all forward passes
             each = ", ".join(f"{metric.replace('_', ' ')} {tokens:,}" for metric, tokens in scoring.tokens_of.items())
-            title.append(f"\ntokens by metric, shared forwards counted for each: {each}", style="dim")
+            title.append(f"\ntokens by metric (shared forward passes count for each): {each}", style="dim")
         if scoring.age_max:
             title.append(
-                f"\nscores are up to {scoring.age_max} steps old, half of them {scoring.age_median:.0f} or less; "
-                f"{scoring.observed:,} seen in training, {scoring.estimated:,} estimated",
+                f"\nscores are up to {scoring.age_max} steps old (median {scoring.age_median:.0f}); "
+                f"{scoring.observed:,} observed in training, {scoring.estimated:,} estimated",
                 style="dim",
             )
         table = Table(box=None, pad_edge=False, header_style="dim")
         table.add_column("teacher", no_wrap=True)
         for heading in ("candidates", "tokens", *self.mean_scores, "chosen", "share"):
-            # between words a heading may wrap, so that several metrics fit a terminal of 80 columns
+            # headings wrap between words, so that several metrics fit into 80 columns
             table.add_column(heading.replace("_", " "), justify="right", min_width=6)
         for row in self.teachers:
             table.add_row(
@@ -152,7 +152,7 @@ class EpochSummary:
         return Group(title, table, *(Text(f"note: {note}", style="yellow") for note in self.notes))
 
     def print(self) -> None:
-        """Print the table to the terminal's error stream, where progress bars are too."""
+        """Print the table to stderr, where progress bars are too."""
         Console(stderr=True).print("\n", self.table(), sep="")
 
 
@@ -164,21 +164,20 @@ def summarise(
     metrics: Mapping[str, Metric],
     scores: Mapping[str, FloatArray],
     teacher: Column | None,
-    scorable: IntArray,
+    candidates: IntArray,
     num_scored: IntArray,
     scoring: ScoringSummary,
     notes: Sequence[str],
 ) -> EpochSummary:
-    """Put an epoch's numbers together. Arrays are indexed by sample; `scorable` lists the candidates."""
+    """Compute the numbers of a plan. Arrays are indexed by sample; `candidates` lists sample indices."""
     mean_scores = {}
     for name in metrics:
-        candidates, chosen = scores[name][scorable], scores[name][plan.indices]
-        mean_scores[name] = (_nanmean(candidates), _nanmean(chosen))
+        mean_scores[name] = (_nanmean(scores[name][candidates]), _nanmean(scores[name][plan.indices]))
     rows = []
     if teacher is not None:
         chosen_counts = np.bincount(teacher.codes[plan.indices], minlength=len(teacher.values))
         for code, value in enumerate(teacher.values):
-            own = scorable[teacher.codes[scorable] == code]
+            own = candidates[teacher.codes[candidates] == code]
             rows.append(
                 TeacherRow(
                     teacher=str(value),
@@ -194,7 +193,7 @@ def summarise(
         step=step,
         num_samples=len(plan),
         distinct=len(np.unique(plan.indices)),
-        candidates=len(scorable),
+        candidates=len(candidates),
         plan_fingerprint=plan.fingerprint,
         effective_sample_size=effective_sample_size(plan),
         mean_scores=mean_scores,

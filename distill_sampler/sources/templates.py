@@ -136,7 +136,8 @@ def conversation(
             continue
         until = text if turn + 1 == len(messages) else _apply(tokenizer, messages[: turn + 1], **options)
         if text.startswith(until):
-            begin = _common_prefix(_apply(tokenizer, messages[:turn], generate=True, **options), text)
+            before = _apply(tokenizer, messages[:turn], generate=True, **options) if turn else ""
+            begin = _common_prefix(before, text)
             span = max(begin, span[0] if span else 0), len(until)
         if span is None:
             lost += 1
@@ -294,7 +295,7 @@ def _inside(starts: IntArray, ends: IntArray, spans: Sequence[Span]) -> BoolArra
     """The rule for tokens at the edge: all of the token lies in the span."""
     inside = np.zeros(len(starts), bool)
     for begin, stop in spans:
-        inside |= (begin <= starts) & (starts < stop) & (ends <= stop)
+        inside |= (begin <= starts) & (ends <= stop)
     return inside
 
 

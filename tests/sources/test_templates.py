@@ -165,6 +165,20 @@ def test_a_completion_without_markers_is_the_response() -> None:
     assert response(prompt_and_completion(prompt, "4", markers(tokenizer_with()))) == ["4"]
 
 
+def test_what_the_prompt_holds_of_the_assistants_turn_is_not_the_response() -> None:
+    marks = markers(tokenizer_with())
+    prompt = "<|im_start|>user\n1 + 3?<|im_end|>\n<|im_start|>assistant\nSure: "
+    for behind in ("", "<|im_end|>"):  # SFTTrainer's EOS
+        assert response(prompt_and_completion(prompt, "4<|im_end|>\n" + behind, marks)) == ["4<|im_end|>\n"]
+
+
+def test_the_tokenizer_begins_text_and_the_template_begins_conversations() -> None:
+    tok = tokenizer_with()
+    assert not conversation([ASKED, ANSWERED], 0, tok).special_tokens
+    assert plain_text("4", None).special_tokens
+    assert prompt_and_completion("1 + 3?", "4", None).special_tokens
+
+
 @pytest.mark.parametrize(
     ("prompt", "completion", "expected"),
     [
@@ -201,6 +215,12 @@ def test_turns_that_the_template_rewrites_are_counted_and_left_out() -> None:
 def test_only_turns_from_the_first_of_the_response_on_count() -> None:
     tok = tokenizer_with()
     assert response(conversation([ASKED, ANSWERED, *MORE], 2, tok)) == ["Quite 🎉.<|im_end|>\n"]
+
+
+def test_a_conversation_may_begin_with_the_assistant() -> None:
+    tok = tokenizer_with()
+    expected = ["It is\n4.<|im_end|>\n", "Quite 🎉.<|im_end|>\n"]
+    assert response(conversation([ANSWERED, *MORE], 0, tok, markers(tok))) == expected
 
 
 # ---- Tokens at the edge ----
