@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
+
+import numpy as np
 
 from distill_sampler.types import Metric, Policy, unknown_name
 
@@ -65,6 +68,7 @@ def _checked(item: Any, protocol: Any, what: str) -> Any:
             f"{argument}= was given {_shown(item)}, which is no {what}: it has no {missing}. Subclass "
             f"distill_sampler.{kind}, a protocol with defaults for most of it."
         )
+    require_field_types(item)
     if what == "metric":
         if not isinstance(item.name, str):
             raise ValueError(
@@ -86,3 +90,33 @@ def lacking(item: Any, protocol: Any) -> list[str]:
 
 def _shown(item: Any) -> str:
     return item.__name__ + "()" if hasattr(item, "__name__") else f"a {type(item).__name__}"
+
+
+def require_field_types(item: Any) -> None:
+    """Refuse a dataclass whose whole-number, number, switch or text field holds something else.
+
+    Raises:
+        ValueError: naming the argument and what it takes.
+    """
+    for each in fields(item) if is_dataclass(item) and not isinstance(item, type) else ():
+        kinds = [kind.strip() for kind in str(each.type).split("|")]
+        if any(kind not in _PLAIN_TYPES for kind in kinds):
+            continue
+        value = getattr(item, each.name)
+        if not any(_is_of(value, kind) for kind in kinds):
+            takes = " or ".join(_PLAIN_TYPES[kind][0] for kind in kinds)
+            raise ValueError(f"{type(item).__name__}({each.name}={value!r}): {each.name} takes {takes}.")
+
+
+_PLAIN_TYPES: dict[str, tuple[str, Any]] = {
+    "int": ("a whole number", (int, np.integer)),
+    "float": ("a number", (int, float, np.number)),
+    "bool": ("True or False", bool),
+    "str": ("text", str),
+    "None": ("None", type(None)),
+}
+
+
+def _is_of(value: Any, kind: str) -> bool:
+    # True counts as 1 in Python, but nobody means it where a number belongs
+    return isinstance(value, _PLAIN_TYPES[kind][1]) and (kind == "bool") == isinstance(value, bool)

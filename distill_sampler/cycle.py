@@ -32,6 +32,7 @@ from distill_sampler.reading.scorer import Scorer
 from distill_sampler.scoring import PassRunner
 from distill_sampler.serialize import described, differences, digest, pack, unpack
 from distill_sampler.store import ScoreStore, replay, replay_missing
+from distill_sampler.truncation import cut_sentence
 from distill_sampler.types import Column, EpochPlan, FloatArray, IntArray, Metric, Policy, Pool
 
 logger = logging.getLogger(__name__)
@@ -220,6 +221,8 @@ class Cycle:
                 f"the student's logits are NaN or infinite for {len(scoring.non_finite)} samples (first: sample "
                 f"{scoring.non_finite[0]}); they are not chosen by score.",
             )
+        if not self.summaries and self.dataset.cut.any():
+            said.append(cut_sentence(self.dataset.cut, self.teachers))
         self.summaries.append(
             summarise(
                 epoch=planned.epoch,

@@ -131,6 +131,8 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
                 raise ValueError(unknown_name("column", needed, self.column_names, "in the data set") + cure)
         self._read_tokens()
         self.scorable: BoolArray = self.num_scored > 0
+        self.cut: BoolArray = np.zeros(len(self), bool)
+        """`[samples]` True where truncation cut off the response. `attach` finds out with `truncation.cut_responses`."""
         missing = np.flatnonzero(~self.scorable)
         if len(missing) and (unscorable == "error" or len(missing) == len(self)):
             raise ValueError(

@@ -67,3 +67,20 @@ def count_by_teacher(cut: BoolArray, teachers: Column) -> dict[str, tuple[int, i
     return {
         str(name): (int(some), int(number)) for name, some, number in zip(teachers.values, cut_off, all_of, strict=True)
     }
+
+
+def cut_sentence(cut: BoolArray, teachers: Column | None) -> str:
+    """How many responses truncation cut off, whose they are, and the cure.
+
+    Args:
+        cut: `[samples]` what `cut_responses` gave.
+        teachers: who wrote each, if the data say so.
+    """
+    whose = ""
+    if teachers is not None:
+        counts = count_by_teacher(cut, teachers)
+        whose = f" ({', '.join(f'{name}: {some} of {number}' for name, (some, number) in counts.items() if some)})"
+    return (
+        f"{cut.sum()} of {len(cut)} responses were cut off at the trainer's max_length{whose}. BestOf prefers whole "
+        "responses; a larger max_length keeps more of them whole."
+    )

@@ -330,6 +330,8 @@ class Pool:
     """`[samples]` the optimizer step at which each score was measured; -1: never. None: unknown."""
     estimated: BoolArray | None = None
     """`[samples]` True where the score is an estimate, carried on from an older measurement. None: nowhere."""
+    cut: BoolArray | None = None
+    """`[samples]` True where truncation cut off the response. None: nowhere."""
     step: int = 0
     """Optimizer steps taken so far."""
     num_epochs: int | None = None
@@ -344,6 +346,7 @@ class Pool:
             ("times_trained", np.zeros(num_samples, np.int64)),
             ("score_step", np.full(num_samples, -1, np.int64)),
             ("estimated", np.zeros(num_samples, bool)),
+            ("cut", np.zeros(num_samples, bool)),
         ):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
@@ -440,6 +443,12 @@ class Policy(Protocol):
         None if it chooses among no groups. When the rest of an epoch is planned anew, a sample that was trained counts
         for its whole group."""
         return None
+
+    @property
+    def length_depends_on_scores(self) -> bool:
+        """Whether the values of the scores decide how many samples it gives. The length of an epoch must then be given,
+        because trainers lay it out before anything is scored."""
+        return False
 
     def samples_to_score(self, plan: EpochPlan, pool: Pool) -> IntArray | None:
         """The samples whose scores it will read, where it does not need them all; None: all of the plan.

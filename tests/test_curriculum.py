@@ -241,3 +241,10 @@ def test_best_teacher_scores_its_draw_and_nothing_else(dataset: ScoredDataset, m
     everything = bound(dataset, policies=[BestTeacher(RSR, num_samples=2), SortBy(RSR)])
     everything.start_epoch(0, model)
     assert everything.summaries[0].scoring.samples == 18
+
+
+def test_a_length_that_depends_on_scores_is_refused_before_anything_is_scored(dataset: ScoredDataset) -> None:
+    policies = [BestOf(RSR, per="prompt_id", max_score=4.0), Shuffle()]
+    with pytest.raises(ValueError, match=r"BestOf\(.*max_score=4\.0.*Curriculum\(num_samples="):
+        bound(dataset, policies=policies)
+    bound(dataset, policies=policies, num_samples=6)

@@ -33,6 +33,7 @@ from distill_sampler.integrations.seams import (
     train_through,
 )
 from distill_sampler.sources.templates import markers
+from distill_sampler.truncation import cut_responses
 from distill_sampler.types import Tap
 
 if Version(transformers.__version__) < Version("5.3"):
@@ -96,6 +97,13 @@ def attach(
         end_token_ids=() if score_end_marker else end_token_ids(trainer.processing_class, trainer.model),
         unscorable=unscorable,
     )
+    if is_sft_trainer(trainer):
+        dataset.cut = cut_responses(
+            dataset,
+            max_length=args.max_length,  # type: ignore[attr-defined]  # of SFTConfig
+            end_token_ids=end_token_ids(trainer.processing_class, trainer.model),
+            truncation_mode=args.truncation_mode,  # type: ignore[attr-defined]
+        )
     curriculum.use_tokenizer(trainer.processing_class)
     sampler = curriculum.bind(dataset, applies_weights=True, observes=True)
     per_step = args.train_batch_size * args.world_size

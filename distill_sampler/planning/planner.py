@@ -13,6 +13,7 @@ from distill_sampler.planning.sampler import fit_length, replace_rest
 from distill_sampler.planning.why import ExplainedPlan, PolicyFacts, plan_with_reasons
 from distill_sampler.policies import apply_one_by_one
 from distill_sampler.reading.reduce import columns_of
+from distill_sampler.serialize import as_typed
 from distill_sampler.types import Column, EpochPlan, FloatArray, IntArray, Metric, Policy, Pool
 
 
@@ -68,6 +69,13 @@ class Planner:
         self.groups = self._groups(plans_rest)
         """`[samples]` equal numbers for samples of the same group, within which a policy chooses."""
         self._length_given = num_samples is not None
+        for policy in policies:
+            if policy.length_depends_on_scores and not self._length_given:
+                raise ValueError(
+                    f"{as_typed(policy)} keeps a number of samples that depends on their scores, and trainers lay out "
+                    "their epochs before anything is scored. Say how long an epoch is: Curriculum(num_samples=…) "
+                    "completes shorter plans from their start and cuts longer ones."
+                )
         # equal scores for all samples show the plan's length before anything is scored
         self.num_samples = num_samples or len(self._dry_run(lambda: np.ones(len(dataset), np.float32)))
         # different made-up scores show whether the policies set weights, which some hosts cannot apply
@@ -91,6 +99,7 @@ class Planner:
             columns=self.columns,
             lengths=self.dataset.lengths,
             content_hash=self.dataset.content_hash,
+            cut=self.dataset.cut,
             **known,
         )
 
@@ -147,6 +156,7 @@ class Planner:
             columns=self.columns,
             lengths=self.dataset.lengths,
             content_hash=self.dataset.content_hash,
+            cut=self.dataset.cut,
             missing=missing,
         )
 

@@ -103,6 +103,8 @@ class ExplainedPlan:
     columns: Mapping[str, Column]
     lengths: IntArray
     content_hash: Any
+    cut: BoolArray | None = None
+    """`[samples]` True where truncation cut off the response; None: nowhere."""
     missing: Mapping[str, IntArray] = field(default_factory=dict)
     """By metric, `[samples]` why a sample has no score (`Missing`)."""
 
@@ -123,6 +125,7 @@ class ExplainedPlan:
             columns=pool.columns,
             lengths=pool.lengths,
             content_hash=pool.content_hash,
+            cut=pool.cut,
         )
 
     @cached_property
@@ -188,7 +191,8 @@ class ExplainedPlan:
         others = [f"{column} = {self._value(column, sample)}" for column in policy.columns if column != policy.group_by]
         details = f" ({', '.join(others)})" if others else ""
         first = "" if number[sample] == 0 else f"; the best, sample {best[sample]}, has {score[best[sample]]:.4g}"
-        return f": its {name} {score[sample]:.4g} is number {number[sample] + 1} of {rivals}{details}{first}"
+        cut = "; its response was cut off by truncation" if self.cut is not None and self.cut[sample] else ""
+        return f": its {name} {score[sample]:.4g} is number {number[sample] + 1} of {rivals}{details}{first}{cut}"
 
     def _why_missing(self, metric: str, sample: int) -> str:
         code = self.missing.get(metric)

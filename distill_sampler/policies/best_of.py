@@ -33,6 +33,8 @@ class BestOf(Policy):
     """Drop samples with a lower score, whichever direction is better. In the metric's own units."""
     max_score: float | None = None
     """Drop samples with a higher score, likewise. The bounds may leave a group empty."""
+    prefer_whole: bool = True
+    """Keep a response that truncation cut off only where its group has too few whole ones."""
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -47,6 +49,10 @@ class BestOf(Policy):
                 f"BestOf(min_score={self.min_score}, max_score={self.max_score}): no score is within these bounds. "
                 f"Give the lower one as min_score."
             )
+
+    @property
+    def length_depends_on_scores(self) -> bool:
+        return (self.min_score, self.max_score) != (None, None)
 
     @property
     def uses_metrics(self) -> tuple[str, ...]:
@@ -70,5 +76,8 @@ class BestOf(Policy):
             if self.max_score is not None:
                 goodness = np.where(scores > self.max_score, np.nan, goodness)
         order = best_first_order(goodness, pool.content_hash[plan.indices], groups)
+        if self.prefer_whole and pool.cut is not None and pool.cut.any():
+            last = pool.cut[plan.indices] | np.isnan(goodness)  # what has no score is never kept
+            order = order[np.lexsort((np.isnan(goodness)[order], last[order], groups[order]))]
         best = order[first_of_each(groups[order], self.k)]
         return plan.take(np.sort(best[~np.isnan(goodness[best])]))

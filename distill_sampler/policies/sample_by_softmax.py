@@ -20,6 +20,9 @@ from distill_sampler.policies.keys import (
 )
 from distill_sampler.types import EpochPlan, FloatArray, HashArray, IntArray, Policy, Pool
 
+_MOST_DRAWS = 10**9
+"""More draws than that are a slip, and would take more memory than there is."""
+
 
 @documents_fields
 @dataclass(frozen=True)
@@ -100,6 +103,12 @@ class SampleBySoftmax(Policy):
             num = np.bincount(groups)[groups[order[first]]]
         else:
             num = np.full(len(first), self.num_samples)
+            if len(first) * self.num_samples > _MOST_DRAWS:
+                raise ValueError(
+                    f"SampleBySoftmax(num_samples={self.num_samples}, per={self.per!r}): that is "
+                    f"{len(first) * self.num_samples:,} draws in {len(first):,} groups. With per=, num_samples counts "
+                    "the draws from each group; give a smaller number, or leave per= out to draw from the whole plan."
+                )
         drawn = draw_with_replacement(goodness[order], self.temperature, first, num, content[order], rng)
         return plan.take(np.sort(order[drawn]))
 

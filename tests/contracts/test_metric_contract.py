@@ -21,6 +21,7 @@ from distill_sampler import (
     ScoredDataset,
     Scorer,
     Shuffle,
+    SortBy,
 )
 from distill_sampler.types import Missing, PassInfo, Sample, TokenStats, View
 from tests import tiny
@@ -284,6 +285,9 @@ def test_what_is_no_metric_is_refused_with_the_cure(metrics: Any, message: str) 
         (["Shuffle"], r"the text 'Shuffle'"),
         ([lambda plan, pool, rng: plan], r"Subclass distill_sampler\.Policy"),
         ([BestOf(RankSurprisalRatio(), per="prompt_id")], r"'rank_surprisal_ratio'"),  # type: ignore[arg-type]
+        ([BestOf(RSR, per="prompt_id", k=1.5)], r"BestOf\(k=1\.5\): k takes a whole number"),  # type: ignore[arg-type]
+        ([SortBy(RSR, best_first="no")], r"SortBy\(best_first='no'\): best_first takes True or False"),  # type: ignore[arg-type]
+        ([BestOf(RSR, per=3)], r"BestOf\(per=3\): per takes text"),  # type: ignore[arg-type]
     ],
 )
 def test_what_is_no_policy_is_refused_with_the_cure(policies: Any, message: str) -> None:

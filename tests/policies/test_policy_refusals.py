@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from policy_pools import everything, make_pool
+from policy_pools import everything, make_pool, rng
 
 from distill_sampler.policies import (
     BestOf,
@@ -121,3 +121,10 @@ def test_each_policy_has_its_own_randomness() -> None:
     assert apply_policies([SortBy("up"), Shuffle()], everything(pool), pool, seed=3) != alone
     assert apply_policies([Shuffle()], everything(pool), pool, seed=4) != alone
     assert apply_policies([Shuffle()], everything(pool), make_pool(range(50), epoch=1), seed=3) != alone
+
+
+def test_an_absurd_number_of_draws_is_refused_before_memory_runs_out() -> None:
+    pool = make_pool([1.0] * 400, prompt_id=[f"p{n}" for n in range(400)])
+    policy = SampleBySoftmax("up", temperature=1.0, num_samples=2_500_000, per="prompt_id")
+    with pytest.raises(ValueError, match=r"num_samples=2500000, per='prompt_id'.*draws from each group"):
+        policy(everything(pool), pool, rng())

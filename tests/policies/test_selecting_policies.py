@@ -168,6 +168,15 @@ def test_best_teacher_reads_at_most_num_samples_of_each() -> None:
     assert everyone == {200}
 
 
+def test_a_cut_response_is_chosen_only_where_no_whole_one_has_a_score() -> None:
+    pool = make_pool([9, 5, 7, 3, 8, NAN], prompt_id=list("ppqqrr"))
+    pool = replace(pool, cut=np.array([True, False, True, True, True, False]))
+    assert BestOf("up", per="prompt_id")(everything(pool), pool, rng()).indices.tolist() == [1, 2, 4]
+    assert BestOf("up", per="prompt_id", k=2)(everything(pool), pool, rng()).indices.tolist() == [0, 1, 2, 3, 4]
+    either = BestOf("up", per="prompt_id", prefer_whole=False)
+    assert either(everything(pool), pool, rng()).indices.tolist() == [0, 2, 4]
+
+
 def test_best_teacher_draws_the_same_samples_in_every_epoch() -> None:
     pool = make_pool(rng(3).normal(size=60).tolist(), teacher=list("ABC") * 20)
     policy = BestTeacher("up", num_samples=2)
