@@ -1,6 +1,6 @@
-"""What users configure: what to score, how to plan, when to score again. `bind` makes a run of it on a data set.
+"""What users configure: what to score, how to plan, and when to score again.
 
-The run itself, with its scores, plans and state, is a `Cycle`; every method here that needs one hands over to it.
+`bind` starts a run on a data set. The run, with its scores, plans and state, is a `Cycle`; most methods here call it.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from distill_sampler.types import EpochPlan, IntArray, Metric, Policy
 
 
 class Curriculum:
-    """Which samples each epoch trains on, in which order: scored by the current student, planned by policies.
+    """Decides which samples each epoch trains on, and in which order: the current student scores, policies plan.
 
     Args:
         metrics: what to score, for example `[RankSurprisalRatio()]`. May be empty if no policy needs a score.
-        policies: how the plan comes about, applied in order to "every sample once, in the data set's order".
-        num_samples: length of every epoch. Left out, it is what the policies give if no sample lacks a score. It is
-            constant, because trainers count their steps and lay out the learning rate once: a plan of another length
-            is completed from its start or cut at its end (`fit_length`) if you gave the length, or if samples without a
-            score are what is missing; otherwise it is refused.
-        rescore: when the student scores again, and whom. Left out: everything before every epoch.
-        observe: take the scores of what is trained on from the forward passes of training, at the price of one more
-            product with the output head. Metrics that read other sequences than the samples (Local Naturalness) or
-            other readers than the student cannot be had this way.
-        seed: of everything random in the plans.
+        policies: how to plan: applied in order, starting from "every sample once, in the data set's order".
+        num_samples: length of every epoch. By default, the length that the policies give if no sample lacks a score.
+            It is constant, because trainers count their steps and set up the learning-rate schedule once. A plan of
+            another length is completed from its start or cut at its end (`fit_length`) if you set `num_samples`, or if
+            samples without a score can explain the difference. Otherwise it is refused.
+        rescore: when the student scores again, and which samples. By default every candidate before every epoch.
+        observe: also take scores from the forward passes of training, at the cost of one more product with the output
+            head. Not possible for metrics that read other sequences than the samples (Local Naturalness) or use other
+            readers than the student.
+        seed: of all random choices in the plans.
         scorer: how the student reads.
-        teacher: column that says who wrote a response; for the reports. Not needed: without such a column, reports
-            have no lines per teacher.
+        teacher: column that names the teacher, for reports. If the data set has no such column, reports do not list
+            teachers.
 
     Raises:
-        ValueError: something in `metrics` or `policies` is none, a policy names a metric that is not scored, or two
-            metrics share a name.
+        ValueError: `metrics` or `policies` hold something else, a policy names a metric that is not scored, or two
+            metrics have the same name.
     """
 
     def __init__(
@@ -79,23 +79,22 @@ class Curriculum:
     # ---- Life cycle ----
 
     def use_tokenizer(self, tokenizer: Any) -> None:
-        """Give a tokenizer to the metrics that read text and have none of their own. Call it before `bind`; `attach`
-        does."""
+        """Give a tokenizer to the metrics that read text and have none. Call it before `bind`; `attach` does."""
         self.metrics = {name: metric.with_tokenizer(tokenizer) for name, metric in self.metrics.items()}
 
     def bind(self, dataset: ScoredDataset, *, applies_weights: bool = False, observes: bool = False) -> DistillSampler:
-        """Start anew on a data set. Gives the sampler for its data loader.
+        """Start a run on a data set. Returns the sampler for its data loader.
 
-        `attach` and `CurriculumLoop` do this. In a loop of your own, say what the loop itself does.
+        `attach` and `CurriculumLoop` call this. In a loop of your own, say what the loop does itself.
 
         Args:
-            dataset: the prepared data.
-            applies_weights: the loop multiplies each sample's loss by its weight in `sampler.plan.weights`.
-            observes: the host takes scores from the forward passes of training.
+            dataset: the prepared data set.
+            applies_weights: whether the loop multiplies each sample's loss by its weight in `sampler.plan.weights`.
+            observes: whether the loop takes scores from the forward passes of training.
 
         Raises:
-            ValueError: a column that a policy or metric needs is missing, no sample would be left, or the curriculum
-                asks for loss weights or observed scores and nobody provides them.
+            ValueError: a column that a policy or metric needs is missing, the policies would leave no sample, or the
+                curriculum needs loss weights or observed scores and the loop does not support them.
         """
         cycle = Cycle(
             dataset,
@@ -110,37 +109,37 @@ class Curriculum:
         )
         if self.observe:
             candidates = cycle.planner.candidates
-            some = dataset.samples(candidates[:: max(1, len(candidates) // 64)])
-            if others := not_observable(list(self.metrics.values()), some):
+            examples = dataset.samples(candidates[:: max(1, len(candidates) // 64)])
+            if names := not_observable(list(self.metrics.values()), examples):
                 raise ValueError(
-                    f"observe=True: {', '.join(others)} reads other sequences than training does, or with another "
-                    "reader, so training cannot show it. Leave observe off, or score only metrics of whole responses."
+                    f"observe=True: {', '.join(names)} cannot be observed in training: it reads other sequences than "
+                    "training does, or uses another reader. Set observe=False, or use only metrics of whole samples."
                 )
             if not observes:
                 raise ValueError(
-                    "observe=True: this loop does not take scores from its forward passes. Use attach with a trainer, "
-                    "or CurriculumLoop with accelerate, or leave observe off."
+                    "observe=True: this loop does not observe scores in its forward passes. Use attach with a trainer "
+                    "or CurriculumLoop with accelerate, or set observe=False."
                 )
         if cycle.planner.gives_weights and not applies_weights:
             raise ValueError(
-                "The policies give loss weights, and this loop does not apply them. Use attach with a trainer, or "
-                "CurriculumLoop with accelerate; a loop that multiplies each sample's loss by "
-                "curriculum.sampler.plan.weights itself says so with bind(dataset, applies_weights=True)."
+                "The policies set loss weights, but this loop does not apply them. Use attach with a trainer or "
+                "CurriculumLoop with accelerate. If your loop multiplies each sample's loss by its weight in "
+                "curriculum.sampler.plan.weights, say bind(dataset, applies_weights=True)."
             )
         self._cycle = cycle
         return cycle.sampler
 
     @property
     def cycle(self) -> Cycle:
-        """The run on the data set that was bound.
+        """The run that `bind` started.
 
         Raises:
-            ValueError: nothing was bound.
+            ValueError: `bind` was not called yet.
         """
         if self._cycle is None:
             raise ValueError(
-                "This curriculum has no data yet: call attach(trainer, curriculum), or curriculum.bind(dataset) in a "
-                "loop of your own, first."
+                "This curriculum has no data set yet. First call attach(trainer, curriculum), or in a loop of your own "
+                "curriculum.bind(dataset)."
             )
         return self._cycle
 
@@ -149,67 +148,67 @@ class Curriculum:
         self.cycle.reset()
 
     def keep(self, folder: Path | str | None, *, run: str = "", write: bool = True) -> None:
-        """Keep every pass and plan in a run's output folder as they happen, and what an interrupted pass has done.
+        """From now on, keep passes, plans and the parts of an unfinished pass in the run's output folder.
 
-        `attach` and `CurriculumLoop` do this. Without it, `history` and `explain` live in memory.
+        `attach` and `CurriculumLoop` call this. Without it, the data for `history` and `explain` stays in memory.
 
         Args:
-            folder: the output folder; None: in memory.
-            run: identity of the run. The record of another run in that folder is moved aside.
-            write: whether this process is the one that writes.
+            folder: the output folder; None: keep them in memory.
+            run: identity of the run. If the folder has the record of another run, that record is moved aside.
+            write: whether this process writes.
         """
         self.cycle.keep(None if folder is None else Path(folder), run=run, write=write)
 
     def start_epoch(self, epoch: int, model: nn.Module, *, step: int = 0, num_epochs: int | None = None) -> EpochPlan:
         """Score, plan, and hand the plan to the sampler. Call it before the epoch's loop over the data loader.
 
-        An epoch that already has a plan keeps it: after `load_state_dict` in the middle of an epoch, the rest of that
-        epoch trains what it would have trained.
+        An epoch that already has a plan keeps it. So after `load_state_dict` in the middle of an epoch, the rest of the
+        epoch is trained as planned.
 
         Args:
-            epoch: from 0.
+            epoch: the epoch, from 0.
             model: the student as the host trains it, wrapped or not.
-            step: optimizer steps taken so far; the scores are recorded with it.
+            step: optimizer steps taken so far; recorded with the scores.
             num_epochs: epochs of the whole run, for policies that depend on it.
 
         Raises:
-            ValueError: the plan has another length than the epochs are laid out for.
+            ValueError: the policies give another length than the epochs have.
         """
         return self.cycle.start_epoch(epoch, model, step=step, num_epochs=num_epochs)
 
     def replan(self, model: nn.Module, *, step: int, into_epoch: int, start: int) -> EpochPlan | None:
-        """Inside an epoch: if `Rescore(every_steps=)` says that it is time, score, and plan the rest of the epoch anew.
+        """Inside an epoch: if it is time by `Rescore(every_steps=)`, score, and replan the rest of the epoch.
 
-        The policies plan the whole epoch by the scores of now; what was handed out already counts towards it
+        The policies plan the whole epoch from the current scores. Samples before `start` count towards it
         (`replace_rest`).
 
         Args:
             model: the student as the host trains it.
             step: optimizer steps taken so far in the run.
             into_epoch: optimizer steps taken in this epoch.
-            start: place of the plan from which it may change: what a data loader was given lies before it.
+            start: position from which the plan may change. Data loaders must not have read past it.
 
         Returns:
             The plan, or None if it was not time, or nothing is left to plan.
 
         Raises:
-            ValueError: a data loader was given `start` already.
+            ValueError: a data loader has read past `start`.
         """
         return self.cycle.replan(model, step=step, into_epoch=into_epoch, start=start)
 
     def score(self, model: nn.Module, *, epoch: int, step: int, which: IntArray | None = None) -> ScoringSummary:
-        """One pass: what training has shown since the last one, and the samples `which` scored now, go into `store`.
+        """Run one scoring pass: put the scores observed since the last pass, and those of `which`, into `store`.
 
         Args:
             model: the student.
-            epoch: the epoch that it is for.
+            epoch: the epoch that the pass is for.
             step: optimizer steps taken so far.
-            which: samples to score; None: every candidate. Scores of other numerics (dtype, tie rule, …) are never
-                mixed: if the student computes otherwise than in the last pass, every candidate is scored.
+            which: samples to score; None: every candidate. Scores with different numerics (dtype, tie rule, …) are
+                never mixed: if the numerics have changed since the last pass, every candidate is scored.
         """
         return self.cycle.score(model, epoch=epoch, step=step, indices=which)
 
-    # ---- What host and researcher ask ----
+    # ---- What hosts and users ask for ----
 
     @property
     def dataset(self) -> ScoredDataset:
@@ -218,7 +217,7 @@ class Curriculum:
 
     @property
     def sampler(self) -> DistillSampler:
-        """What the data loader draws from."""
+        """The sampler for the data loader."""
         return self.cycle.sampler
 
     @property
@@ -238,51 +237,50 @@ class Curriculum:
 
     @property
     def epoch(self) -> int | None:
-        """The epoch that was planned last; None before the first."""
+        """The current epoch; None before the first."""
         return self.cycle.epoch
 
     @property
     def plans(self) -> list[EpochPlan]:
-        """Every plan of the run so far: one for each epoch, and one for each time that its rest was planned anew."""
+        """Every plan of the run so far: one for each epoch, and one for each time an epoch was replanned."""
         return [planned.plan for planned in self.cycle.record.plans]
 
     @property
     def summaries(self) -> list[EpochSummary]:
-        """The numbers of each plan that was made in this process."""
+        """The numbers of each plan made in this process."""
         return self.cycle.summaries
 
     def progress(self, places: int) -> None:
-        """Tell how many places of the epoch's plan have been trained on. A host that does not is taken to train each
-        plan to its end, once the next epoch begins."""
+        """Report how many samples of the epoch's plan have been trained on. If a host never does, a plan counts as
+        trained to its end when the next epoch begins."""
         self.cycle.progress(places)
 
     def times_trained(self) -> IntArray:
-        """`[samples]` how often each sample was trained on, this run's epochs before a resume included."""
+        """`[samples]` how often each sample was trained on in this run, including before a resume."""
         return self.cycle.times_trained()
 
     def history(self, *columns: str) -> pa.Table:
         """The learning curve of every sample: one row for each time it was scored or observed in this run.
 
         Args:
-            columns: of the data set, to have beside `sample, pass, epoch, step, observed` and the scores.
+            columns: columns of the data set to add to `sample, pass, epoch, step, observed` and the scores.
         """
         return self.cycle.history(*columns)
 
     def samples(self, *columns: str) -> pa.Table:
-        """One row for each sample: what is known of it now.
+        """What is known about each sample now, one row each.
 
-        `sample`, the data set's columns that were asked for, the latest scores, `step` (of the last measurement; -1:
-        never), `estimated` (the scores have moved on with the drift of others since), `times_scored` and
-        `times_trained`.
+        The columns are `sample`, the given columns of the data set, the latest scores, `step` (of the last measurement;
+        -1: never), `estimated` (whether the scores are estimates), `times_scored` and `times_trained`.
         """
         return self.cycle.samples(*columns)
 
     def explain(self, index: int, epoch: int) -> str:
-        """Why a sample was, or was not, in an epoch: which policy left it out, and the numbers it went by.
+        """Why a sample was or was not in an epoch: which policy left it out, with the numbers it used.
 
         Args:
             index: row of the data set.
-            epoch: one that was planned in this run.
+            epoch: an epoch that was planned in this run.
 
         Raises:
             ValueError: there is no such row, or the epoch was not planned.
@@ -294,7 +292,7 @@ class Curriculum:
 
         Args:
             folder: usually the trainer's `output_dir`.
-            columns: of the data set, to know the rows by. Left out: all with short single values (ids, teacher, domain,
+            columns: columns of the data set to add. By default, all with short single values (ids, teacher, domain,
                 correctness).
 
         Raises:
@@ -307,29 +305,29 @@ class Curriculum:
     # ---- State ----
 
     def merge_observed(self, model: nn.Module) -> None:
-        """Give every process what training has shown the others. Call it on all of them before `state_dict`."""
+        """Share observed scores among all processes. Call it on all of them before `state_dict`."""
         self.cycle.store.observed.merge(Ranks.of(model))
 
     def state_dict(self) -> dict[str, Any]:
-        """Plan, epoch and latest scores as plain JSON values, the arrays compressed.
+        """Plan, epoch and latest scores as plain JSON values, with compressed arrays.
 
-        Goes where the host keeps its state; `accelerator.register_for_checkpointing(curriculum)` takes it as it is.
+        Hosts save it in their checkpoints. `accelerator.register_for_checkpointing(curriculum)` works as it is.
         """
         return self.cycle.state_dict()
 
     def load_state_dict(
         self, state: Mapping[str, Any], *, accept_changes: bool = False, epoch_over: bool = False
     ) -> None:
-        """Take back what `state_dict` gave: scores and plan are loaded, never computed again.
+        """Restore what `state_dict` returned. Scores and plan are loaded, never computed again.
 
         Args:
-            state: what `state_dict` gave.
-            accept_changes: go on although metrics, policies, seed, or columns that they read are others: the rest of
-                the epoch that was begun trains its plan, the next is scored and planned by what is given here. Another
-                data set is accepted only if `epoch_over`, because a plan counts the rows of its own.
-            epoch_over: the plan in the state was trained to its end.
+            state: what `state_dict` returned.
+            accept_changes: continue although metrics, policies, seed, or columns that they read have changed. The
+                current epoch keeps its plan; the next one is scored and planned with the new configuration. Another
+                data set is accepted only with `epoch_over`, because a plan refers to the rows of its own data set.
+            epoch_over: whether the plan in the state was trained to its end.
 
         Raises:
-            ValueError: it is damaged, or belongs to another data set or configuration; the message says what differs.
+            ValueError: the state is damaged, or belongs to another data set or configuration; the message says which.
         """
         self.cycle.load_state_dict(state, accept_changes=accept_changes, epoch_over=epoch_over)

@@ -1,7 +1,7 @@
-"""The per-epoch cycle of one run on one data set: score with the current student, plan, hand the plan to the sampler.
+"""The cycle of one run on one data set: before each epoch, score with the current student, plan, and set the plan.
 
-`Curriculum.bind` makes it, whole. It composes the planner, the score store, the sampler and the run's record, and knows
-no host.
+`Curriculum.bind` makes a `Cycle`. It combines the planner, the scoring passes, the sampler and the run's record, and
+does not know which trainer it runs in.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ STATE_VERSION = 4
 
 
 class Cycle:
-    """One run. The arguments are those of `Curriculum`, checked, and the data set.
+    """One run. Takes the arguments of `Curriculum`, already checked, and the data set.
 
     Raises:
-        ValueError: a column that a metric or policy reads is missing, or no sample would be left.
+        ValueError: a column that a metric or policy reads is missing, or the policies would leave no sample.
     """
 
     def __init__(
@@ -64,14 +64,8 @@ class Cycle:
         self.metrics = dict(metrics)
         self.rescore = rescore
         self.scorer = scorer
-        self.planner = Planner(
-            dataset,
-            self.metrics,
-            policies,
-            seed=seed,
-            num_samples=num_samples,
-            plans_rest=rescore.every_steps is not None,
-        )
+        replans = rescore.every_steps is not None
+        self.planner = Planner(dataset, self.metrics, policies, seed=seed, num_samples=num_samples, plans_rest=replans)
         self.teachers: Column | None = None
         if teacher in dataset.column_names:
             self.teachers = self.planner.columns.get(teacher) or dataset.column(teacher)
@@ -86,7 +80,7 @@ class Cycle:
             "seed": seed,
             **{f"column '{name}'": dataset.column_fingerprint(name) for name in read},
         }
-        """What scores and plans belong to."""
+        """What the scores and plans belong to."""
         self.sampler = DistillSampler(self.planner.num_samples)
         self.summaries: list[EpochSummary] = []
         self.record = Record()
@@ -116,22 +110,23 @@ class Cycle:
         self.sampler.plan = None
         self.summaries.clear()
         self._trained_before: IntArray = np.zeros(len(self.dataset), np.int64)
-        self._places: int | None = None
+        self._progress: int | None = None
+        """How many samples of the current plan were trained on; None if the host has not said."""
         self._num_epochs: int | None = None
-        self._plans = 0
-        """Plans of the run, those before a resume included."""
-        self._skipped = 0
+        self._num_plans = 0
+        """Plans of the run, including those before a resume."""
+        self._passes_not_recorded = 0
         """Passes of the run that the record lacks, because it is kept in memory and the run was resumed."""
-        self._known_before = {name: values.copy() for name, values in self.store.latest.items()}
-        """What was known before the first pass of the record: nothing, or after a resume what the checkpoint had."""
+        self._before_record = {name: values.copy() for name, values in self.store.latest.items()}
+        """The latest numbers before the record's first pass: none, or after a resume, those of the checkpoint."""
         self.record.trim(0, 0)
 
     def keep(self, folder: Path | None, *, run: str = "", write: bool = True) -> None:
-        """Keep passes, plans and interrupted passes in a run's output folder from here on. None: in memory.
+        """From now on, keep passes, plans and the parts of an unfinished pass in the run's output folder.
 
         Args:
-            folder: the output folder.
-            run: identity of the run; the record of another one that lies there is moved aside.
+            folder: the output folder; None: keep them in memory.
+            run: identity of the run. If the folder has the record of another run, that record is moved aside.
             write: whether this process writes.
         """
         self._run = run
@@ -141,14 +136,14 @@ class Cycle:
             if folder is not None:
                 record.begin(self.facts(), self.samples_table())
         except OSError as error:
-            logger.warning("The record of the run cannot be kept in %s (%s); it stays in memory.", folder, error)
+            logger.warning("The run's record cannot be written to %s (%s). It stays in memory.", folder, error)
             record = Record()
         self.record = record
         if folder is not None:
             self.pass_runner.parts = folder / RECORD.parent / "scoring.parts"
 
     def done(self) -> None:
-        """The run is over: no interrupted pass is left to take up."""
+        """The run is over: remove the parts of its last pass."""
         if self.pass_runner.parts is not None:
             Parts(self.pass_runner.parts).remove()
 
@@ -161,39 +156,39 @@ class Cycle:
             return self.sampler.plan
         ranks.require_equal(self.dataset.fingerprint, "data set")
         if self.sampler.plan is not None:
-            self._trained_before = self.times_trained(otherwise=self.planner.num_samples)
+            self._trained_before = self.times_trained(assumed_progress=self.planner.num_samples)
             self.sampler.plan = None
-        scoring = self.score(model, epoch=epoch, step=step, indices=self.pass_runner.due(ranks, epoch=epoch))
-        planned, notes = self.planner.plan(self._pool(epoch, step), tolerate=_explains_length(scoring))
+        summary = self.score(model, epoch=epoch, step=step, indices=self.pass_runner.due(ranks, epoch=epoch))
+        planned, notes = self.planner.plan(self._pool(epoch, step), tolerate=_any_without_score(summary))
         ranks.require_equal(planned.plan.fingerprint, "plan")
         self.sampler.set_plan(planned.plan)
         self.epoch = epoch
-        self._places = None
-        self._note(planned, scoring, notes)
+        self._progress = None
+        self._add_plan(planned, summary, notes)
         return planned.plan
 
     def replan(self, model: nn.Module, *, step: int, into_epoch: int, start: int) -> EpochPlan | None:
-        """Plan the rest of the epoch anew, if it is time; see `Curriculum.replan`."""
+        """Replan the rest of the epoch, if it is time; see `Curriculum.replan`."""
         if start >= self.planner.num_samples or into_epoch == 0 or not self.rescore.due(epoch=0, into_epoch=into_epoch):
             return None
         assert self.epoch is not None
         assert self.sampler.plan is not None
         ranks = Ranks.of(model)
         indices = self.pass_runner.due(ranks, epoch=self.epoch, into_epoch=into_epoch)
-        scoring = self.score(model, epoch=self.epoch, step=step, indices=indices)
+        summary = self.score(model, epoch=self.epoch, step=step, indices=indices)
         planned, notes = self.planner.plan_rest(
-            self.sampler.plan, start, self._pool(self.epoch, step), tolerate=_explains_length(scoring)
+            self.sampler.plan, start, self._pool(self.epoch, step), tolerate=_any_without_score(summary)
         )
         ranks.require_equal(planned.plan.fingerprint, "plan")
         self.sampler.set_rest(planned.plan, start)
-        self._note(planned, scoring, notes)
+        self._add_plan(planned, summary, notes)
         return planned.plan
 
     def score(self, model: nn.Module, *, epoch: int, step: int, indices: IntArray | None = None) -> ScoringSummary:
         """See `Curriculum.score`."""
-        summary, taken = self.pass_runner.score(model, epoch=epoch, step=step, indices=indices)
-        if taken is not None:
-            self._keep(lambda: self.record.add_pass(taken))
+        summary, scoring_pass = self.pass_runner.score(model, epoch=epoch, step=step, indices=indices)
+        if scoring_pass is not None:
+            self._write_record(lambda: self.record.add_pass(scoring_pass))
         return summary
 
     def _pool(self, epoch: int, step: int) -> Pool:
@@ -207,22 +202,22 @@ class Cycle:
             num_epochs=self._num_epochs,
         )
 
-    def _note(self, planned: PlannedEpoch, scoring: ScoringSummary, notes: Sequence[str]) -> None:
-        """Keep a plan, and its numbers for the log."""
+    def _add_plan(self, planned: PlannedEpoch, scoring: ScoringSummary, notes: Sequence[str]) -> None:
+        """Add a plan to the record, and its numbers to the summaries."""
         planned = dataclasses.replace(planned, passes=len(self.store.passes))
-        self._keep(lambda: self.record.add_plan(planned))
-        self._plans += 1
-        said = list(notes)
+        self._write_record(lambda: self.record.add_plan(planned))
+        self._num_plans += 1
+        all_notes = list(notes)
         for name, number in scoring.not_applicable.items():
-            said.insert(0, f"{name} does not apply to {number} samples; they are not chosen by it.")
+            all_notes.insert(0, f"{name} does not apply to {number} samples, so they have no score by it.")
         if len(scoring.non_finite):
-            said.insert(
+            all_notes.insert(
                 0,
                 f"the student's logits are NaN or infinite for {len(scoring.non_finite)} samples (first: sample "
-                f"{scoring.non_finite[0]}); they are not chosen by score.",
+                f"{scoring.non_finite[0]}), so they have no score.",
             )
         if not self.summaries and self.dataset.cut.any():
-            said.append(cut_sentence(self.dataset.cut, self.teachers))
+            all_notes.append(cut_sentence(self.dataset.cut, self.teachers))
         self.summaries.append(
             summarise(
                 epoch=planned.epoch,
@@ -234,54 +229,54 @@ class Cycle:
                 candidates=self.planner.candidates,
                 num_scored=self.dataset.num_scored,
                 scoring=scoring,
-                notes=said,
+                notes=all_notes,
             )
         )
 
-    def _keep(self, write: Any) -> None:
-        """Add to the record; where that fails (a full disk), training goes on without one."""
+    def _write_record(self, write: Any) -> None:
+        """Write to the record. If that fails (a full disk), training continues without a record."""
         try:
             write()
         except OSError as error:
-            logger.warning("The record of the run cannot be kept any more (%s). Training goes on.", error)
+            logger.warning("The run's record can no longer be written (%s). Training continues without it.", error)
             self.record = Record(None, write=False)
 
-    # ---- What host and researcher ask ----
+    # ---- What hosts and users ask for ----
 
     def progress(self, places: int) -> None:
         """See `Curriculum.progress`."""
-        self._places = min(places, self.planner.num_samples)
+        self._progress = min(places, self.planner.num_samples)
 
-    def times_trained(self, *, otherwise: int = 0) -> IntArray:
+    def times_trained(self, *, assumed_progress: int = 0) -> IntArray:
         """`[samples]` how often each sample was trained on.
 
         Args:
-            otherwise: places of the current plan that were trained on, if the host has not told.
+            assumed_progress: how many samples of the current plan were trained on, if the host has not said.
         """
         if self.sampler.plan is None:
             return self._trained_before
-        places = otherwise if self._places is None else self._places
-        now = np.bincount(self.sampler.plan.indices[:places], minlength=len(self.dataset))
+        progress = assumed_progress if self._progress is None else self._progress
+        now = np.bincount(self.sampler.plan.indices[:progress], minlength=len(self.dataset))
         return self._trained_before + now
 
     def explained(self, planned: PlannedEpoch) -> ExplainedPlan:
-        """A plan with what it went by, for explaining it."""
-        passes = self.record.passes[: planned.passes - self._skipped]
+        """A plan with the scores that it is based on, to explain it."""
+        passes = self.record.passes[: planned.passes - self._passes_not_recorded]
         return self.planner.explained(
-            planned, replay(passes, self._known_before), replay_missing(passes, self.metrics, len(self.dataset))
+            planned, replay(passes, self._before_record), replay_missing(passes, self.metrics, len(self.dataset))
         )
 
     def scores_after(self, passes: int) -> dict[str, FloatArray]:
-        """The numbers that were known after so many passes of the run, `[samples]` each."""
-        return replay(self.record.passes[: passes - self._skipped], self._known_before)
+        """The latest numbers after the run's first `passes` scoring passes, `[samples]` each."""
+        return replay(self.record.passes[: passes - self._passes_not_recorded], self._before_record)
 
     def explain(self, index: int, epoch: int) -> str:
         """See `Curriculum.explain`."""
         if not 0 <= index < len(self.dataset):
-            raise ValueError(f"There is no sample {index}; the data set has {len(self.dataset)} rows, from 0.")
+            raise ValueError(f"There is no sample {index}: the data set has {len(self.dataset)} rows, from 0.")
         plans = {planned.epoch: planned for planned in self.record.plans}
         if epoch not in plans:
-            raise ValueError(f"Epoch {epoch} was not planned in this run; {sorted(plans)} were.")
+            raise ValueError(f"Epoch {epoch} was not planned in this run. Choose one of {sorted(plans)}.")
         return self.explained(plans[epoch]).explanation(index, epoch)
 
     def history(self, *columns: str) -> pa.Table:
@@ -306,12 +301,12 @@ class Cycle:
         )
 
     def samples_table(self, *columns: str) -> pa.Table:
-        """One row for each sample with the columns that tell what it is; see `sample_rows`."""
+        """One row for each sample, with the columns that identify it; see `sample_rows`."""
         read = [*self.planner.columns, *data_columns_of(self.metrics.values())]
         return sample_rows(self.dataset, columns or self.dataset.identifying_columns(*read))
 
     def facts(self) -> dict[str, Any]:
-        """What the run's scores belong to, for files."""
+        """What the run's scores belong to, for a file's metadata."""
         groups = dict.fromkeys(policy.group_by for policy in self.planner.policies if policy.group_by)
         return run_facts(
             run=self._run,
@@ -322,7 +317,7 @@ class Cycle:
             dataset=self.dataset.fingerprint,
             seed=self.planner.seed,
             numerics=self.store.numerics,
-            drift=[dict(taken.drift) for taken in self.record.passes],
+            drift=[dict(scoring_pass.drift) for scoring_pass in self.record.passes],
         )
 
     # ---- State ----
@@ -335,7 +330,7 @@ class Cycle:
             "num_samples": self.planner.num_samples,
             "epoch": self.epoch,
             "plan": None if plan is None else {"indices": pack(plan.indices), "weights": pack(plan.weights)},
-            "plans": self._plans,
+            "plans": self._num_plans,
             "trained": pack(self._trained_before),
             "clock": self.pass_runner.clock.state_dict(),
             "scores": self.store.state_dict(),
@@ -348,18 +343,19 @@ class Cycle:
         saved, here = state["scores"]["origin"], self.origin
         same_data = saved["dataset"] == here["dataset"]
         if differing := differences(saved, here):
-            sentence = f"The plan and scores to resume from belong to another run: {differing}. "
+            sentence = f"The checkpoint's plan and scores belong to another configuration ({differing}). "
             if not same_data and not epoch_over:
                 raise ValueError(
-                    sentence + "The plan of a begun epoch counts the rows of its own data set, so another cannot be "
-                    "accepted. Resume with that data set, or start a new run from the checkpoint's weights."
+                    sentence + "In the middle of an epoch, another data set cannot be accepted, because the plan "
+                    "refers to the rows of its own. Resume with that data set, or start a new run from the "
+                    "checkpoint's weights."
                 )
             if not accept_changes:
                 raise ValueError(
-                    sentence + "Resume with what they were made with, or accept the change with accept_changes=True: "
-                    "an epoch that was begun is trained to its end as planned, and the next is scored and planned anew."
+                    sentence + "Resume with the old configuration, or pass accept_changes=True: an epoch that has "
+                    "begun then keeps its plan, and the next one is scored and planned with the new configuration."
                 )
-            logger.warning("%sAccepted: they take effect from the next epoch that begins.", sentence)
+            logger.warning("%sThe changes are accepted. They take effect with the next epoch.", sentence)
         record, self.record = self.record, Record()
         self.reset()
         self.record = record
@@ -370,11 +366,11 @@ class Cycle:
         if same_data and same_metrics:
             self.store.load_state_dict({**state["scores"], "origin": here})
             self.pass_runner.clock.load_state_dict(state["clock"])
-            self._plans = state["plans"]
+            self._num_plans = state["plans"]
             self.record.trim(len(self.store.passes), state["plans"])
             if len(self.record.passes) < len(self.store.passes):
-                self._skipped = len(self.store.passes) - len(self.record.passes)
-                self._known_before = {name: values.copy() for name, values in self.store.latest.items()}
+                self._passes_not_recorded = len(self.store.passes) - len(self.record.passes)
+                self._before_record = {name: values.copy() for name, values in self.store.latest.items()}
         else:
             self.record.trim(0, 0)
         self.epoch = state["epoch"]
@@ -383,29 +379,28 @@ class Cycle:
             self.sampler.set_plan(EpochPlan(indices=indices, weights=weights))
 
 
-def _explains_length(scoring: ScoringSummary) -> bool:
-    """Whether samples without a score explain that policies give a plan of another length."""
-    return bool(len(scoring.non_finite) + len(scoring.too_long) + len(scoring.not_applicable))
+def _any_without_score(summary: ScoringSummary) -> bool:
+    """Whether some candidates have no score, which may change the length of a plan."""
+    return bool(len(summary.non_finite) + len(summary.too_long) + len(summary.not_applicable))
 
 
 def _require_whole(state: Mapping[str, Any], num_samples: int) -> None:
-    """Refuse a state that is damaged, or of another version or epoch length.
+    """Check a saved state.
 
     Raises:
-        ValueError: the message says which.
+        ValueError: the state is damaged, or has another version or epoch length.
     """
     if state.get("version") != STATE_VERSION:
         raise ValueError(
-            f"The curriculum's state has version {state.get('version')}, this library reads {STATE_VERSION}. Resume "
-            "with the version of distill_sampler that wrote it."
+            f"The curriculum's state has version {state.get('version')}, but this distill_sampler reads version "
+            f"{STATE_VERSION}. Resume with the distill_sampler that wrote it."
         )
     if state.get("digest") != digest(state):
         raise ValueError(
-            "The curriculum's state is damaged: its content does not have the hash that was written with it. Resume "
-            "from another checkpoint."
+            "The curriculum's state is damaged: its content does not match its hash. Resume from another checkpoint."
         )
     if state["num_samples"] != num_samples:
         raise ValueError(
-            f"The curriculum's state is of epochs of {state['num_samples']} samples, here they have {num_samples}. "
+            f"The curriculum's state has epochs of {state['num_samples']} samples, but here they have {num_samples}. "
             f"Resume with Curriculum(num_samples={state['num_samples']})."
         )

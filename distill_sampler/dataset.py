@@ -132,7 +132,7 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
         self._read_tokens()
         self.scorable: BoolArray = self.num_scored > 0
         self.cut: BoolArray = np.zeros(len(self), bool)
-        """`[samples]` True where truncation cut off the response. `attach` finds out with `truncation.cut_responses`."""
+        """`[samples]` True where truncation cut off the response: `truncation.cut_responses`, which `attach` calls."""
         missing = np.flatnonzero(~self.scorable)
         if len(missing) and (unscorable == "error" or len(missing) == len(self)):
             raise ValueError(

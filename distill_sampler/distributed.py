@@ -1,8 +1,9 @@
-"""Who scores what, and the only collectives of the library.
+"""How processes share the work of scoring, and the only collectives of the library.
 
-Every process walks through the same blocks of samples. Of each block it reads its own share, with as many forwards as
-the busiest process (sharded models gather their weights in every forward, so all must take part in each), and one
-dense sum puts the numbers of the whole block on every process. With one process nothing is ever sent.
+All processes go through the same blocks of samples. Each process reads its share of a block, with as many forward
+passes as the busiest process: sharded models gather their weights in every forward pass, so all processes must take
+part in each one. Then one dense sum gives every process the numbers of the whole block. With one process, nothing is
+sent.
 """
 
 from __future__ import annotations
@@ -24,45 +25,45 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """The processes of this run, and which one this is."""
+    """The processes of a run, and which one this is."""
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    """Where tensors that are sent must lie: the student's device."""
+    """Device of the tensors that are sent: the student's device."""
 
     @classmethod
     def current(cls, device: torch.device) -> Ranks:
-        """Those of torch's default process group; alone if there is none."""
+        """The processes of torch's default process group; this one alone if there is none."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls(device=device)
         return cls(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
 
     @classmethod
     def of(cls, model: nn.Module) -> Ranks:
-        """Those that a student is trained by."""
+        """The processes that train a model."""
         return cls.current(next(model.parameters()).device)
 
     def share(self, tokens: IntArray) -> IntArray:
-        """Which pieces of a block this process reads, in their order. Every process finds the same shares.
+        """The items of a block that this process reads, in order. All processes compute the same assignment.
 
-        The largest piece first, each goes to the process with the fewest tokens so far: `tokens [9, 5, 4, 4]` on two
-        processes `-> [0, 3], [1, 2]`. No process has more than the mean and one piece.
+        Largest first, each item goes to the process with the fewest tokens so far: `tokens [9, 5, 4, 4]` on two
+        processes `-> [0, 3], [1, 2]`. No process gets more than the mean plus one item.
 
         Args:
-            tokens: `[n]` how much there is to read of each piece.
+            tokens: `[n]` tokens to read for each item.
         """
-        busy = [(0, rank) for rank in range(self.world_size)]  # a heap: tokens so far, and whose
-        places: list[int] = []
-        for place in np.argsort(-tokens, kind="stable").tolist():
-            so_far, rank = busy[0]
-            heapq.heapreplace(busy, (so_far + int(tokens[place]), rank))
+        load = [(0, rank) for rank in range(self.world_size)]  # a heap of (tokens so far, rank)
+        own: list[int] = []
+        for item in np.argsort(-tokens, kind="stable").tolist():
+            tokens_so_far, rank = load[0]
+            heapq.heapreplace(load, (tokens_so_far + int(tokens[item]), rank))
             if rank == self.rank:
-                places.append(place)
-        return np.sort(np.array(places, np.int64))
+                own.append(item)
+        return np.sort(np.array(own, np.int64))
 
     def max_over_ranks(self, number: int) -> int:
-        """The largest of the processes' numbers."""
+        """The largest of all processes' numbers."""
         if self.world_size == 1:
             return number
         tensor = torch.tensor([number], device=self.device)
@@ -70,7 +71,7 @@ class Ranks:
         return int(tensor.item())
 
     def elementwise_max(self, values: IntArray) -> IntArray:
-        """At each place the largest of the processes' numbers, in arrays of one shape."""
+        """The elementwise maximum of all processes' arrays, which must have the same shape."""
         if self.world_size == 1:
             return values
         tensor = torch.from_numpy(values.copy()).to(self.device)
@@ -78,7 +79,7 @@ class Ranks:
         return tensor.cpu().numpy()
 
     def elementwise_sum(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """The sum over processes of arrays of one shape. A NaN stays a NaN."""
+        """The elementwise sum of all processes' arrays, which must have the same shape. NaN stays NaN."""
         if self.world_size == 1:
             return values
         tensor = torch.from_numpy(values).to(self.device)
@@ -86,25 +87,29 @@ class Ranks:
         return tensor.cpu().numpy()
 
     def gather(self, value: T) -> list[T]:
-        """Every process's value, in the order of the ranks. The values are pickled."""
+        """All processes' values, in the order of the ranks. The values are pickled."""
         if self.world_size == 1:
             return [value]
-        everyones: list[Any] = [None] * self.world_size
-        dist.all_gather_object(everyones, value)
-        return everyones
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
 
     def require_equal(self, fingerprint: str, what: str) -> None:
         """Stop the run if the processes do not hold the same thing.
 
+        Args:
+            fingerprint: hex digits that identify what this process holds.
+            what: what it is, for the error message.
+
         Raises:
-            ValueError: on every process, naming which differ.
+            ValueError: the fingerprints differ. Raised on every process, with all fingerprints.
         """
         if self.world_size == 1:
             return
         mine = torch.tensor([int(fingerprint[:12], 16)], device=self.device)
-        everyones = [torch.zeros_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(everyones, mine)
-        fingerprints = [f"{int(other.item()):012x}" for other in everyones]
+        gathered = [torch.zeros_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(gathered, mine)
+        fingerprints = [f"{int(other.item()):012x}" for other in gathered]
         if len(set(fingerprints)) > 1:
             raise ValueError(
                 f"The processes do not have the same {what}: "

@@ -1,4 +1,4 @@
-"""The scoring passes of a run: whom to score when, what it took, what is known since."""
+"""The scoring passes of a run: which samples to score and when, what a pass cost, and the latest scores."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ logger = logging.getLogger(__name__)
 
 
 class PassRunner:
-    """Scores with the student, and keeps what is known.
+    """Runs the scoring passes of a run and keeps the latest scores in `store`.
 
     Args:
-        dataset: where the samples are.
-        metrics: what is scored, by name.
+        dataset: the data set.
+        metrics: the metrics to score, by name.
         candidates: samples that can be scored.
         origin: what the scores belong to.
         rescore: the budget.
         scorer: how the student reads.
-        seed: of the choice of whom to score.
+        seed: for choosing which samples to score.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class PassRunner:
         self.scorer = scorer
         self.seed = seed
         self.parts: Path | None = None
-        """Folder that keeps the finished blocks of a pass, for the case that it is interrupted; None: keep nothing."""
+        """Folder that keeps the finished blocks of a pass, in case it is interrupted; None: keep nothing."""
         self._readings = Readings()
         self._reader: ModelReader | None = None
         self.clock = Clock()
@@ -73,11 +73,11 @@ class PassRunner:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the student, which its owner keeps."""
+        """The attributes to pickle: all but the student."""
         return {**self.__dict__, "_reader": None}
 
     def without_scores(self) -> PassRunner:
-        """The same without any scores. What frozen readers gave is kept."""
+        """A runner with the same settings and no scores. What frozen readers returned is kept."""
         fresh = PassRunner(
             self.dataset,
             self.metrics,
@@ -93,16 +93,16 @@ class PassRunner:
     def score(
         self, model: nn.Module, *, epoch: int, step: int, indices: IntArray | None = None
     ) -> tuple[ScoringSummary, ScoringPass | None]:
-        """One pass; see `Curriculum.score`. Gives its summary, and the pass if anything was measured."""
+        """Run one pass; see `Curriculum.score`. Returns its summary, and the pass if anything was measured."""
         reader = self._reader_of(model)
         indices = self.candidates if indices is None else indices
-        taken: ScoringPass | None = None
+        scoring_pass: ScoringPass | None = None
         first = not self.store.passes
         if self.metrics:
             numerics = self._numerics(reader)
             if not first and self.store.numerics != numerics:
                 logger.warning(
-                    "Scores from here on cannot be compared with those so far (%s), so every candidate is scored anew.",
+                    "The student now computes scores differently (%s), so every candidate is scored again.",
                     differences(self.store.numerics, numerics),
                 )
                 indices = self.candidates
@@ -129,10 +129,10 @@ class PassRunner:
                 self.store.write(scored.indices, scored.columns, scored.missing)
                 tokens += scored.tokens
                 tokens_of.update(scored.tokens_of)
-            taken = self.store.end()
+            scoring_pass = self.store.end()
             seconds = self.clock.tick() - started
             self.clock.add_pass(seconds, int(self.dataset.lengths[indices].sum()) if tokens else 0, first=first)
-        return self._summary(len(indices), observed, tokens, tokens_of, seconds, step), taken
+        return self._summary(len(indices), observed, tokens, tokens_of, seconds, step), scoring_pass
 
     def _summary(
         self, samples: int, observed: int, tokens: int, tokens_of: Mapping[str, int], seconds: float, step: int
@@ -140,7 +140,7 @@ class PassRunner:
         candidates = self.candidates
         codes = {name: missing[candidates] for name, missing in self.store.missing.items()}
 
-        def lacking(reason: Missing) -> IntArray:
+        def without_score(reason: Missing) -> IntArray:
             return candidates[np.any([each == reason for each in codes.values()], axis=0)] if codes else candidates[:0]
 
         age = step - self.store.step[candidates]
@@ -154,21 +154,21 @@ class PassRunner:
             share=self.clock.share,
             age_median=float(np.median(age)) if self.metrics else 0.0,
             age_max=int(age.max()) if self.metrics else 0,
-            non_finite=lacking(Missing.NON_FINITE),
-            too_long=lacking(Missing.TOO_LONG),
+            non_finite=without_score(Missing.NON_FINITE),
+            too_long=without_score(Missing.TOO_LONG),
             not_applicable={
                 name: number for name, each in codes.items() if (number := int((each == Missing.NOT_APPLICABLE).sum()))
             },
         )
 
     def _reader_of(self, model: nn.Module) -> ModelReader:
-        """The student as a reader, the same one from pass to pass."""
+        """The student as a reader. All passes of a model use the same one."""
         if self._reader is None or self._reader.model is not model:
             self._reader = self.scorer.reader(model)
         return self._reader
 
     def _numerics(self, reader: ModelReader) -> dict[str, str]:
-        """Of the student, and of every other reader by its metric and name."""
+        """The numerics of the student, and of all other readers by metric and name."""
         found = dict(reader.numerics)
         for metric in self.metrics.values():
             for name, other in metric.readers.items():
@@ -176,7 +176,7 @@ class PassRunner:
         return found
 
     def _identity_of_pass(self, reader: ModelReader, epoch: int, step: int, indices: IntArray) -> dict[str, Any]:
-        """Which pass this is: all that decides its numbers to the last bit."""
+        """The identity of a pass: everything that its numbers depend on, to the last bit."""
         return {
             "dataset": self.store.origin["dataset"],
             "metrics": self.store.origin["metrics"],
@@ -185,7 +185,7 @@ class PassRunner:
             "epoch": epoch,
             "step": step,
             "weights": reader.weights,
-            # numbers in other batches, by other kernels, differ in their last digits
+            # other batches and other kernels change the last digits
             "scorer": described(dataclasses.replace(self.scorer, progress=False)),
             "world_size": reader.ranks.world_size,
             "device": reader.device.type,
@@ -194,19 +194,19 @@ class PassRunner:
         }
 
     def due(self, ranks: Ranks, *, epoch: int, into_epoch: int = 0) -> IntArray:
-        """The samples to score now, as far as the budget goes."""
+        """The samples to score now, within the budget."""
         candidates = self.candidates
         if not self.store.passes:
             return candidates
         if not self.rescore.due(epoch=epoch, into_epoch=into_epoch):
             return candidates[:0]
-        self.store.observed.merge(ranks)  # what training has shown needs no scoring
+        self.store.observed.merge(ranks)  # observed samples need no scoring
         seed = np.random.default_rng([self.seed, len(self.store.passes)]).integers(2**63)
         indices = candidates_to_score(self.rescore, self.store, candidates, self.dataset.content_hash, seed=int(seed))
         if self.rescore.max_share is not None:
             self.clock.tick()
             affordable = -ranks.max_over_ranks(
                 -self.clock.affordable_tokens(self.rescore.max_share)
-            )  # by the slowest clock
+            )  # the smallest number of all processes
             indices = indices[np.cumsum(self.dataset.lengths[indices]) <= affordable]
         return np.sort(indices)

@@ -76,9 +76,9 @@ def _described_function(function: Any) -> str:
 
 
 def differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """What differs between two configurations, in words: `their seed is 0, here it is 1`. Empty if nothing does."""
+    """What differs between two configurations, in words: `seed: was 0, is now 1`. Empty if nothing differs."""
     return "; ".join(
-        f"their {name} is {saved.get(name)!r}, here it is {here.get(name)!r}"
+        f"{name}: was {saved.get(name)!r}, is now {here.get(name)!r}"
         for name in sorted(saved.keys() | here.keys())
         if saved.get(name) != here.get(name)
     )

@@ -399,7 +399,7 @@ def test_a_checkpoint_of_other_data_or_without_a_curriculum_is_refused(
     first.train()
     other = sft_trainer(tmp_path / "b", tokenizer, rows=tiny.candidates().select(range(17)), **saving)
     attach(other, curriculum())
-    with pytest.raises(ValueError, match=r"belong to another run: .*their dataset"):
+    with pytest.raises(ValueError, match=r"another configuration \(.*dataset: was"):
         other.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
     stock = sft_trainer(tmp_path / "c", tokenizer, **saving, max_steps=1)
     stock.train()

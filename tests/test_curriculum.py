@@ -91,10 +91,10 @@ def test_the_state_is_plain_json_and_comes_back_whole(dataset: ScoredDataset, mo
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"seed": 1}, "their seed is 0, here it is 1"),
-        ({"metrics": [RankSurprisalRatio(rank_clip=50)]}, "their metrics is .*rank_clip"),
-        ({"policies": [BestOf(RSR, per="prompt_id")]}, "their policies is .*Shuffle"),
-        ({"policies": [Shuffle()]}, r"epochs of 6 samples, here they have 18"),
+        ({"seed": 1}, "seed: was 0, is now 1"),
+        ({"metrics": [RankSurprisalRatio(rank_clip=50)]}, "metrics: was .*rank_clip"),
+        ({"policies": [BestOf(RSR, per="prompt_id")]}, "policies: was .*Shuffle"),
+        ({"policies": [Shuffle()]}, r"epochs of 6 samples.* 18.*Curriculum\(num_samples=6\)"),
     ],
 )
 def test_the_state_of_another_configuration_is_refused(
@@ -214,9 +214,9 @@ def test_explanations_go_by_the_scores_of_their_epoch(dataset: ScoredDataset, mo
 def test_what_cannot_be_explained_is_said(dataset: ScoredDataset, model: PreTrainedModel) -> None:
     curriculum = bound(dataset)
     curriculum.start_epoch(0, model)
-    with pytest.raises(ValueError, match="no sample 18; the data set has 18 rows"):
+    with pytest.raises(ValueError, match="no sample 18.* 18 rows"):
         curriculum.explain(18, 0)
-    with pytest.raises(ValueError, match=r"Epoch 3 was not planned in this run; \[0\] were"):
+    with pytest.raises(ValueError, match=r"Epoch 3 was not planned.*\[0\]"):
         curriculum.explain(0, 3)
 
 

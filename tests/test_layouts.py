@@ -16,7 +16,7 @@ import torch.utils.data
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from distill_sampler import Curriculum, RankSurprisalRatio, Scorer, Shuffle, attach
+from distill_sampler import BestOf, Curriculum, RankSurprisalRatio, Scorer, Shuffle, attach
 from distill_sampler.sources.templates import conversation
 from tests import tiny
 from tests.cli.conftest import call, write_lines
@@ -455,3 +455,27 @@ def test_every_layout_scores_the_same_tokens_of_the_real_student(
         found[layout.__name__] = scores(curriculum, model)
     for name, values in found.items():
         np.testing.assert_allclose(values, found["as_messages"], rtol=1e-4, err_msg=name)
+
+
+def test_a_trainer_that_cuts_responses_says_whose_and_prefers_whole_ones(
+    tmp_path: Path, merging: PreTrainedTokenizerBase
+) -> None:
+    data = datasets.Dataset.from_list(tiny.candidates(4).to_list())
+    trainer = sft_trainer(tmp_path, tiny.model(vocab_size=tiny.VOCAB + 1), merging, data, max_length=80)
+    curriculum = Curriculum(
+        metrics=[RankSurprisalRatio()],
+        policies=[BestOf(RSR, per="prompt_id")],
+        scorer=Scorer(progress=False),
+    )
+    attach(trainer, curriculum)
+    cut = curriculum.dataset.cut
+    assert cut.tolist() == [teacher == "cy" for teacher in trainer.train_dataset["teacher"]]
+    curriculum.start_epoch(0, trainer.model)
+    (note,) = (note for note in curriculum.summaries[0].notes if "cut off" in note)
+    assert "4 of 12 responses" in note
+    assert "cy: 4 of 4" in note
+    assert "max_length" in note
+    assert not cut[curriculum.plans[0].indices].any()
+    best = [int(np.argmin(curriculum.store.latest[RSR][group : group + 3])) for group in range(0, 12, 3)]
+    if 2 in best:  # the cut one would have won somewhere
+        assert "its response was cut off by truncation" in curriculum.explain(3 * best.index(2) + 2, 0)

@@ -32,6 +32,7 @@ from distill_sampler.integrations.seams import (
     step_through,
     train_through,
 )
+from distill_sampler.integrations.trl import is_sft_trainer
 from distill_sampler.sources.templates import markers
 from distill_sampler.truncation import cut_responses
 from distill_sampler.types import Tap

@@ -205,7 +205,7 @@ def test_scores_of_other_numerics_are_never_mixed(dataset: ScoredDataset, caplog
     curriculum.start_epoch(1, tiny.model())
     curriculum.start_epoch(2, tiny.model().bfloat16())
     assert scored_in(curriculum) == [18, 0, 18]
-    assert "their dtype is 'float32', here it is 'bfloat16'" in caplog.text
+    assert "dtype: was 'float32', is now 'bfloat16'" in caplog.text
     assert curriculum.store.numerics["dtype"] == "bfloat16"
 
 
