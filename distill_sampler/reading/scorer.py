@@ -387,7 +387,8 @@ class _Desk:
             keys: dict[tuple[str, int], Key] = {}
             if reader.frozen:
                 keys = {place: Readings.key(reader, self._views[place]) for place in places}
-                known = {place: kept.get(key, self._work.info.statistics) for place, key in keys.items()}
+                offered = [name for name in self._work.info.statistics if name in reader.statistics]
+                known = {place: kept.get(key, offered) for place, key in keys.items()}
                 self.stats |= {place: replace(stats, cost=0.0) for place, stats in known.items() if stats is not None}
                 places = [place for place in places if place not in self.stats]
                 if not ranks.most(len(places)):
