@@ -16,8 +16,10 @@ from distill_sampler.artifacts.schema import metric_facts, metrics_from
 from distill_sampler.metrics.steps import lines
 from distill_sampler.plugins import GROUPS, plugins
 from distill_sampler.specs import known_metrics, parse_metrics, parse_policies
+from tests.cli.conftest import call, student_path
 from tests.outside.conftest import Install
 
+__all__ = ["student_path"]  # a fixture
 METRICS, POLICIES = GROUPS["metric"], GROUPS["policy"]
 
 
@@ -112,6 +114,15 @@ def test_a_table_without_metadata_is_known_by_installed_metrics_too(
         "random": Random(),
     }
     assert "'broken' of the installed package careless" in caplog.text
+
+
+def test_the_doctor_lists_what_packages_offer_and_what_is_broken(install: Install, student_path: Path) -> None:
+    install()
+    install("careless", {METRICS: {"broken": "not_installed.at_all:Metric"}})
+    ended = call("doctor", "--model", student_path, "--seconds", 0)
+    assert ended.code == 0, ended.said
+    assert "reader Bigrams" in ended.said
+    assert "no module 'not_installed'" in ended.said
 
 
 @pytest.mark.parametrize("name", ["random", "Random", "rank_surprisal_ratio"])
