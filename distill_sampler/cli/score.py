@@ -42,12 +42,12 @@ from distill_sampler.integrations.transformers import end_token_ids
 
 from distill_sampler.reading.reduce import columns_of
 from distill_sampler.reading.token_stats import fastest
-from distill_sampler.serialize import described, hash_of, require_writable
+from distill_sampler.serialize import hash_of, require_writable
 from distill_sampler.sources.candidates import Candidate, Layout, read_candidates
 from distill_sampler.sources.encoding import Encoded, Encoder
 from distill_sampler.sources.files import Bad, Sources
 from distill_sampler.specs import parse_metrics
-from distill_sampler.types import FloatArray, IntArray, Metric, Missing, TokenStats
+from distill_sampler.types import FloatArray, Metric, Missing, TokenStats
 
 BATCHES_PER_CHUNK = 8
 """A chunk holds this many batches' tokens, the scorer's own measure: what a kill costs, at most."""
@@ -124,7 +124,7 @@ def run(options: Options) -> None:
         "revision": student.revision,
         "lora": str(options.lora) if options.lora else None,
         "dtype": student.dtype,
-        "metrics": [described(metric) for metric in metrics],
+        "metrics": [repr(metric) for metric in metrics],
         "data": sources.describe(),
         "split": options.split,
         "subset": options.subset,
@@ -304,7 +304,11 @@ class Job:
         missing = {metric.name: np.full(size, Missing.NO_RESPONSE, np.int8) for metric in self.metrics}
         traces: dict[int, TokenStats] = {}
         if len(usable):
-            dataset = ScoredDataset(self._rows(chunk, usable), end_token_ids=self.ends)
+            rows = [
+                {**chunk[row][0].extra, "input_ids": chunk[row][1].input_ids, "labels": chunk[row][1].labels}
+                for row in usable.tolist()
+            ]
+            dataset = ScoredDataset(rows, end_token_ids=self.ends)
             started, read = time.perf_counter(), 0
             for block in self.scorer.score(self.reader, dataset, self.metrics, np.arange(len(usable)), traces=wanted):
                 traces |= block.traces
@@ -346,22 +350,6 @@ class Job:
                 "token_surprisals", pa.array([None if t is None else t.surprisal for t in kept], pa.list_(pa.float32()))
             )
         )
-
-    def _rows(self, chunk: list[Read], usable: IntArray) -> list[dict[str, Any]]:
-        """Candidates as a data set's rows, all with the same columns, which metrics may read."""
-        nothing = dict.fromkeys([*(self.kinds or ()), *(name for candidate, _, _ in chunk for name in candidate.extra)])
-        group, teacher = self.layout.group or "prompt_id", self.layout.teacher or "teacher"
-        return [
-            {
-                **nothing,
-                **candidate.extra,
-                group: candidate.group,
-                teacher: candidate.teacher,
-                "input_ids": encoded.input_ids,
-                "labels": encoded.labels,
-            }
-            for candidate, encoded, _ in (chunk[row] for row in usable.tolist())
-        ]
 
     def _identity(self, candidates: list[Candidate], begin: int) -> pa.Table:
         """The identifying columns, then whatever else the rows carry."""

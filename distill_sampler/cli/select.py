@@ -1,8 +1,7 @@
 """`distill-sampler select`: policies applied to scores on disk, and a training set written in TRL's formats.
 
 The scores hold no text, so the data is read once more and matched candidate by candidate with the scores' content
-hashes; data that has changed since is refused. The scores of a run hash tokens: there a candidate is matched by its
-number, and its group and teacher must agree. What is chosen waits in a temporary file, one line each, and is written
+hashes; data that has changed since is refused. What is chosen waits in a temporary file, one line each, and is written
 in the order of the plan: memory does not grow with the text.
 """
 
@@ -10,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any
@@ -50,15 +49,12 @@ def run(
     sources = Sources(where, split=scores.facts.get("split") or "train", subset=scores.facts.get("subset"))
     told = scores.facts.get("layout") or {}
     layout = Layout(**{part.name: told.get(part.name) for part in fields(Layout)})
-    if _is_run(scores):
-        layout = Layout(group=scores.group, teacher=scores.teacher)
     plan = choice.plan
     wanted = np.zeros(len(choice.left_out_by), bool)
     wanted[plan.indices] = True
     unfinished = output.with_name(output.name + ".unfinished")
     with tempfile.TemporaryFile() as kept:
-        matches = _matcher(scores, choice, epoch)
-        places = _keep(read_candidates(sources, layout), matches, wanted, kept, scores, path)
+        places = _keep(read_candidates(sources, layout), choice.content_hash, wanted, kept, scores, path)
         _write(_rows(choice, kept, places), unfinished, parquet=output.suffix == ".parquet")
         unfinished.rename(output)
     chain = ", then ".join(policy.text for policy in choice.policies)
@@ -68,54 +64,19 @@ def run(
     )
 
 
-def _is_run(scores: Scores) -> bool:
-    return scores.facts.get("run") is not None
-
-
-def _matcher(scores: Scores, choice: Choice, epoch: int | None) -> Callable[[int, Candidate, int], bool]:
-    """Whether a candidate, by its place in the data, is the one of a row of the scores.
-
-    Raises:
-        ValueError: the scores of a run name neither group nor teacher, so nothing tells their rows.
-    """
-    if not _is_run(scores):
-        return lambda place, candidate, row: candidate.content_hash == int(choice.content_hash[row])
-    samples = scores.integers("sample", epoch=epoch)
-    groups, teachers = scores.column(scores.group, epoch=epoch), scores.column(scores.teacher, epoch=epoch)
-    assert samples is not None
-    if groups is None and teachers is None:
-        raise ValueError(
-            f"{scores.path} has no column that says which prompt a row answers or who wrote it, so the rows of the "
-            "data cannot be recognised. Score the data with `distill-sampler score`, and select from that."
-        )
-
-    def matches(place: int, candidate: Candidate, row: int) -> bool:
-        return place == samples[row] and all(
-            column is None or str(column.values[column.codes[row]]) == said
-            for column, said in ((groups, candidate.group), (teachers, candidate.teacher))
-        )
-
-    return matches
-
-
 def _keep(
-    candidates: Iterator[Candidate | Bad],
-    matches: Callable[[int, Candidate, int], bool],
-    wanted: Any,
-    kept: IO[bytes],
-    scores: Scores,
-    path: Path,
+    candidates: Iterator[Candidate | Bad], hashes: Any, wanted: Any, kept: IO[bytes], scores: Scores, path: Path
 ) -> IntArray:
     """Write the wanted candidates one after the other. Gives where each begins; -1 for the others."""
     places = np.full(len(wanted), -1, np.int64)
+    chat = scores.facts.get("template") != "plain"
     row = 0
-    for place, candidate in enumerate(candidates):
+    for candidate in candidates:
         if row == len(wanted):
             break
-        # what was left out of the scores (a bad row) matches none of them: the next one does
-        if isinstance(candidate, Bad) or not matches(place, candidate, row):
+        # what was left out of the scores (a bad row) has no hash among them: the next one has
+        if isinstance(candidate, Bad) or candidate.content_hash != int(hashes[row]):
             continue
-        chat = not candidate.as_text if _is_run(scores) else scores.facts.get("template") != "plain"
         if wanted[row]:
             places[row] = kept.tell()
             kept.write(json.dumps(_record(candidate, scores, chat), ensure_ascii=False).encode() + b"\n")
