@@ -1,21 +1,26 @@
 """Every Python block of the pages in `docs/` runs, in order within a page; what they say of names and members is so."""
 
+import os
 import re
 import sys
 import tomllib
 import types
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import PreTrainedTokenizerBase
 
+import distill_sampler
 from distill_sampler.contract import members
 from distill_sampler.plugins import GROUPS
 from distill_sampler.types import Metric, Policy, Reader, Tap
 from tests import tiny
 from tests.test_readme import stage
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 
 
@@ -53,7 +58,39 @@ def test_a_page_names_every_member_of_its_protocol(page: str, protocol: type) ->
     assert members(protocol) <= set(rows)
 
 
-def test_links_between_pages_lead_somewhere() -> None:
-    for page in PAGES:
-        for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
-            assert (page.parent / link).exists(), f"{page.name}: {link}"
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.stem)
+def test_what_a_page_points_to_is_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (page.parent / link).exists(), link
+    for path in re.findall(r"`((?:distill_sampler|tests|recipes|docs)/[\w./]*)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_modules_that_have_moved_are_where_the_changelog_says() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    moved = re.findall(r"^\| `(distill_sampler[\w.]+)` \| `(distill_sampler[\w.]+)` \|$", text, flags=re.MULTILINE)
+    assert moved
+    for before, now in moved:
+        assert find_spec(now), now
+        assert not _exists(before), before
+
+
+def _exists(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def test_the_citation_and_the_changelog_are_of_this_version() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["version"] == distill_sampler.__version__
+    assert f"## [{distill_sampler.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_workflow_runs_what_ci_runs() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    (job,) = workflow["jobs"].values()
+    assert job["steps"][-1] == {"run": ".ci/run"}
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
