@@ -82,10 +82,14 @@ def _checked(item: Any, protocol: Any, what: str) -> Any:
     return item
 
 
+def members(protocol: Any) -> set[str]:
+    """What an object must have to satisfy a protocol."""
+    return {name for name in vars(protocol) if not name.startswith("_") or name == "__call__"}
+
+
 def lacking(item: Any, protocol: Any) -> list[str]:
     """The members of a protocol that an object does not have."""
-    members = {name for name in vars(protocol) if not name.startswith("_") or name == "__call__"}
-    return [name for name in sorted(members) if not hasattr(item, name)]
+    return [name for name in sorted(members(protocol)) if not hasattr(item, name)]
 
 
 def _shown(item: Any) -> str:

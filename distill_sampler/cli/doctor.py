@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from distill_sampler import GlobalNaturalness, RankSurprisalRatio, ScoredDataset, Scorer
 from distill_sampler.cli.loading import load_student, pick_device
+from distill_sampler.plugins import Plugin, plugins
 from distill_sampler.reading.forward import unwrap
 from distill_sampler.reading.token_stats import fastest
 from distill_sampler.types import Metric
@@ -43,6 +45,8 @@ def run(*, model: str | None, device: str, dtype: str, seconds: float) -> None:
         table.add_row(name, _version(name))
     for label, value in _machine(place):
         table.add_row(label, value)
+    for plugin in plugins():
+        table.add_row(f"{plugin.kind} {plugin.name}", _whose(plugin))
     say.print(table)
     student, what = _student(model, place, dtype)
     say.print(f"\nThroughput test: {what}, sequences of {LENGTH} tokens, about {seconds:.0f} s", highlight=False)
@@ -65,6 +69,15 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return "[dim]not installed[/]"
+
+
+def _whose(plugin: Plugin) -> Text:
+    """The package that offers a metric, policy or reader; or why it cannot be used."""
+    try:
+        plugin.load()
+    except ValueError as error:
+        return Text(str(error), style="yellow")
+    return Text(f"of {plugin.package}: {plugin.path}")
 
 
 def _machine(device: torch.device) -> list[tuple[str, str]]:

@@ -41,7 +41,7 @@ from distill_sampler.distributed import Ranks
 from distill_sampler.integrations.transformers import end_token_ids
 from distill_sampler.reading.reduce import columns_of
 from distill_sampler.reading.token_stats import fastest
-from distill_sampler.serialize import described, hash_of, require_writable
+from distill_sampler.serialize import hash_of, require_writable
 from distill_sampler.sources.candidates import Candidate, Layout, read_candidates
 from distill_sampler.sources.encoding import Encoded, Encoder, choose_template
 from distill_sampler.sources.files import Bad, Sources
@@ -125,7 +125,7 @@ def run(options: Options) -> None:
         "revision": student.revision,
         "lora": str(options.lora) if options.lora else None,
         "dtype": student.dtype,
-        "metrics": [described(metric) for metric in metrics],
+        "metrics": [repr(metric) for metric in metrics],
         "data": sources.describe(),
         "split": options.split,
         "subset": options.subset,

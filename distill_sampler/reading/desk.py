@@ -73,7 +73,8 @@ class Desk:
             keys: dict[Place, Key] = {}
             if reader.frozen:
                 keys = {place: Readings.key(reader, self._views[place]) for place in places}
-                known = {place: self._kept.get(key, self._statistics) for place, key in keys.items()}
+                offered = [name for name in self._statistics if name in reader.statistics]
+                known = {place: self._kept.get(key, offered) for place, key in keys.items()}
                 self.stats |= {place: replace(stats, cost=0.0) for place, stats in known.items() if stats is not None}
                 places = [place for place in places if place not in self.stats]
                 if not ranks.max_over_ranks(len(places)):

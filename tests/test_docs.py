@@ -1,0 +1,96 @@
+"""Every Python block of the pages in `docs/` runs, in order within a page; what they say of names and members is so."""
+
+import os
+import re
+import sys
+import tomllib
+import types
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import PreTrainedTokenizerBase
+
+import distill_sampler
+from distill_sampler.contract import members
+from distill_sampler.plugins import GROUPS
+from distill_sampler.types import Metric, Policy, Reader, Tap
+from tests import tiny
+from tests.test_readme import stage
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_python_of_a_page_runs(
+    page: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = stage(tmp_path, tokenizer)
+    columns = tiny.candidates().add_column("correct", [True] * len(tiny.candidates()))
+    names |= {"candidates": tiny.tokenised(columns, tokenizer), "teacher_model": tiny.model(1)}
+    module = types.ModuleType(f"page_{page.stem}")  # classes of a module can be copied, as those of a file
+    vars(module).update(names)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.chdir(tmp_path)
+    found = blocks(page, "python")
+    assert found
+    for number, code in enumerate(found):
+        exec(compile(code, f"{page.name}, Python block {number}", "exec"), vars(module))
+
+
+def test_entry_points_are_of_the_groups_that_are_read() -> None:
+    told = [tomllib.loads(code)["project"]["entry-points"] for page in PAGES for code in blocks(page, "toml")]
+    assert {group for entry in told for group in entry} == set(GROUPS.values())
+
+
+@pytest.mark.parametrize(
+    ("page", "protocol"), [("metric", Metric), ("policy", Policy), ("reader", Reader), ("host", Tap)]
+)
+def test_a_page_names_every_member_of_its_protocol(page: str, protocol: type) -> None:
+    rows = re.findall(r"^\| `(\w+)", (DOCS / f"{page}.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert members(protocol) <= set(rows)
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.stem)
+def test_what_a_page_points_to_is_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (page.parent / link).exists(), link
+    for path in re.findall(r"`((?:distill_sampler|tests|recipes|docs)/[\w./]*)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_modules_that_have_moved_are_where_the_changelog_says() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    moved = re.findall(r"^\| `(distill_sampler[\w.]+)` \| `(distill_sampler[\w.]+)` \|$", text, flags=re.MULTILINE)
+    assert moved
+    for before, now in moved:
+        assert find_spec(now), now
+        assert not _exists(before), before
+
+
+def _exists(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def test_the_citation_and_the_changelog_are_of_this_version() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["version"] == distill_sampler.__version__
+    assert f"## [{distill_sampler.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_workflow_runs_what_ci_runs() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    (job,) = workflow["jobs"].values()
+    assert job["steps"][-1] == {"run": ".ci/run"}
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
