@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import datasets
@@ -47,8 +47,8 @@ def with_response_labels(
     Raises:
         ValueError: nothing says which tokens of a row are the response.
     """
-    if len(rows) == 0 or not {"input_ids", labels or "input_ids"} <= set(_columns(rows)):
-        return rows, labels
+    if not isinstance(rows, Sized) or not len(rows) or not {"input_ids", labels or "input_ids"} <= set(_columns(rows)):
+        return rows, labels  # ScoredDataset says what is missing
     sft = is_sft_trainer(trainer) and labels == "labels" and keeps_text(_columns(rows), trainer.args.dataset_text_field)
     if not sft and labels is not None and _leaves_out(rows, labels):
         return rows, labels
