@@ -76,7 +76,7 @@ def with_response_labels(
             found, lost = np.asarray(labelled[_FOUND][:]), sum(labelled[_LOST_TURNS][:])
             labelled = labelled.remove_columns([_FOUND, _LOST_TURNS])
         else:
-            each = [rows[row] for row in range(len(rows))]
+            each: list[Mapping[str, Any]] = [rows[row] for row in range(len(rows))]  # type: ignore[index]
             columns = _response_labels({name: [row[name] for row in each] for name in each[0]}, **settings)
             found, lost = np.asarray(columns[_FOUND]), sum(columns[_LOST_TURNS])
             labelled = _WithColumn(rows, RESPONSE_LABELS, columns[RESPONSE_LABELS])
