@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import datasets
@@ -47,8 +47,8 @@ def with_response_labels(
     Raises:
         ValueError: nothing says which tokens of a row are the response.
     """
-    if len(rows) == 0 or not {"input_ids", labels or "input_ids"} <= set(_columns(rows)):
-        return rows, labels
+    if not isinstance(rows, Sized) or not len(rows) or not {"input_ids", labels or "input_ids"} <= set(_columns(rows)):
+        return rows, labels  # ScoredDataset says what is missing
     sft = is_sft_trainer(trainer) and labels == "labels" and keeps_text(_columns(rows), trainer.args.dataset_text_field)
     if not sft and labels is not None and _leaves_out(rows, labels):
         return rows, labels
@@ -76,7 +76,7 @@ def with_response_labels(
             found, lost = np.asarray(labelled[_FOUND][:]), sum(labelled[_LOST_TURNS][:])
             labelled = labelled.remove_columns([_FOUND, _LOST_TURNS])
         else:
-            each = [rows[row] for row in range(len(rows))]
+            each: list[Mapping[str, Any]] = [rows[row] for row in range(len(rows))]  # type: ignore[index]
             columns = _response_labels({name: [row[name] for row in each] for name in each[0]}, **settings)
             found, lost = np.asarray(columns[_FOUND]), sum(columns[_LOST_TURNS])
             labelled = _WithColumn(rows, RESPONSE_LABELS, columns[RESPONSE_LABELS])
