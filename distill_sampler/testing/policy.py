@@ -146,7 +146,7 @@ def _check_permuted(
         same,
         "the order of the data set's rows decides what is planned",
         "Break ties by pool.content_hash and draw random keys for the content (distill_sampler.policies.keys: "
-        "best_first, random_keys), never by the row's number",
+        "best_first_order, random_keys), never by the row's number",
     )
 
 

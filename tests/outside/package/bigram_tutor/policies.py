@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from distill_sampler import EpochPlan, Policy, Pool
-from distill_sampler.policies.keys import best_first
+from distill_sampler.policies.keys import best_first_order
 
 
 @dataclass(frozen=True)
@@ -33,5 +33,5 @@ class KeepMiddle(Policy):
         if not len(scored):
             return plan.take(scored)
         nearness = -np.abs(goodness[scored] - np.median(goodness[scored]))
-        order = scored[best_first(nearness, pool.content_hash[plan.indices][scored])]
+        order = scored[best_first_order(nearness, pool.content_hash[plan.indices][scored])]
         return plan.take(np.sort(order[: int(np.ceil(self.share * len(scored)))]))
