@@ -209,9 +209,9 @@ class _Names:
         offers = self._offers(called.id, self.kinds) if isinstance(called, ast.Name) else []
         package = f" of the installed package {offers[0].package}" if offers else ""
         return (
-            f"{self.where}: '{_shown(node)}'{package} is of type {type(made).__name__}, which is no {self.what}: it has "
-            f"no {', '.join(lacking(made, protocol))}. Subclass distill_sampler.{protocol.__name__}, a protocol with "
-            "defaults for most of it."
+            f"{self.where}: '{_shown(node)}'{package} is of type {type(made).__name__}, which is no {self.what}: it "
+            f"has no {', '.join(lacking(made, protocol))}. Subclass distill_sampler.{protocol.__name__}, a protocol "
+            "with defaults for most of it."
         )
 
     def _item(self, node: ast.expr, kinds: tuple[str, ...]) -> Any:
