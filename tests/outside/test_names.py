@@ -45,6 +45,7 @@ def test_an_import_path_is_used_like_a_name(tmp_path: Path, monkeypatch: pytest.
         RewardPerNat(column="a:b"),
         Random(),
     ]
+    assert parse_metrics("bigram_tutor.metrics:RewardPerNat(column={a:b})")[0].column == {"a": "b"}  # type: ignore[attr-defined]
     assert parse_policies(["bigram_tutor.policies:KeepMiddle(random, share=0.2)"]) == [KeepMiddle("random", share=0.2)]
     assert parse_metrics("LocalNaturalness(splitter=distill_sampler.metrics.steps:lines)") == [
         LocalNaturalness(splitter=lines)
@@ -134,7 +135,10 @@ def test_a_name_of_ours_that_another_package_takes_is_refused(install: Install, 
         parse_metrics(f"{name}()")
     # the path says which; a file that we wrote means ours
     assert parse_metrics("distill_sampler.metrics:Random") == [Random()]
-    assert metrics_from(metric_facts([RankSurprisalRatio()])) == {"rank_surprisal_ratio": RankSurprisalRatio()}
+    assert metrics_from(metric_facts([Random(seed=3), RankSurprisalRatio()])) == {
+        "random": Random(seed=3),
+        "rank_surprisal_ratio": RankSurprisalRatio(),
+    }
 
 
 def test_a_name_that_two_packages_take_is_refused(install: Install) -> None:
