@@ -1,1 +1,1 @@
-"""What is kept: one schema of scores and plans, partial passes, the folder of a run."""
+"""What a run keeps on disk: scores and plans in one schema, parts of unfinished passes, the run's record."""

@@ -1,8 +1,8 @@
-"""Work that is kept piece by piece: a folder of tables, each written aside and renamed, so that a kill costs one piece.
+"""Work that is kept in parts: a folder of tables, written one by one, so that a kill loses at most one part.
 
-`identity.json` says what the pieces belong to. The command line keeps the chunks of a data set this way, a curriculum
-the blocks of a scoring pass. A piece's name holds the hash of its content: one that was damaged later is dropped with
-all that follow it, and made again.
+The command line keeps the chunks of a data set this way, a curriculum the blocks of a scoring pass. `identity.json`
+says what the parts belong to. A part's file name holds the hash of its content: a damaged part and all that follow it
+are deleted and computed again.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _IDENTITY = "identity.json"
 
 
 class Parts:
-    """The pieces in a folder, in the order in which they were added.
+    """The parts in a folder, in the order in which they were added.
 
     Args:
-        folder: where they lie. It need not exist yet.
+        folder: the folder. It need not exist yet.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -36,7 +36,7 @@ class Parts:
 
     @property
     def identity(self) -> dict[str, Any] | None:
-        """What the pieces belong to; None if there are none, or nobody can tell."""
+        """What the parts belong to; None if there are no parts, or the file cannot be read."""
         try:
             found = json.loads((self.folder / _IDENTITY).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -44,7 +44,7 @@ class Parts:
         return found if isinstance(found, dict) else None
 
     def begin(self, identity: Mapping[str, Any]) -> None:
-        """Throw away what is there, and start with pieces of something else.
+        """Delete all parts, and start again with another identity.
 
         Raises:
             OSError: the folder cannot be written.
@@ -54,64 +54,64 @@ class Parts:
         write_atomically(self.folder / _IDENTITY, json.dumps(identity, indent=1).encode())
 
     def paths(self) -> list[Path]:
-        """The files of the pieces."""
+        """The files of the parts."""
         return sorted(self.folder.glob("[0-9]*.parquet"))
 
     def drop_damaged(self) -> int:
-        """Drop a damaged piece and all that follow it. Gives the number of whole ones.
+        """Delete the first damaged part and all that follow it. Returns how many parts are left.
 
         Raises:
-            OSError: a piece cannot be removed.
+            OSError: a part cannot be deleted.
         """
         paths = self.paths()
         for number, path in enumerate(paths):
             if path.stem.partition("-")[0] != f"{number:07d}" or not _is_whole(path):
-                logger.warning("%s is damaged; what it held, and what came after it, is done again.", path)
+                logger.warning("%s is damaged. This part and all that follow it are computed again.", path)
                 for later in paths[number:]:
                     later.unlink()
                 return number
         return len(paths)
 
     def tables(self) -> Iterator[pa.Table]:
-        """The pieces, one at a time."""
+        """The parts, one at a time."""
         return map(read_part, self.paths())
 
     def add(self, table: pa.Table) -> None:
-        """Keep a piece. It is on the disk when this returns.
+        """Add a part. It is on disk when this returns.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the part cannot be written.
         """
         write_part(table, self.folder, f"{len(self.paths()):07d}")
 
     def remove(self) -> None:
-        """Remove the folder with all that is in it."""
+        """Delete the folder with everything in it."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def write_part(table: pa.Table, folder: Path, name: str) -> Path:
-    """Write a table as `NAME-HASH.parquet`, HASH being of its content: whole and on the disk, or not there.
+    """Write a table as `NAME-HASH.parquet`, with the hash of its content. The file is there completely or not at all.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
-    content = pa.BufferOutputStream()
-    pq.write_table(table, content, compression="zstd")
-    written = content.getvalue().to_pybytes()
-    path = folder / f"{name}-{hash_of(written)}.parquet"
-    write_atomically(path, written)
+    stream = pa.BufferOutputStream()
+    pq.write_table(table, stream, compression="zstd")
+    content = stream.getvalue().to_pybytes()
+    path = folder / f"{name}-{hash_of(content)}.parquet"
+    write_atomically(path, content)
     return path
 
 
 def read_part(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """A file that `write_part` wrote, in this thread: others would keep their memory with the process.
+    """Read a file that `write_part` wrote, in this thread: other threads would not give their memory back.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the file is damaged.
     """
     content = path.read_bytes()
     if path.stem.rpartition("-")[2] != hash_of(content):
-        raise ValueError(f"{path} is damaged: its content does not have the hash in its name.")
+        raise ValueError(f"{path} is damaged: its content does not match the hash in its name.")
     with pq.ParquetFile(pa.BufferReader(content)) as file:
         return file.read(columns, use_threads=False)
 

@@ -1,4 +1,4 @@
-"""A scoring pass that survives an interruption: its blocks are kept as parts until the pass is over."""
+"""Scoring passes that survive an interruption: finished blocks are kept as parts until the pass is over."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def missing_column(metric: str) -> str:
-    """The column that says why a sample has no score by a metric (`Missing`; 0 where it has one)."""
+    """Name of the column that says why a sample has no score by a metric (`Missing`; 0 where it has one)."""
     return f"{metric}_missing"
 
 
@@ -38,51 +38,51 @@ def score_with_parts(
     identity: Mapping[str, Any],
     kept: Readings | None = None,
 ) -> Iterator[Scored]:
-    """`Scorer.score`, in blocks that are kept on disk as they are done.
+    """Like `Scorer.score`, but each finished block is kept on disk as a part.
 
-    What an earlier, interrupted pass of the same identity has left comes first, as one block; only the rest is read.
-    The parts stay until the next pass begins, because the process may be killed before what they hold is in a
-    checkpoint. Where they cannot be written (a full disk, a read-only folder), scoring goes on without them, which is
-    said once.
+    If an interrupted pass with the same identity has left parts, their scores come first, as one block, and only the
+    other samples are read. The parts stay until the next pass begins, because the process may be killed before their
+    scores are in a checkpoint. If parts cannot be written (a full disk, a read-only folder), scoring continues without
+    them, with a warning.
 
     Args:
         scorer: the settings.
         reader: the student.
-        dataset: where the samples are.
-        metrics: what to compute.
-        indices: `[n]` which samples.
-        folder: where the parts lie; None: keep nothing. Only the first process uses it.
-        identity: which pass this is, as plain JSON values: all that decides the numbers to the last bit.
-        kept: what frozen readers gave in earlier passes.
+        dataset: the data set.
+        metrics: the metrics to score.
+        indices: `[n]` the samples to score.
+        folder: folder of the parts; None: keep none. Only the first process uses it.
+        identity: identity of the pass as plain JSON values: everything that the numbers depend on, to the last bit.
+        kept: what frozen readers returned in earlier passes.
     """
     ranks = reader.ranks
     parts = Parts(folder) if folder is not None and ranks.rank == 0 else None
     names = columns_of(metrics)
-    codes = [metric.name for metric in metrics]
-    found: list[pa.Table] = []
+    metric_names = [metric.name for metric in metrics]
+    tables: list[pa.Table] = []
     try:
         if parts is not None and parts.identity != identity:
             parts.begin(identity)
         elif parts is not None and parts.drop_damaged():
-            found = list(parts.tables())
+            tables = list(parts.tables())
     except OSError as error:
         _report_failure(parts, error)
         parts = None
     done = np.zeros(len(dataset), bool)
-    if ranks.max_over_ranks(len(found)):
-        rows = np.zeros((len(dataset), len(names) + len(codes) + 1))
-        for table in found:
-            at = table["sample"].to_numpy()
-            rows[at, -1] = 1
-            for place, name in enumerate([*names, *map(missing_column, codes)]):
-                rows[at, place] = table[name].to_numpy()
+    if ranks.max_over_ranks(len(tables)):
+        rows = np.zeros((len(dataset), len(names) + len(metric_names) + 1))  # the last column: whether it is done
+        for table in tables:
+            samples = table["sample"].to_numpy()
+            rows[samples, -1] = 1
+            for column, name in enumerate([*names, *map(missing_column, metric_names)]):
+                rows[samples, column] = table[name].to_numpy()
         rows = ranks.elementwise_sum(rows)
         done = rows[:, -1] > 0
         logger.warning("%d of %d samples were scored before the interruption.", done.sum(), len(indices))
         yield Scored(
             indices=np.flatnonzero(done),
-            columns={name: rows[done, place].astype(np.float32) for place, name in enumerate(names)},
-            missing={name: rows[done, len(names) + place].astype(np.int64) for place, name in enumerate(codes)},
+            columns={name: rows[done, column].astype(np.float32) for column, name in enumerate(names)},
+            missing={name: rows[done, column].astype(np.int64) for column, name in enumerate(metric_names, len(names))},
             tokens=0,
             tokens_of={},
         )
@@ -92,7 +92,7 @@ def score_with_parts(
                 {
                     "sample": scored.indices,
                     **scored.columns,
-                    **{missing_column(name): scored.missing[name].astype(np.int8) for name in codes},
+                    **{missing_column(name): scored.missing[name].astype(np.int8) for name in metric_names},
                 }
             )
             try:
@@ -105,8 +105,8 @@ def score_with_parts(
 
 def _report_failure(parts: Parts | None, error: OSError) -> None:
     logger.warning(
-        "Scores cannot be kept while they are computed (%s). Scoring goes on; an interruption would cost the whole "
-        "pass. Make %s writable to keep them.",
+        "Finished parts of the scoring pass cannot be kept (%s). Scoring continues, but an interruption would lose the "
+        "whole pass. Make %s writable to keep them.",
         error,
         parts and parts.folder,
     )

@@ -1,15 +1,15 @@
-"""A run's record: every scoring pass and every plan with its reasons, kept as they happen.
+"""A run's record: every scoring pass, and every plan with its reasons, kept as they happen.
 
-With a folder, each pass and each plan is a file of its own, written whole or not at all, and read back when somebody
-asks: memory does not grow with the run. Without one (a loop of one's own that names no folder) they stay in memory.
+With a folder, each pass and each plan is a file of its own, written completely or not at all, and read when it is
+needed: memory does not grow with the run. Without a folder (in a loop of your own) they stay in memory.
 
-    OUTPUT/distill_sampler/record/run.json                    whose record this is, and what its numbers mean
+    OUTPUT/distill_sampler/record/run.json                    identity of the run, and what its numbers mean
     OUTPUT/distill_sampler/record/samples-HASH.parquet        what each sample is: the user's columns, lengths, hashes
     OUTPUT/distill_sampler/record/pass-0000000-HASH.parquet   what a scoring pass measured
-    OUTPUT/distill_sampler/record/plan-0000000-HASH.parquet   an epoch's plan
+    OUTPUT/distill_sampler/record/plan-0000000-HASH.parquet   a plan of an epoch
     OUTPUT/distill_sampler/record/left-0000000-HASH.parquet   which policy left out which sample
 
-A resume trims the record to its checkpoint: what came after it will happen again.
+A resume trims the record to its checkpoint: the later passes and plans will happen again.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 RECORD = Path("distill_sampler", "record")
-"""Where a run's record lies in its output folder."""
+"""Folder of the record inside a run's output folder."""
 RUN = "run.json"
 
 
 class LazyEntries(Sequence[T], Generic[T]):
-    """The passes or the plans of a run, each read when it is looked at."""
+    """The passes or the plans of a run. Each is read from disk when it is accessed."""
 
     def __init__(self, count: Callable[[], int], load: Callable[[int], T]) -> None:
         self._count = count
@@ -57,11 +57,11 @@ class LazyEntries(Sequence[T], Generic[T]):
     @overload
     def __getitem__(self, index: slice) -> list[T]: ...
     def __getitem__(self, index: int | slice) -> T | list[T]:
-        places = range(len(self))[index]
-        return self._load(places) if isinstance(places, int) else [self._load(place) for place in places]
+        selected = range(len(self))[index]
+        return self._load(selected) if isinstance(selected, int) else [self._load(each) for each in selected]
 
     def __iter__(self) -> Iterator[T]:
-        return (self._load(place) for place in range(len(self)))
+        return (self._load(index) for index in range(len(self)))
 
     def __eq__(self, other: object) -> bool:
         return list(self) == other
@@ -71,8 +71,8 @@ class Record:
     """Passes and plans of one run.
 
     Args:
-        folder: where they are kept; None: in memory.
-        write: whether this process writes; the others only read.
+        folder: folder of the files; None: keep passes and plans in memory.
+        write: whether this process writes. The others only read.
     """
 
     def __init__(self, folder: Path | None = None, *, write: bool = True) -> None:
@@ -84,7 +84,7 @@ class Record:
 
     @property
     def folder(self) -> Path | None:
-        """Where the record lies. Another run may have moved it aside since."""
+        """Folder of the record. Another run may have moved it aside."""
         if self._folder is None or not self._run or read_run(self._folder).get("run") == self._run:
             return self._folder
         aside = _aside(self._folder, self._run)
@@ -92,24 +92,24 @@ class Record:
 
     @property
     def passes(self) -> Sequence[ScoringPass]:
-        """Every scoring pass that is kept, the first one first."""
+        """Every scoring pass in the record, in order."""
         if self.folder is None:
             return self._passes
         return LazyEntries(lambda: self._count("pass"), self._load_pass)
 
     @property
     def plans(self) -> Sequence[PlannedEpoch]:
-        """Every plan that is kept: one for each epoch, and one for each time that the rest of an epoch was planned."""
+        """Every plan in the record, in order: one for each epoch, and one for each time an epoch was replanned."""
         if self.folder is None:
             return self._plans
         return LazyEntries(lambda: self._count("plan"), self._load_plan)
 
     def begin(self, run: Mapping[str, Any], samples: pa.Table) -> None:
-        """Start a record, or go on with it if it is of the same run. The record of another run is moved aside.
+        """Start a record, or continue it if it is of the same run. The record of another run is moved aside.
 
         Args:
-            run: whose record this is (`"run"`), and what its numbers mean (`scorefile.run_facts`).
-            samples: one row for each sample.
+            run: identity of the run (`"run"`), and what its numbers mean (`schema.run_facts`).
+            samples: what each sample is, one row each.
 
         Raises:
             OSError: the folder cannot be written.
@@ -130,22 +130,22 @@ class Record:
         write_part(samples, self._folder, "samples")
         write_atomically(self._folder / RUN, json.dumps(run, indent=1, default=str).encode())
 
-    def add_pass(self, taken: ScoringPass) -> None:
-        """Keep a scoring pass.
+    def add_pass(self, scoring_pass: ScoringPass) -> None:
+        """Add a scoring pass.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the pass cannot be written.
         """
         if self.folder is None:
-            self._passes.append(taken)
+            self._passes.append(scoring_pass)
         elif self._write:
-            self._add("pass", self._count("pass"), _pass_table(taken))
+            self._add("pass", self._count("pass"), _pass_table(scoring_pass))
 
     def add_plan(self, planned: PlannedEpoch) -> None:
-        """Keep a plan and its reasons.
+        """Add a plan and its reasons.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the plan cannot be written.
         """
         if self.folder is None:
             self._plans.append(planned)
@@ -153,17 +153,17 @@ class Record:
         if not self._write:
             return
         number = self._count("plan")
-        told = {"epoch": planned.epoch, "step": planned.step, "start": planned.start, "passes": planned.passes}
+        metadata = {"epoch": planned.epoch, "step": planned.step, "start": planned.start, "passes": planned.passes}
         plan = pa.table({"sample": planned.plan.indices, "weight": planned.plan.weights})
-        # the reasons first: a plan that is there has them
+        # write the reasons first, so that every plan in the record has them
         self._add("left", number, pa.table({"left_out_by": planned.left_out_by.astype(np.int16)}))
-        self._add("plan", number, plan.replace_schema_metadata({b"record": json.dumps(told).encode()}))
+        self._add("plan", number, plan.replace_schema_metadata({b"record": json.dumps(metadata).encode()}))
 
     def trim(self, passes: int, plans: int) -> None:
-        """Forget what came after so many passes and plans.
+        """Keep only the first `passes` passes and the first `plans` plans.
 
         Raises:
-            OSError: a file cannot be removed.
+            OSError: a file cannot be deleted.
         """
         del self._passes[passes:], self._plans[plans:]
         if self.folder is None or not self._write:
@@ -174,8 +174,8 @@ class Record:
                     path.unlink()
         if self._count("pass") < passes or self._count("plan") < plans:
             logger.warning(
-                "%s lacks passes or plans from before the checkpoint (%d of %d and %d of %d are there), so history and "
-                "reports are incomplete. Training is not affected.",
+                "%s lacks passes or plans from before the checkpoint (it has %d of %d passes and %d of %d plans). "
+                "History and reports will be incomplete. Training is not affected.",
                 self.folder,
                 self._count("pass"),
                 passes,
@@ -187,7 +187,7 @@ class Record:
 
     def _add(self, kind: str, number: int, table: pa.Table) -> None:
         assert self.folder is not None
-        for stale in self.folder.glob(f"{kind}-{number:07d}-*.parquet"):  # a kill came between reasons and plan
+        for stale in self.folder.glob(f"{kind}-{number:07d}-*.parquet"):  # left by a kill before the plan was written
             stale.unlink()
         write_part(table, self.folder, f"{kind}-{number:07d}")
 
@@ -199,22 +199,23 @@ class Record:
     def _count(self, kind: str) -> int:
         return len(self._files(kind))
 
-    def _load_pass(self, place: int) -> ScoringPass:
-        return _pass_of(read_part(list(self._files("pass").values())[place]))
+    def _load_pass(self, index: int) -> ScoringPass:
+        return _pass_from_table(read_part(list(self._files("pass").values())[index]))
 
-    def _load_plan(self, place: int) -> PlannedEpoch:
-        number, path = list(self._files("plan").items())[place]
+    def _load_plan(self, index: int) -> PlannedEpoch:
+        number, path = list(self._files("plan").items())[index]
         table = read_part(path)
-        told = json.loads(table.schema.metadata[b"record"])
+        metadata = json.loads(table.schema.metadata[b"record"])
         return PlannedEpoch(
             plan=EpochPlan(indices=table["sample"].to_numpy(), weights=table["weight"].to_numpy()),
             left_out_by=read_part(self._files("left")[number])["left_out_by"].to_numpy().astype(np.int64),
-            **told,
+            **metadata,
         )
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Whose record lies in a folder, and what its numbers mean; empty if nobody can tell."""
+    """What a record's `run.json` says: the identity of the run, and what its numbers mean. Empty if it cannot be
+    read."""
     try:
         found = json.loads((folder / RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -223,73 +224,74 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def read_samples(folder: Path) -> pa.Table:
-    """What each sample of a record is."""
+    """What each sample of a record is, one row each."""
     (path,) = folder.glob("samples-*.parquet")
     return read_part(path)
 
 
 def set_aside(folder: Path) -> None:
-    """Rename another run's record, and say so."""
+    """Move another run's record aside, and log a warning."""
     aside = _aside(folder, str(read_run(folder).get("run") or uuid.uuid4().hex[:16]))
-    shutil.rmtree(aside, ignore_errors=True)  # an older state of the same run
+    shutil.rmtree(aside, ignore_errors=True)  # an older record of that run
     folder.rename(aside)
-    logger.warning("%s held the record of another run; it was moved to %s.", folder, aside.name)
+    logger.warning("%s held the record of another run. It was moved to %s.", folder, aside.name)
 
 
 def _aside(folder: Path, run: str) -> Path:
     return folder.with_name(f"{folder.name}-{run}")
 
 
-def _pass_table(taken: ScoringPass) -> pa.Table:
+def _pass_table(scoring_pass: ScoringPass) -> pa.Table:
     """One row for each measurement, in the order in which they were made."""
     tables = []
-    for some in taken.measured:
+    for measurements in scoring_pass.measured:
+        missing = {missing_column(name): codes.astype(np.int8) for name, codes in measurements.missing.items()}
         tables.append(
             pa.table(
                 {
-                    "sample": some.indices,
-                    "step": some.step,
-                    "observed": np.full(len(some.indices), some.observed),
-                    **some.columns,
-                    **{missing_column(name): codes.astype(np.int8) for name, codes in some.missing.items()},
+                    "sample": measurements.indices,
+                    "step": measurements.step,
+                    "observed": np.full(len(measurements.indices), measurements.observed),
+                    **measurements.columns,
+                    **missing,
                 }
             )
         )
-    told = {
-        "epoch": taken.epoch,
-        "step": taken.step,
-        "drift": taken.drift,
-        "num_samples": taken.num_samples,
-        "metrics": list(taken.measured[-1].missing) if taken.measured else [],
+    metadata = {
+        "epoch": scoring_pass.epoch,
+        "step": scoring_pass.step,
+        "drift": scoring_pass.drift,
+        "num_samples": scoring_pass.num_samples,
+        "metrics": list(scoring_pass.measured[-1].missing) if scoring_pass.measured else [],
     }
     table = pa.concat_tables(tables) if tables else pa.table({"sample": np.zeros(0, np.int64)})
-    return table.replace_schema_metadata({b"record": json.dumps(told).encode()})
+    return table.replace_schema_metadata({b"record": json.dumps(metadata).encode()})
 
 
-def _pass_of(table: pa.Table) -> ScoringPass:
-    told = json.loads(table.schema.metadata[b"record"])
-    metrics: list[str] = told["metrics"]
+def _pass_from_table(table: pa.Table) -> ScoringPass:
+    metadata = json.loads(table.schema.metadata[b"record"])
+    metrics: list[str] = metadata["metrics"]
     missing = {name: missing_column(name) for name in metrics}
     names = [n for n in table.column_names if n not in ("sample", "step", "observed", *missing.values())]
     measured = []
     observed = table["observed"].to_numpy() if "observed" in table.column_names else np.zeros(0, bool)
-    for seen in (True, False):  # what was observed comes first
-        at = np.flatnonzero(observed == seen)
-        if len(at):
-            rows = table.take(pa.array(at))
+    for was_observed in (True, False):  # observed numbers come first
+        selected = np.flatnonzero(observed == was_observed)
+        if len(selected):
+            rows = table.take(pa.array(selected))
             measured.append(
                 Measurements(
                     indices=rows["sample"].to_numpy(),
                     step=rows["step"].to_numpy(),
                     columns={name: rows[name].to_numpy() for name in names},
                     missing={name: rows[column].to_numpy().astype(np.int64) for name, column in missing.items()},
-                    observed=seen,
+                    observed=was_observed,
                 )
             )
     return ScoringPass(
-        num_samples=told["num_samples"],
-        epoch=told["epoch"],
-        step=told["step"],
+        num_samples=metadata["num_samples"],
+        epoch=metadata["epoch"],
+        step=metadata["step"],
         measured=measured,
-        drift=told["drift"],
+        drift=metadata["drift"],
     )

@@ -1,14 +1,16 @@
 """A run's scores and plans as tables: from its record to `scores.parquet` and `plans.parquet`.
 
-What a run resumes from lies in its checkpoints and needs neither.
+A resume does not need these files. It loads the state in the checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -16,13 +18,13 @@ from distill_sampler.artifacts.passes import missing_column
 from distill_sampler.artifacts.record import Record
 from distill_sampler.artifacts.schema import OWN_COLUMNS, RUN_COLUMNS
 from distill_sampler.dataset import ScoredDataset
-from distill_sampler.types import Missing
+from distill_sampler.types import IntArray, Missing
 
 SCORES, PLANS = "scores.parquet", "plans.parquet"
 
 
 def column_values(dataset: ScoredDataset, name: str) -> pa.Array:
-    """A column of the data set.
+    """The values of a column of the data set.
 
     Raises:
         ValueError: there is no such column.
@@ -32,13 +34,13 @@ def column_values(dataset: ScoredDataset, name: str) -> pa.Array:
 
 
 def sample_rows(dataset: ScoredDataset, columns: Sequence[str]) -> pa.Table:
-    """One row for each sample: what it is, for people and for planning from files.
+    """What each sample is, one row each: for people, and for planning from files.
 
-    A column of the data that is called like one of ours gets `_in_data` behind its name.
+    A column of the data set that has the name of one of ours gets `_in_data` after its name.
 
     Args:
-        dataset: the samples.
-        columns: of the data set.
+        dataset: the data set.
+        columns: names of the data set's columns to include.
     """
     return pa.table(
         {
@@ -58,57 +60,53 @@ def measurement_rows(
     """Every measurement of a run, by pass and sample, as in `scores.parquet`.
 
     Args:
-        record: the run's.
-        samples: one row for each sample of the data set.
-        columns: those that are wanted; None: all of them, in the schema's order.
+        record: the run's record.
+        samples: what each sample of the data set is, one row each.
+        columns: the columns to return; None: all, in the schema's order.
         unmeasured: whether the first pass has a row, without numbers, for each sample that it did not measure, so that
             every sample is in the table. Its step is -1.
     """
-    parts = []
-    for number, taken in enumerate(record.passes):
-        measured = taken.was_measured
-        where = np.flatnonzero(measured | (unmeasured and number == 0))
-        step, observed = np.full(taken.num_samples, -1, np.int64), np.zeros(taken.num_samples, bool)
-        no_reason = np.zeros(taken.num_samples, np.int64)
+    tables = []
+    for number, scoring_pass in enumerate(record.passes):
+        measured = scoring_pass.was_measured
+        indices = np.flatnonzero(measured | (unmeasured and number == 0))
+        step, observed = np.full(scoring_pass.num_samples, -1), np.zeros(scoring_pass.num_samples, bool)
+        reason = np.zeros(scoring_pass.num_samples, np.int64)
         if unmeasured and number == 0:
-            without_response = samples["num_tokens"].to_numpy() == 0
-            no_reason = np.where(without_response, Missing.NO_RESPONSE, Missing.UNREAD)
-        for some in taken.measured:
-            step[some.indices], observed[some.indices] = some.step, some.observed
-        own = {
-            "pass": np.full(len(where), number),
-            "epoch": np.full(len(where), taken.epoch),
-            "step": step[where],
-            "observed": observed[where],
-            **{name: values[where] for name, values in taken.columns.items()},
+            reason = np.where(samples["num_tokens"].to_numpy() == 0, Missing.NO_RESPONSE, Missing.UNREAD)
+        for measurements in scoring_pass.measured:
+            step[measurements.indices], observed[measurements.indices] = measurements.step, measurements.observed
+        of_pass = {
+            "pass": np.full(len(indices), number),
+            "epoch": np.full(len(indices), scoring_pass.epoch),
+            "step": step[indices],
+            "observed": observed[indices],
+            **{name: values[indices] for name, values in scoring_pass.columns.items()},
             **{
-                missing_column(name): np.where(measured, codes, no_reason)[where].astype(np.int8)
-                for name, codes in taken.missing.items()
+                missing_column(name): np.where(measured, codes, reason)[indices].astype(np.int8)
+                for name, codes in scoring_pass.missing.items()
             },
         }
-        wanted = _ordered(samples.column_names, list(own)) if columns is None else list(columns)
-        told = samples.select([name for name in wanted if name not in own]).take(pa.array(where))
-        parts.append(pa.table({n: pa.array(own[n]) if n in own else told[n].combine_chunks() for n in wanted}))
-    return pa.concat_tables(parts) if parts else samples.slice(0, 0)
+        names = _in_schema_order(samples.column_names, list(of_pass)) if columns is None else list(columns)
+        tables.append(_joined(of_pass, samples, indices, names))
+    return pa.concat_tables(tables) if tables else samples.slice(0, 0)
 
 
 def plan_rows(record: Record, samples: pa.Table, columns: Sequence[str] | None) -> pa.Table:
-    """The plan of every epoch, as in `plans.parquet`. An epoch that was planned anew on the way has its last plan."""
-    last = {planned.epoch: planned for planned in record.plans}
-    parts = []
-    for epoch, planned in last.items():
-        plan = planned.plan
-        own = {
+    """The plan of every epoch, as in `plans.parquet`. For a replanned epoch this is its last plan."""
+    last_plans = {planned.epoch: planned.plan for planned in record.plans}
+    tables = []
+    for epoch, plan in last_plans.items():
+        of_plan = {
             "epoch": np.full(len(plan), epoch),
             "position": np.arange(len(plan)),
             "sample": plan.indices,
             "weight": plan.weights,
         }
-        told = [name for name in samples.column_names if name not in own]
-        wanted = ["epoch", "position", "sample", *told, "weight"] if columns is None else list(columns)
-        rows = samples.select([name for name in wanted if name not in own]).take(pa.array(plan.indices))
-        parts.append(pa.table({n: pa.array(own[n]) if n in own else rows[n].combine_chunks() for n in wanted}))
-    return pa.concat_tables(parts) if parts else pa.table({})
+        of_samples = [name for name in samples.column_names if name not in of_plan]
+        names = ["epoch", "position", "sample", *of_samples, "weight"] if columns is None else list(columns)
+        tables.append(_joined(of_plan, samples, plan.indices, names))
+    return pa.concat_tables(tables) if tables else pa.table({})
 
 
 def write_tables(record: Record, samples: pa.Table, facts: dict[bytes, bytes], folder: Path) -> None:
@@ -127,6 +125,14 @@ def write_tables(record: Record, samples: pa.Table, facts: dict[bytes, bytes], f
         unfinished.rename(folder / name)
 
 
-def _ordered(of_samples: Sequence[str], own: Sequence[str]) -> list[str]:
-    """The schema's order: what a sample is, what the pass was, the numbers."""
-    return [*of_samples, *RUN_COLUMNS, *(name for name in own if name not in RUN_COLUMNS)]
+def _joined(
+    own: Mapping[str, npt.NDArray[Any]], samples: pa.Table, indices: IntArray, names: Sequence[str]
+) -> pa.Table:
+    """The columns `names`, from `own` or from the rows `indices` of `samples`."""
+    of_samples = samples.select([name for name in names if name not in own]).take(pa.array(indices))
+    return pa.table({n: pa.array(own[n]) if n in own else of_samples[n].combine_chunks() for n in names})
+
+
+def _in_schema_order(of_samples: Sequence[str], of_pass: Sequence[str]) -> list[str]:
+    """Column names in the order of the schema: the sample, the pass, the numbers."""
+    return [*of_samples, *RUN_COLUMNS, *(name for name in of_pass if name not in RUN_COLUMNS)]

@@ -1,10 +1,14 @@
-"""The one schema of scores and plans on disk: names of columns, what the metadata says, and how metrics come back.
+"""The schema of scores and plans on disk: column names, metadata, and how to restore metrics from the metadata.
 
-A scores file has a row for each measurement. `sample` counts the rows of the prepared data; the user's own columns
-follow (prompt id, teacher, correctness, …), then `num_tokens` (of the response), `length` (prompt included),
-`content_hash` and `prompt_hash`. A run's file then has `pass`, `epoch`, `step` and `observed`. The numbers of the
-metrics follow, and for each metric a column `…_missing` that says why there is no score. The metadata holds what the
-numbers belong to.
+A scores file has one row for each measurement, with these columns:
+
+- `sample`, the row number in the prepared data set;
+- the user's own columns (prompt id, teacher, correctness, …);
+- `num_tokens` (of the response), `length` (prompt included), `content_hash` and `prompt_hash`;
+- in a run's file `pass`, `epoch`, `step` and `observed`;
+- the numbers of the metrics, and for each metric a column `…_missing` that says why a sample has no score.
+
+The metadata, called *facts* here, says what the numbers belong to.
 """
 
 from __future__ import annotations
@@ -23,22 +27,23 @@ from distill_sampler.types import FloatArray, Metric, Policy, Sample, TokenStats
 
 VERSION = 2
 PREFIX = b"distill_sampler."
-"""Of our entries in a file's metadata."""
+"""Prefix of our entries in a file's metadata."""
 
 TRACE_COLUMNS = ("prompt_text", "tokens", "token_ranks", "token_surprisals")
 RUN_COLUMNS = ("pass", "epoch", "step", "observed")
 FACT_COLUMNS = ("num_tokens", "length", "content_hash", "prompt_hash")
 OWN_COLUMNS = ("sample", *RUN_COLUMNS, *FACT_COLUMNS, *TRACE_COLUMNS)
-"""Columns of ours, which a column of the data cannot be called."""
+"""Names of our columns, which no column of the data set may have."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedMetric(Metric):
-    """A metric whose numbers are in a file and whose code is not here. A group has the mean of its scores."""
+    """A metric whose numbers are in a file, but whose code is not installed. A group's score is the mean of its
+    scores."""
 
     name: str = ""
     of_columns: tuple[str, ...] = ()
-    """Every number that it gave, the score among them."""
+    """Every number that the metric gave, the score among them."""
     higher: bool = True
     """Whether higher is better."""
 
@@ -51,14 +56,14 @@ class RecordedMetric(Metric):
         return self.higher
 
     def reduce(self, sample: Sample, stats: Sequence[TokenStats]) -> Mapping[str, float]:
-        raise ValueError(f"'{self.name}' is known from a file only. Install the package that has the metric to score.")
+        raise ValueError(f"'{self.name}' is known only from a file. To score with it, install the package that has it.")
 
     def aggregate(self, columns: Mapping[str, FloatArray]) -> float:
         return float(columns[self.name].mean(dtype=float))
 
 
 def metric_facts(metrics: Iterable[Metric]) -> list[dict[str, Any]]:
-    """What a file says of its metrics, so that they can be shown without their code."""
+    """What a file says about its metrics, so that they can be shown without their code."""
     return [
         {
             "text": as_typed(metric),
@@ -75,30 +80,32 @@ def metric_facts(metrics: Iterable[Metric]) -> list[dict[str, Any]]:
 
 
 def _metrics_from_facts(facts: Iterable[Mapping[str, Any]]) -> dict[str, Metric]:
-    """The metrics of a file by name: the real ones where their code is installed, stand-ins elsewhere."""
+    """The metrics that a file describes, by name: `RecordedMetric` where the metric's code is not installed."""
     found: dict[str, Metric] = {}
-    for told in facts:
-        columns = tuple(told["columns"])
-        metric: Metric = RecordedMetric(name=told["name"], of_columns=columns, higher=told["higher_is_better"])
-        real = recorded_metric(str(told["text"]))
-        if real is not None and _package_of(real) == told.get("package", _package_of(real)):
-            said = (real.name, tuple(real.columns), real.higher_is_better)
-            if said == (told["name"], columns, told["higher_is_better"]):  # or else it is of another version
+    for recorded in facts:
+        columns = tuple(recorded["columns"])
+        metric: Metric = RecordedMetric(name=recorded["name"], of_columns=columns, higher=recorded["higher_is_better"])
+        real = recorded_metric(str(recorded["text"]))
+        if real is not None and _package_of(real) == recorded.get("package", _package_of(real)):
+            described_by = (real.name, tuple(real.columns), real.higher_is_better)
+            if described_by == (recorded["name"], columns, recorded["higher_is_better"]):  # else of another version
                 metric = real
         found[metric.name] = metric
     return found
 
 
 def metrics_in_file(facts: Mapping[str, Any], names: Sequence[str]) -> dict[str, Metric]:
-    """The metrics of a file by name: those that it names, or in a table made by hand those whose columns it has.
+    """The metrics of a file, by name.
+
+    A table without facts (one made by hand) has those of this library's metrics whose columns it has.
 
     Args:
-        facts: what the file says of itself.
-        names: its columns.
+        facts: the file's facts.
+        names: the file's columns.
     """
-    told = facts.get("metrics")
-    if isinstance(told, list) and all(isinstance(one, dict) for one in told):
-        found = _metrics_from_facts(told)
+    recorded = facts.get("metrics")
+    if isinstance(recorded, list) and all(isinstance(one, dict) for one in recorded):
+        found = _metrics_from_facts(recorded)
     else:
         found = known_metrics(names)
     return {name: metric for name, metric in found.items() if set(metric.columns) <= set(names)}
@@ -118,14 +125,14 @@ def run_facts(
     teacher: str | None,
     **more: Any,
 ) -> dict[str, Any]:
-    """What a scores file or a run's record says of its numbers, as plain JSON values.
+    """What a scores file or a run's record says about its numbers, as plain JSON values.
 
     Args:
-        run: which run they are of; None for a file of its own.
-        metrics: what was scored.
-        policies: what chose.
-        group: the column that says which rows answer the same prompt.
-        teacher: the column that says who wrote a response.
+        run: identity of the run; None for the file of `distill-sampler score`.
+        metrics: the scored metrics.
+        policies: the policies that made the plans.
+        group: the column that identifies the prompt.
+        teacher: the column that names the teacher.
         more: other facts: data set, model, numerics, seed, settings.
     """
     return {
@@ -144,12 +151,12 @@ def with_facts(table: pa.Table, facts: Mapping[str, Any]) -> pa.Table:
 
 
 def encode_facts(facts: Mapping[str, Any]) -> dict[bytes, bytes]:
-    """Facts as a file's metadata."""
+    """Facts as metadata of a file, each as JSON."""
     return {PREFIX + name.encode(): json.dumps(value, default=str).encode() for name, value in facts.items()}
 
 
 def decode_facts(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
-    """The facts in a file's metadata; text that is no JSON stays text."""
+    """The facts in a file's metadata. An entry that is not JSON stays text."""
     facts: dict[str, Any] = {}
     for key, value in (metadata or {}).items():
         if key.startswith(PREFIX):

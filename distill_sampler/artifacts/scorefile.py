@@ -1,14 +1,14 @@
-"""Scores that were kept, read back as arrays: the file of `distill-sampler score`, or the folder of a run.
+"""Reading scores back as arrays: from the file of `distill-sampler score`, or from the folder of a run.
 
-A run's folder is read from its record while the run goes on and after an interruption, and from `scores.parquet` and
-`plans.parquet` where only these are left. Which column is the teacher, the prompt, the domain and the verdict stands in
-the metadata, or is recognised by its usual name.
+A run's folder is read from its record, also during the run, or from `scores.parquet` and `plans.parquet` if only these
+are left. The metadata says which columns name the prompt and the teacher. Otherwise these columns, the domain and the
+correctness are found by their usual names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -38,7 +38,7 @@ from distill_sampler.types import (
 
 
 class Values(Sequence[Any]):
-    """An Arrow array as a sequence: ten million prompts' names are no Python objects until they are looked at."""
+    """An Arrow array as a sequence. Elements become Python objects only on access: there may be ten million of them."""
 
     def __init__(self, array: pa.Array) -> None:
         self._array = array
@@ -59,26 +59,26 @@ class Values(Sequence[Any]):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scores:
-    """The scores of one file or run. Columns are read when they are asked for; rows are samples, in ascending order."""
+    """The scores of one file or run. Columns are read when they are needed; rows are samples, in ascending order."""
 
     path: Path
     """The file, or the run's folder."""
     names: Sequence[str]
-    """Columns that there are."""
+    """The columns of the file."""
     facts: Mapping[str, Any]
     """What the scores belong to: model, data, metrics, settings."""
     metrics: dict[str, Metric]
-    """The metrics whose numbers there are, by name."""
+    """The metrics whose numbers the file has, by name."""
     group: str | None
     teacher: str | None
     domain: str | None
     correct: str | None
     load: Callable[[list[str]], pa.Table] = field(repr=False)
-    """Columns with a row for each measurement."""
+    """Reads columns, with one row for each measurement."""
     load_plans: Callable[[], pa.Table] | None = field(default=None, repr=False)
-    """The rows of a run's plans; None where nothing was planned."""
+    """Reads the rows of a run's plans; None if there are none."""
     record: Record | None = field(default=None, repr=False)
-    """The run's record, if it is there."""
+    """The run's record, if there is one."""
 
     @classmethod
     def open(
@@ -90,10 +90,10 @@ class Scores:
         domain: str | None = None,
         correct: str | None = None,
     ) -> Scores:
-        """Look into a scores file, or a run's folder. Columns that are not named are found by their usual names.
+        """Open a scores file or a run's folder. Columns that are not given are found by their usual names.
 
         Raises:
-            ValueError: there is none, it is no Parquet file, or it holds no scores.
+            ValueError: there is no scores file, it is not a Parquet file, or it holds no scores.
         """
         record: Record | None = None
         plans: Callable[[], pa.Table] | None = None
@@ -108,7 +108,7 @@ class Scores:
 
             if len(record.plans):
                 plans = lambda: plan_rows(record, samples, ["epoch", "sample"])  # noqa: E731
-            facts = {**facts, "drift": [dict(taken.drift) for taken in record.passes]}
+            facts = {**facts, "drift": [dict(scoring_pass.drift) for scoring_pass in record.passes]}
         else:
             file = path / SCORES if path.is_dir() else path
             schema = _schema_of(file)
@@ -127,21 +127,21 @@ class Scores:
                 f"{path} holds no scores (its columns: {', '.join(names[:12])}). Give the file that `distill-sampler "
                 "score` wrote, or the folder of a run."
             )
-        told = facts.get("columns")
-        columns: Mapping[str, Any] = told if isinstance(told, dict) else {}
+        columns = facts.get("columns")
+        recorded: Mapping[str, Any] = columns if isinstance(columns, dict) else {}
 
-        def find(said: str | None, known: str | None, usual: Sequence[str]) -> str | None:
-            if said is not None and said not in names:
-                raise ValueError(f"{path}: {unknown_name('column', said, names, 'in the scores')}")
-            return next((name for name in (said, known, *usual) if name in names), None)
+        def find(given: str | None, recorded: str | None, usual: Sequence[str]) -> str | None:
+            if given is not None and given not in names:
+                raise ValueError(f"{path}: {unknown_name('column', given, names, 'in the scores')}")
+            return next((name for name in (given, recorded, *usual) if name in names), None)
 
         return cls(
             path=path,
             names=names,
             facts=facts,
             metrics=metrics,
-            group=find(group, columns.get("group"), GROUPS),
-            teacher=find(teacher, columns.get("teacher"), TEACHERS),
+            group=find(group, recorded.get("group"), GROUPS),
+            teacher=find(teacher, recorded.get("teacher"), TEACHERS),
             domain=find(domain, None, DOMAINS),
             correct=find(correct, None, VERDICTS),
             load=load,
@@ -150,28 +150,28 @@ class Scores:
         )
 
     def metric(self, name: str | None = None) -> Metric:
-        """A metric by name; without one the Rank-Surprisal Ratio if any sample has it, else the first that one has.
+        """A metric by name. By default RSR if any sample has one, otherwise the first metric that any sample has.
 
         Raises:
-            ValueError: it is not in the file.
+            ValueError: the file does not have the metric.
         """
         if name is None:
-            name = self._usual_metric
+            name = self._default_metric
         if name not in self.metrics:
             raise ValueError(f"{self.path}: {unknown_name('metric', name, self.metrics, 'in the scores')}")
         return self.metrics[name]
 
     @cached_property
-    def _usual_metric(self) -> str:
+    def _default_metric(self) -> str:
         names = sorted(self.metrics, key=lambda name: name != "rank_surprisal_ratio")
-        known = (name for name in names if np.isfinite(self.load([name])[name].to_numpy().astype(float)).any())
-        return next(known, names[0])
+        scored = (name for name in names if np.isfinite(self.load([name])[name].to_numpy().astype(float)).any())
+        return next(scored, names[0])
 
     # ---- Passes ----
 
     @cached_property
-    def _where(self) -> tuple[IntArray, IntArray, IntArray]:
-        """`[measurements]` the pass of each row, from 0, its epoch, and its sample."""
+    def _pass_epoch_sample(self) -> tuple[IntArray, IntArray, IntArray]:
+        """`[measurements]` the pass of each row (from 0), its epoch, and its sample."""
         names = [name for name in ("pass", "epoch", "sample") if name in self.names]
         table = self.load(names)
         sample = np.asarray(table["sample"].to_numpy(), np.int64)
@@ -184,68 +184,68 @@ class Scores:
     @cached_property
     def epochs(self) -> list[int]:
         """The epochs that were scored for; `[0]` for a file of one pass."""
-        return sorted(set(self._where[1].tolist())) or [0]
+        return sorted(set(self._pass_epoch_sample[1].tolist())) or [0]
 
-    def _until(self, epoch: int | None) -> int:
-        """The last pass that is known for an epoch (None: the last one)."""
-        passes, epochs, _ = self._where
+    def _last_pass(self, epoch: int | None) -> int:
+        """The last pass for an epoch or before it (None: the last pass of all)."""
+        passes, epochs, _ = self._pass_epoch_sample
         if epoch is None:
             return int(passes.max(initial=0))
         if epoch not in self.epochs:
             raise ValueError(f"{self.path} has no epoch {epoch}; it has {', '.join(map(str, self.epochs))}.")
         return int(passes[epochs <= epoch].max(initial=0))
 
-    def _last(self, until: int) -> IntArray:
-        """`[samples]` where each sample's last measurement lies among the rows, up to a pass. Samples ascend."""
-        if until not in self._last_rows:
-            passes, _, samples = self._where
-            rows = np.flatnonzero(passes <= until)
+    def _latest_rows(self, last_pass: int) -> IntArray:
+        """`[samples]` the row of each sample's last measurement up to a pass. Samples ascend."""
+        if last_pass not in self._cached_rows:
+            passes, _, samples = self._pass_epoch_sample
+            rows = np.flatnonzero(passes <= last_pass)
             latest = np.full(int(samples.max(initial=-1)) + 1, -1, np.int64)
             latest[samples[rows]] = rows  # a later row replaces an earlier one
-            self._last_rows[until] = latest[latest >= 0]
-        return self._last_rows[until]
+            self._cached_rows[last_pass] = latest[latest >= 0]
+        return self._cached_rows[last_pass]
 
     @cached_property
-    def _last_rows(self) -> dict[int, IntArray]:
+    def _cached_rows(self) -> dict[int, IntArray]:
         return {}
 
     def read(self, names: Sequence[str], *, epoch: int | None = None) -> pa.Table:
-        """Columns as they were last measured for an epoch (None: the last), a row for each sample.
+        """Columns as last measured for an epoch (None: the last one), one row for each sample.
 
-        The numbers of metrics come through `numbers`, which also carries on what was not measured again.
+        For the numbers of metrics use `numbers`, which also computes the estimates.
         """
-        rows = self._last(self._until(epoch))
+        rows = self._latest_rows(self._last_pass(epoch))
         table = self.load(list(names))
         return table if len(rows) == table.num_rows and (np.diff(rows) == 1).all() else table.take(pa.array(rows))
 
     def numbers(self, *, epoch: int | None = None) -> dict[str, FloatArray]:
-        """Every number of every metric as a plan of this epoch would go by, `[samples]` each; NaN where there is none.
+        """Every number of every metric as used to plan an epoch, `[samples]` each; NaN where there is none.
 
-        What a pass did not measure moves with the drift of what it did, as in training.
+        Numbers that a pass did not measure move with its drift, as in training.
         """
         columns = list(dict.fromkeys(column for metric in self.metrics.values() for column in metric.columns))
-        until = self._until(epoch)
-        if until == 0:
+        last_pass = self._last_pass(epoch)
+        if last_pass == 0:
             return _float_columns(self.read(columns, epoch=epoch), columns)
-        passes, _, samples = self._where
+        passes, _, samples = self._pass_epoch_sample
         drift: Sequence[Mapping[str, float]] = self.facts.get("drift") or []
         measured = _float_columns(self.load(columns), columns)
         size = int(samples.max(initial=-1)) + 1
-        known = {name: np.full(size, np.nan, np.float32) for name in columns}
-        there = np.zeros(size, bool)
-        for number in range(until + 1):
+        latest = {name: np.full(size, np.nan, np.float32) for name in columns}
+        ever_measured = np.zeros(size, bool)
+        for number in range(last_pass + 1):
             rows = np.flatnonzero(passes == number)
-            which = np.zeros(size, bool)
-            which[samples[rows]] = True
-            there |= which
+            was_measured = np.zeros(size, bool)
+            was_measured[samples[rows]] = True
+            ever_measured |= was_measured
             for name, moved in (drift[number] if number < len(drift) else {}).items():
-                known[name] = np.where(which, known[name], drifted(known[name], moved))
+                latest[name] = np.where(was_measured, latest[name], drifted(latest[name], moved))
             for name in columns:
-                known[name][samples[rows]] = measured[name][rows]
-        return {name: values[there] for name, values in known.items()}
+                latest[name][samples[rows]] = measured[name][rows]
+        return {name: values[ever_measured] for name, values in latest.items()}
 
     def missing(self, *, epoch: int | None = None) -> dict[str, IntArray]:
-        """By metric, `[samples]` why there is no score (`Missing`), where the file says so."""
+        """By metric, `[samples]` why a sample has no score (`Missing`), if the file says so."""
         names = {name: missing_column(name) for name in self.metrics if missing_column(name) in self.names}
         table = self.read(list(names.values()), epoch=epoch) if names else None
         return {} if table is None else {n: table[c].to_numpy().astype(np.int64) for n, c in names.items()}
@@ -253,16 +253,16 @@ class Scores:
     # ---- Columns ----
 
     def integers(self, name: str, *, epoch: int | None = None) -> IntArray | None:
-        """A column of whole numbers; None if it is not there."""
+        """A column of whole numbers; None if there is no such column."""
         return np.asarray(self.read([name], epoch=epoch)[name].to_numpy(), np.int64) if name in self.names else None
 
     def hashes(self, *, epoch: int | None = None) -> HashArray:
-        """`[samples]` what breaks ties: the content's hash, or the sample's number in a file without."""
+        """`[samples]` the content hash, which breaks ties; the sample's number if the file has no hashes."""
         name = "content_hash" if "content_hash" in self.names else "sample"
         return np.asarray(self.read([name], epoch=epoch)[name].to_numpy()).astype(np.uint64)
 
     def column(self, name: str | None, *, epoch: int | None = None) -> Column | None:
-        """A categorical column, dictionary-encoded; None if there is no such column or nothing in it."""
+        """A categorical column, dictionary-encoded; None if there is no such column, or it is empty."""
         if name is None or name not in self.names:
             return None
         encoded = self._encoded(name, epoch)
@@ -271,17 +271,17 @@ class Scores:
         return Column(codes=_codes(encoded), values=Values(encoded.dictionary))
 
     def codes(self, name: str | None, *, epoch: int | None = None) -> IntArray | None:
-        """A categorical column's codes alone: millions of prompts need no names to be told apart."""
+        """The codes of a categorical column without its values, which saves reading millions of prompt names."""
         return None if name is None or name not in self.names else _codes(self._encoded(name, epoch))
 
     def mixed_prompts(self, *, epoch: int | None = None) -> list[str]:
-        """Names of groups whose responses answer different prompts: an id that was given twice."""
+        """Names of groups whose responses answer different prompts, because an id was used twice."""
         groups = self.column(self.group, epoch=epoch)
         if groups is None or "prompt_hash" not in self.names:
             return []
         prompts = np.asarray(self.read(["prompt_hash"], epoch=epoch)["prompt_hash"].to_numpy())
         first = np.zeros(len(groups.values), np.uint64)
-        first[groups.codes[::-1]] = prompts[::-1]  # what is written last stays: the first row's
+        first[groups.codes[::-1]] = prompts[::-1]  # the last write wins, which is that of the group's first row
         mixed = np.unique(groups.codes[first[groups.codes] != prompts])
         return [str(groups.values[code]) for code in mixed]
 
@@ -295,15 +295,15 @@ class Scores:
 
     @property
     def policies(self) -> list[PolicyFacts]:
-        """What chose in the run that the scores come from; empty for a file without."""
-        told = self.facts.get("policies")
-        return [PolicyFacts.from_json(one) for one in told] if isinstance(told, list) else []
+        """The policies of the run that the scores come from; empty if they do not come from a run."""
+        recorded = self.facts.get("policies")
+        return [PolicyFacts.from_json(one) for one in recorded] if isinstance(recorded, list) else []
 
     def choose(self, policies: Sequence[Policy], *, seed: int = 0, epoch: int | None = None) -> ExplainedPlan:
-        """Apply policies to the scores of an epoch (None: the last). Indices count the rows.
+        """Apply policies to the scores of an epoch (None: the last one). The plan's indices are row numbers.
 
         Raises:
-            ValueError: a policy names a metric or column that is not there, or leaves nothing.
+            ValueError: a policy names an unknown metric or column, or leaves no sample.
         """
         needed = dict.fromkeys(name for policy in policies for name in policy.uses_columns)
         columns = {name: column for name in needed if (column := self.column(name, epoch=epoch)) is not None}
@@ -322,15 +322,10 @@ class Scores:
         )
         candidates = np.arange(len(hashes)) if tokens is None else np.flatnonzero(tokens > 0)
         choice = ExplainedPlan.from_policies(policies, candidates, pool, seed)
-        return ExplainedPlan(
-            **{**{f.name: getattr(choice, f.name) for f in fields(ExplainedPlan)}, "missing": self.missing(epoch=epoch)}
-        )
+        return replace(choice, missing=self.missing(epoch=epoch))
 
     def last_plan(self) -> ExplainedPlan | None:
-        """The last plan of a run, with the reasons that were recorded when it was made; None without a record.
-
-        Indices count the rows.
-        """
+        """The last plan of a run, with the recorded reasons; None without a record. Its indices are row numbers."""
         if self.record is None or not len(self.record.plans):
             return None
         made = self.record.plans[-1]
@@ -357,7 +352,7 @@ class Scores:
         )
 
     def plans(self) -> dict[int, IntArray]:
-        """By epoch the samples of its plan, by their numbers in the data; empty for a file without."""
+        """By epoch, the samples of its plan, as row numbers of the data set; empty if there are no plans."""
         if self.load_plans is None:
             return {}
         table = self.load_plans()
@@ -365,10 +360,10 @@ class Scores:
         return {epoch: samples[epochs == epoch] for epoch in sorted(set(epochs.tolist()))}
 
     def about(self) -> dict[str, Any]:
-        """What a person wants to know of where the scores come from."""
+        """Where the scores come from, for people."""
         about = {name: self.facts.get(name) or None for name in ("model", "revision", "lora", "dtype", "dataset")}
         model = about["model"]
-        if model and model.startswith((".", "/", "~")):  # a page is passed on: the folder's name says enough
+        if model and model.startswith((".", "/", "~")):  # reports are shared, so show only the name of a local folder
             about["model"] = Path(model).name or model
         return about
 
@@ -381,19 +376,19 @@ def _schema_of(file: Path) -> pa.Schema:
     """A Parquet file's schema.
 
     Raises:
-        ValueError: there is no such file, or it is no Parquet file; the message says how to get one.
+        ValueError: there is no such file, or it is not a Parquet file.
     """
     if not file.exists():
         cure = "Make one with `distill-sampler score DATA --model M --output scores.parquet`."
         if (file.parent / PLANS).exists() or any(file.parent.glob("checkpoint-*")):
-            cure = "A run with attach keeps them as it goes; for one without, save_run(curriculum, FOLDER) writes them."
+            cure = "Runs with attach write their scores. In a loop of your own, call curriculum.save_run(FOLDER)."
         if file.with_name(file.name + ".parts").exists():
-            cure = "It is unfinished: run the same `distill-sampler score` again, and it goes on."
+            cure = "It is unfinished. Run the same `distill-sampler score` command again to continue."
         raise ValueError(f"There is no scores file {file}. {cure}")
     try:
         return pq.read_schema(file)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} is no Parquet file ({str(error).splitlines()[0]}).") from None
+        raise ValueError(f"{file} is not a Parquet file ({str(error).splitlines()[0]}).") from None
 
 
 def _float_columns(table: pa.Table, names: Sequence[str]) -> dict[str, FloatArray]:

@@ -107,7 +107,7 @@ def test_teachers_prints_the_leaderboard(scored: Path) -> None:
     assert "Few prompts" in ended.said
     for path, sentence in (
         (scored.with_name("none.parquet"), "There is no scores file"),
-        (__file__, "is no Parquet file"),
+        (__file__, "is not a Parquet file"),
     ):
         ended = call("teachers", path)
         assert (ended.code, sentence in ended.said) == (1, True)

@@ -99,4 +99,4 @@ def test_a_pass_over_some_samples_leaves_the_others_as_they_were(tmp_path: Path)
 def test_a_trainers_folder_without_scores_says_how_to_get_them(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-3").mkdir()
     ended = call("report", tmp_path)
-    assert (ended.code, "save_run(curriculum, FOLDER)" in ended.said) == (1, True)
+    assert (ended.code, "curriculum.save_run(FOLDER)" in ended.said) == (1, True)

@@ -345,7 +345,7 @@ def test_damaged_parts_are_scored_again_and_give_the_same_scores(
     assert rest.start_epoch(0, model) == plan
     for name, values in whole.store.latest.items():
         assert rest.store.latest[name].tobytes() == values.tobytes()
-    assert "is damaged; what it held, and what came after it, is done again" in caplog.text
+    assert "is damaged. This part and all that follow it are computed again" in caplog.text
 
 
 def test_where_nothing_can_be_written_scoring_goes_on_and_says_so(
@@ -364,7 +364,7 @@ def test_where_nothing_can_be_written_scoring_goes_on_and_says_so(
     monkeypatch.setattr(os, "fsync", full)
     curriculum = bound(dataset, tmp_path / "run")
     assert curriculum.start_epoch(0, tiny.model()) == plan
-    assert caplog.text.count("Scores cannot be kept while they are computed") == 2
+    assert caplog.text.count("parts of the scoring pass cannot be kept") == 2
     assert "No space left on device" in caplog.text
     assert "record can no longer be written" in caplog.text
     monkeypatch.undo()
