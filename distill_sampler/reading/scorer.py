@@ -4,8 +4,8 @@ Samples are scored in blocks, the longest first. Of each block every process rea
 whole block reach every process. Which views a reader takes into one batch is its own business (`model_reader.py`), how
 statistics become numbers is the metrics'.
 
-A sample whose view is longer than its reader's positions has no score by that metric, and the pass goes on. A metric that
-approximates another one is first compared with it on a few samples.
+A sample whose view is longer than its reader's positions has no score by that metric, and the pass goes on. A metric
+that approximates another one is first compared with it on a few samples.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ class Scorer:
         work.report_too_long()
 
     def numerics(self, model: nn.Module) -> dict[str, str]:
-        """What, besides the weights, decides the scores beyond rounding in the last bits; see `ModelReader.numerics`."""
+        """What, besides the weights, decides the scores beyond the last bits; see `ModelReader.numerics`."""
         return self.reader(model).numerics
 
     def _compare(
