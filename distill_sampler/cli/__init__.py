@@ -153,6 +153,10 @@ def score(
     batch_tokens: Annotated[
         int | None, typer.Option(help="Tokens of a batch, padding included: 2048 on a CPU, else 16384.")
     ] = None,
+    share_prompts: Annotated[
+        bool,
+        typer.Option("--share-prompts/--no-share-prompts", help="Read a prompt once for all responses to it, or not."),
+    ] = True,
     rank_clip: Annotated[int | None, typer.Option(help="Ranks above it count as this (RSR; 100 in the paper).")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
@@ -197,6 +201,7 @@ def score(
                 chat_template=chat_template,
                 max_length=max_length,
                 batch_tokens=batch_tokens,
+                share_prompts=share_prompts,
                 rank_clip=rank_clip,
                 dtype=dtype,
                 device=device,

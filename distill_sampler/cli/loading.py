@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from distill_sampler.reading.forward import reading
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -84,7 +86,8 @@ def load_student(
             raise ValueError(f"--chat-template {chat_template}: there is no such file.")
         tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
     model = model.to(device).eval()
-    _require_causal(model, name)
+    with reading(model):  # refuses what is not causal
+        pass
     return Student(
         model=model, tokenizer=tokenizer, dtype=dtype, revision=getattr(model.config, "_commit_hash", None) or revision
     )
@@ -99,20 +102,3 @@ def _with_lora(model: Any, lora: Path) -> Any:
         return PeftModel.from_pretrained(model, str(lora))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ValueError(f"--lora {lora} does not fit the model: {str(error).strip().splitlines()[0]}") from None
-
-
-def _require_causal(model: Any, name: str) -> None:
-    """Shown two texts that differ in their last token, a causal model says the same about the first ones.
-
-    Encoders such as BERT load as "causal" without a word; their numbers would mean nothing.
-    """
-    tokens = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]], device=model.device)
-    if model.config.get_text_config().vocab_size <= 9:
-        return
-    with torch.no_grad():
-        logits = model(input_ids=tokens, use_cache=False).logits[:, :3].float()
-    if not torch.allclose(logits[0], logits[1], rtol=1e-2, atol=1e-2) and bool(torch.isfinite(logits).all()):
-        raise ValueError(
-            f"{name} is not a causal language model: what it says about a token depends on the tokens after it. Give a "
-            "decoder such as Llama, Qwen or SmolLM."
-        )

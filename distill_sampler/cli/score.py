@@ -85,6 +85,7 @@ class Options:
     dtype: str = "auto"
     device: str = "auto"
     batch_tokens: int | None = None
+    share_prompts: bool = True
     max_length: int | None = None
     rank_clip: int | None = None
     traces: int = 30
@@ -134,6 +135,7 @@ def run(options: Options) -> None:
         + " whole text" * options.whole_text,
         "max_length": options.max_length,
         "batch_tokens": batch_tokens,
+        "share_prompts": options.share_prompts,
         "traces": options.traces,
         "prompts": options.prompts,
     }
@@ -175,7 +177,7 @@ class Job:
         # chosen for the whole run (4 bytes a token, roughly), not for each chunk: compilation pays off over all of them
         vocabulary = student.model.config.get_text_config().vocab_size
         impl = fastest(next(student.model.parameters()).device, sources.size // 4 * vocabulary)
-        self.scorer = Scorer(batch_tokens=batch_tokens, progress=False, impl=impl)
+        self.scorer = Scorer(batch_tokens=batch_tokens, share_prompts=options.share_prompts, progress=False, impl=impl)
         self.reader = self.scorer.reader(student.model)
         self.ends = end_token_ids(student.tokenizer, student.model)
         self.of_scored_prompts = _OfTheFirst(options.prompts)
