@@ -62,8 +62,8 @@ def run(
     told = scores.facts.get("layout")
     if told is None and data:
         raise ValueError(
-            f"--data: {path} holds the scores of a run, whose rows are the tokens that its trainer prepared. No file of "
-            "text can be matched with them; leave --data out to get a list by row number and by your columns."
+            f"--data: {path} holds the scores of a run, whose rows are the tokens that its trainer prepared. No file "
+            "of text can be matched with them; leave --data out to get a list by row number and by your columns."
         )
     plan = choice.plan
     wanted = np.zeros(len(choice.left_out_by), bool)
@@ -89,8 +89,8 @@ def run(
     )
     if told is None:
         say.print(
-            f"{path} holds no text, so this is a list: 'sample' is the number of a row in the data set that the trainer "
-            "prepared, 'weight' its weight in the loss, and your columns tell which row of yours it is.",
+            f"{path} holds no text, so this is a list: 'sample' is the number of a row in the data set that the "
+            "trainer prepared, 'weight' its weight in the loss, and your columns tell which row of yours it is.",
             markup=False,
         )
 
