@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from distill_sampler import GlobalNaturalness, RankSurprisalRatio, ScoredDataset, Scorer
-from distill_sampler.cli.loading import load_model, pick_device, pick_dtype
+from distill_sampler.cli.loading import load_model, locate, pick_device, pick_dtype
 from distill_sampler.reading.forward import unwrap
 from distill_sampler.reading.token_stats import fastest
 from distill_sampler.types import Metric
@@ -81,10 +81,11 @@ def _machine(device: torch.device) -> list[tuple[str, str]]:
 
 def _student(model: str | None, device: torch.device, dtype: str, trust_remote_code: bool) -> tuple[Any, str]:
     """The user's model, or a random one of the size of SmolLM2-135M: throughput does not depend on the weights."""
-    if model is not None:
-        loaded = load_model(model, revision=None, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        return loaded.model, f"{Path(model).name} in {loaded.dtype}"
     dtype = pick_dtype(dtype, device)
+    if model is not None:
+        locate(model)
+        loaded = load_model(model, revision=None, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        return loaded, f"{Path(model).name} in {dtype}"
     shape = LlamaConfig(
         vocab_size=49152,
         hidden_size=576,

@@ -5,27 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.hub import cached_file
 
 from distill_sampler.content import content_hashes
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """A model that is ready to be read with."""
-
-    model: Any
-    dtype: str
-    commit: str | None
-    """Of a model from the hub; None for a folder."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -46,22 +35,42 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"--device {name} cannot be used here ({reason}); 'cpu' always can.") from None
 
 
+def locate(name: str, *, revision: str | None = None, file: str = "config.json") -> tuple[Path, str | None]:
+    """Where a model's files lie or will lie once they are loaded, and its commit, if it is from the hub.
+
+    Args:
+        name: a folder, or a name on the hub.
+        revision: of a model on the hub.
+        file: one that it must have.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    folder = Path(name)
+    if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ValueError(f"There is no model folder {name}; check the path.")
+    if folder.is_dir():
+        if not (folder / file).exists():
+            hint = ""
+            if (folder / "adapter_config.json").exists():
+                hint = " It is an adapter: give the base model with --model, and this folder with --lora."
+            raise ValueError(f"The folder {name} holds no model (no {file}).{hint}")
+        return folder, None
+    with _refusals(name):
+        found = cached_file(name, file, revision=revision)
+        assert found is not None, "it raises where there is none"
+    folder = Path(found).parent
+    return folder, folder.name if folder.parent.name == "snapshots" else None
+
+
 def load_tokenizer(
     name: str, *, revision: str | None, chat_template: Path | None, trust_remote_code: bool = False
 ) -> Any:
     """The student's tokenizer, with another chat template if one is given.
 
     Raises:
-        ValueError: there is no such model or template, or it needs code of its own that nobody has allowed to run.
+        ValueError: there is no tokenizer or no such template, or code that nobody has allowed to run comes with it.
     """
-    folder = Path(name)
-    if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(f"There is no model folder {name}; check the path.")
-    if folder.is_dir() and not (folder / "config.json").exists():
-        hint = ""
-        if (folder / "adapter_config.json").exists():
-            hint = " It is an adapter: give the base model with --model, and this folder with --lora."
-        raise ValueError(f"The folder {name} holds no model (no config.json).{hint}")
     if chat_template is not None and not chat_template.is_file():
         raise ValueError(f"--chat-template {chat_template}: there is no such file.")
     with _refusals(name):
@@ -79,26 +88,24 @@ def load_model(
     device: torch.device,
     lora: Path | None = None,
     trust_remote_code: bool = False,
-) -> Model:
+) -> Any:
     """Load a causal language model, and put a LoRA on it if one is given.
 
     Raises:
         ValueError: it is not there, is not a causal language model, needs code of its own that nobody has allowed to
             run, or the adapter does not fit.
     """
-    dtype = pick_dtype(dtype, device)
     if lora is not None:
         _require_adapter(lora)
     with _refusals(name):
         model: Any = AutoModelForCausalLM.from_pretrained(
             name, revision=revision, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
         )
-    commit = getattr(model.config, "_commit_hash", None)
     if lora is not None:
         model = _with_lora(model, lora)
     model = model.to(device).eval()
     _require_causal(model, name)
-    return Model(model=model, dtype=dtype, commit=commit)
+    return model
 
 
 def pick_dtype(name: str, device: torch.device) -> str:
@@ -159,40 +166,27 @@ _PARTS = {
 """The files of each part; the chat template is compared as text."""
 
 
-def model_files(name: str, *, commit: str | None, lora: Path | None) -> dict[str, str]:
+def model_files(folder: Path, lora: Path | None) -> dict[str, str]:
     """Hashes of the files that decide what a student says, by part and name: `"weights/model.safetensors"`.
 
     Args:
-        name: a folder, or a name on the hub whose files are in the cache.
-        commit: of a model on the hub.
-        lora: an adapter.
+        folder: where the model's files lie.
+        lora: an adapter that is on the model, a folder or a name on the hub.
 
     Raises:
         OSError: a file cannot be read.
     """
     files: dict[str, Path] = {}
-    if (folder := _folder_of(name, "config.json", commit)) is not None:
-        for part, patterns in _PARTS.items():
-            for pattern in patterns:
-                found = {f"{part}/{file.name}": file for file in sorted(folder.glob(pattern)) if _counts(file)}
-                files |= found
-                if found and part == "weights":
-                    break  # where there are both, the safetensors are read
-    if lora is not None and (folder := _folder_of(str(lora), "adapter_config.json", None)) is not None:
-        files |= {f"adapter/{file.name}": file for file in sorted(folder.glob("adapter_*")) if file.is_file()}
+    for part, patterns in _PARTS.items():
+        for pattern in patterns:
+            found = [file for file in sorted(folder.glob(pattern)) if file.is_file() and file.name not in _NO_WEIGHTS]
+            files |= {f"{part}/{file.name}": file for file in found}
+            if found and part == "weights":
+                break  # where there are both, the safetensors are read
+    if lora is not None:
+        adapter, _ = locate(str(lora), file="adapter_config.json")
+        files |= {f"adapter/{file.name}": file for file in sorted(adapter.glob("adapter_*")) if file.is_file()}
     return dict(zip(files, content_hashes(list(files.values())), strict=True))
-
-
-def _counts(file: Path) -> bool:
-    return file.is_file() and file.name not in _NO_WEIGHTS
-
-
-def _folder_of(name: str, file: str, commit: str | None) -> Path | None:
-    """Where a model's files lie; None if they are nowhere on this machine."""
-    if Path(name).is_dir():
-        return Path(name)
-    found = try_to_load_from_cache(name, file, revision=commit)
-    return Path(found).parent if isinstance(found, str) else None
 
 
 def _require_adapter(lora: Path) -> None:

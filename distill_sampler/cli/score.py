@@ -24,7 +24,7 @@ from distill_sampler import Scorer, __version__
 from distill_sampler.artifacts.schema import VERSION
 from distill_sampler.artifacts.score_output import Origin, ScoreOutput
 from distill_sampler.cli.chunks import Intake, encoder_for
-from distill_sampler.cli.loading import load_model, load_tokenizer, model_files, pick_device, pick_dtype
+from distill_sampler.cli.loading import load_model, load_tokenizer, locate, model_files, pick_device, pick_dtype
 from distill_sampler.cli.score_job import Job
 from distill_sampler.contract import checked_metrics
 from distill_sampler.distributed import Ranks
@@ -97,7 +97,7 @@ def run(options: Options) -> None:
     metrics = list(checked_metrics(parse_metrics(options.metrics, rank_clip=options.rank_clip)).values())
     extras_of(metrics)
     require_writable(options.output, ".parquet")
-    pick_dtype(options.dtype, device)
+    dtype = pick_dtype(options.dtype, device)
     intake = Intake(
         sources,
         options.layout,
@@ -107,30 +107,32 @@ def run(options: Options) -> None:
         on_error=options.on_error,
         say=say,
     )
+    folder, commit = locate(options.model, revision=options.revision)
+    revision = commit or options.revision
     tokenizer = load_tokenizer(
         options.model,
-        revision=options.revision,
+        revision=revision,
         chat_template=options.chat_template,
         trust_remote_code=options.trust_remote_code,
     )
     encoder = encoder_for(tokenizer, intake.first, plain=options.plain, max_length=options.max_length, say=say)
     # the model, and whose scores there are already
-    student = load_model(
+    model = load_model(
         options.model,
-        revision=options.revision,
-        dtype=options.dtype,
+        revision=revision,
+        dtype=dtype,
         device=device,
         lora=options.lora,
         trust_remote_code=options.trust_remote_code,
     )
     batch_tokens = options.batch_tokens or (2048 if device.type == "cpu" else 16384)
     # chosen for the whole run (4 bytes a token, roughly), not for each chunk: compilation pays off over all of them
-    impl = fastest(device, sources.size // 4 * student.model.config.get_text_config().vocab_size)
+    impl = fastest(device, sources.size // 4 * model.config.get_text_config().vocab_size)
     scorer = Scorer(batch_tokens=batch_tokens, share_prompts=options.share_prompts, progress=False, impl=impl)
-    reader = scorer.reader(student.model)
+    reader = scorer.reader(model)
     settings = {
         "schema": VERSION,
-        "dtype": student.dtype,
+        "dtype": dtype,
         "numerics": reader.numerics,
         "metrics": [described(metric) for metric in metrics],
         "template": _digest(tokenizer.chat_template) if encoder.template else "plain",
@@ -148,8 +150,8 @@ def run(options: Options) -> None:
         return Origin(
             model=options.model,
             lora=str(options.lora) if options.lora else None,
-            commit=student.commit,
-            files=model_files(options.model, commit=student.commit, lora=options.lora),
+            commit=commit,
+            files=model_files(folder, options.lora),
             settings=settings,
             data=sources.contents(),
             rows=rows,
@@ -164,7 +166,7 @@ def run(options: Options) -> None:
         return
     facts = {
         "model": options.model,
-        "revision": student.commit or options.revision,
+        "revision": revision,
         "lora": str(options.lora) if options.lora else None,
         "split": options.split,
         "subset": options.subset,
@@ -181,7 +183,7 @@ def run(options: Options) -> None:
         metrics=[metric.with_tokenizer(tokenizer) for metric in metrics],
         intake=intake,
         encoder=encoder,
-        end_token_ids=end_token_ids(tokenizer, student.model),
+        end_token_ids=end_token_ids(tokenizer, model),
         output=output,
         batch_tokens=batch_tokens,
         say=say,

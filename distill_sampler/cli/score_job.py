@@ -107,6 +107,11 @@ class Job:
             raise ValueError(f"None of the rows could be used ({self.intake.bad} bad); see the reasons above.")
         self._tell_renamed()
         if self.ranks.rank == 0:
+            if self.intake.sources.contents() != list(output.origin.data):
+                raise ValueError(
+                    "The data changed while it was read, so it cannot be told what the scores belong to. Run the same "
+                    f"command again: the {output.rows:,} candidates that are scored are kept, and matched by content."
+                )
             group, teacher = self.tables.group, self.tables.teacher
             output.join(run_facts(run=None, metrics=self.metrics, group=group, teacher=teacher, **facts))
         self._notes(time.perf_counter() - started)

@@ -6,8 +6,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -139,7 +142,93 @@ def test_names_do_not_matter(candidates: Path, student: Path, tmp_path: Path) ->
     assert (ended.code, "nothing to do" in ended.said) == (0, True), ended.said
 
 
+def test_a_model_of_the_hub_is_known_by_its_commit_and_its_files(
+    candidates: Path, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "hub" / "models--someone--tiny"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def published(commit: str) -> Path:
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / "main").write_text(commit, encoding="utf-8")
+        return Path(shutil.copytree(student, repository / "snapshots" / commit, dirs_exist_ok=True))
+
+    first, second = "1" * 40, "2" * 40
+    cached, output = published(first), tmp_path / "s.parquet"
+    hub = Path("someone/tiny")
+    assert score(candidates, hub, output).code == 0
+    assert json.loads(pq.read_schema(output).metadata[b"distill_sampler.revision"]) == first
+    for same in (hub, student):  # a folder with the same files is the same model
+        assert "nothing to do" in score(candidates, same, output).said
+    (cached / "vocab.txt").write_text("another tool has fetched this since", encoding="utf-8")
+    assert "nothing to do" in score(candidates, hub, output).said
+    published(second)
+    assert "nothing to do" in score(candidates, hub, output).said, "another commit of the same files"
+    with_new_weights(student)
+    published(second)
+    for change in ((), ("--revision", first)):
+        ended = score(candidates, hub, output, *change)
+        assert (ended.code, "other weights" in ended.said) == (int(not change), not change), ended.said
+    shutil.copy(student / "model.safetensors", cached)
+    assert "other weights" in score(candidates, hub, output, "--revision", first).said
+
+
 # ---- The data ----
+
+
+class _Hub:
+    """A data set on the hub that is a folder here."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.commit: str | None = None
+        self.asked: list[str | None] = []
+        self._folder = folder
+        folder.mkdir()
+        self._load = datasets.load_dataset
+        patch.setattr(datasets, "load_dataset", self._loaded)
+        patch.setattr(huggingface_hub.HfApi, "dataset_info", self._info)
+
+    def holds(self, many: list[Any]) -> None:
+        write_lines(self._folder / "train.jsonl", many)
+
+    def _info(self, name: str, **options: Any) -> Any:
+        if self.commit is None:
+            raise ConnectionError("no network")
+        return SimpleNamespace(sha=self.commit)
+
+    def _loaded(self, name: str, *more: Any, revision: str | None, **options: Any) -> Any:
+        self.asked.append(revision)
+        return self._load(str(self._folder), *more, **options)
+
+
+def test_a_data_set_of_the_hub_is_known_by_its_commit(
+    tmp_path: Path, student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub, name, output = _Hub(tmp_path / "hub", monkeypatch), Path("someone/traces"), tmp_path / "s.parquet"
+    hub.holds(rows())
+    hub.commit = "abc"
+    assert score(name, student, output).code == 0
+    assert set(hub.asked) == {"abc"}, "what is read is what it is called"
+    assert "nothing to do" in score(name, student, output).said
+    hub.commit = "def"
+    ended = score(name, student, output)
+    assert (ended.code, "someone/traces (train) has other content" in ended.said) == (1, True), ended.said
+
+
+def test_a_hub_that_tells_no_commit_is_matched_by_content(
+    tmp_path: Path, student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub, name, output = _Hub(tmp_path / "hub", monkeypatch), Path("someone/traces"), tmp_path / "s.parquet"
+    many = rows(60)
+    hub.holds(many)
+    with stopped_after(1):
+        score(name, student, output, *SMALL_CHUNKS)
+    hub.holds([*many[30:], *many[:30]])
+    ended = score(name, student, output, *SMALL_CHUNKS, "--traces", 30)
+    assert (ended.code, "not scored again: 64." in ended.said) == (0, True), ended.said
+    assert pq.read_table(output)["teacher"].to_pylist() == [row["teacher"] for row in [*many[30:], *many[:30]]]
+    ended = score(name, student, output, *SMALL_CHUNKS)
+    assert (ended.code, "nothing to do" in ended.said, "did not say" in ended.said) == (0, True, True), ended.said
 
 
 def test_finished_scores_of_other_data_are_refused(candidates: Path, student: Path, tmp_path: Path) -> None:
@@ -194,6 +283,25 @@ def test_a_repaired_line_costs_what_was_not_scored_and_no_more(
         else:
             assert left.equals(right), name
     assert not [path.name for path in tmp_path.iterdir() if "parts" in path.name]
+
+
+def test_data_that_changes_while_it_is_read_is_not_called_finished(
+    tmp_path: Path, student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, output = write_lines(tmp_path / "d.jsonl", rows(30)), tmp_path / "s.parquet"
+    add = ScoreOutput.add
+
+    def add_while_data_grows(self: ScoreOutput, table: Any) -> None:
+        add(self, table)
+        with data.open("a", encoding="utf-8") as lines:
+            lines.write("\n")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ScoreOutput, "add", add_while_data_grows)
+        ended = score(data, student, output)
+    assert (ended.code, "changed while it was read" in ended.said, output.exists()) == (1, True, False), ended.said
+    ended = score(data, student, output)
+    assert (ended.code, "not scored again: 90." in ended.said) == (0, True), ended.said
 
 
 def test_a_repaired_run_that_is_stopped_goes_on_too(tmp_path: Path, student: Path) -> None:

@@ -134,6 +134,15 @@ def test_the_length_that_was_given_and_epochs_that_were_not_scored_for_count(
     assert scores.choose(policies, seed=8).plan != plans[-1]
 
 
+def test_an_epoch_whose_rest_was_planned_anew_has_its_last_plan(dataset: ScoredDataset, tmp_path: Path) -> None:
+    policies: list[Policy] = [BestOf(RSR, per="prompt_id"), Shuffle()]
+    curriculum = run(dataset, tmp_path, policies, epochs=1, rescore=Rescore(every_steps=2))
+    begun = curriculum.plans[-1]
+    assert curriculum.replan(tiny.model(seed=3), step=2, into_epoch=2, start=3) is not None
+    assert curriculum.sampler.plan != begun
+    assert Scores.open(tmp_path).choose(policies, seed=7, epoch=0).plan == curriculum.sampler.plan
+
+
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
 def test_the_list_says_which_rows_why_and_that_there_is_no_text(
     ending: str, dataset: ScoredDataset, tmp_path: Path
