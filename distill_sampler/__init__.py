@@ -41,9 +41,10 @@ if TYPE_CHECKING:
     from distill_sampler.policies.sort_by import SortBy
     from distill_sampler.policies.weight_by_softmax import WeightBySoftmax
     from distill_sampler.policies.within_length import WithinLength
+    from distill_sampler.protocols import Metric, Policy, Reader, Tap
     from distill_sampler.reading.model_reader import ModelReader
     from distill_sampler.reading.scorer import Scorer
-    from distill_sampler.types import EpochPlan, Metric, Policy, Pool, Reader, Sample, TokenStats, View
+    from distill_sampler.types import Batch, EpochPlan, Pool, Sample, TokenStats, View
 
 __version__ = "0.2.0"
 
@@ -83,12 +84,14 @@ _HOMES = {
     ),
     "reading.model_reader": ("ModelReader",),
     "reading.scorer": ("Scorer",),
-    "types": ("EpochPlan", "Metric", "Policy", "Pool", "Reader", "Sample", "TokenStats", "View"),
+    "protocols": ("Metric", "Policy", "Reader", "Tap"),
+    "types": ("Batch", "EpochPlan", "Pool", "Sample", "TokenStats", "View"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AslecDrop",
+    "Batch",
     "BestOf",
     "BestTeacher",
     "CompetencePacing",
@@ -122,6 +125,7 @@ __all__ = [
     "Scorer",
     "Shuffle",
     "SortBy",
+    "Tap",
     "TokenStats",
     "View",
     "WeightBySoftmax",

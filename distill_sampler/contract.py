@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from distill_sampler.types import Metric, Policy, unknown_name
+from distill_sampler.protocols import Metric, Policy
+from distill_sampler.types import unknown_name
 
 _HINTS = {"metric": "RankSurprisalRatio()", "policy": "Shuffle()"}
 

@@ -22,10 +22,11 @@ from distill_sampler.planning.planner import Planner
 from distill_sampler.planning.rescore import Rescore
 from distill_sampler.planning.sampler import DistillSampler
 from distill_sampler.planning.summary import EpochSummary, ScoringSummary
+from distill_sampler.protocols import Metric, Policy
 from distill_sampler.reading.observer import not_observable
 from distill_sampler.reading.scorer import Scorer
 from distill_sampler.store import ScoreStore
-from distill_sampler.types import EpochPlan, IntArray, Metric, Policy
+from distill_sampler.types import EpochPlan, IntArray
 
 
 class Curriculum:

@@ -18,13 +18,14 @@ from distill_sampler.dataset import ScoredDataset
 from distill_sampler.distributed import Ranks
 from distill_sampler.planning.rescore import Clock, Rescore, candidates_to_score
 from distill_sampler.planning.summary import ScoringSummary
+from distill_sampler.protocols import Metric
 from distill_sampler.reading.model_reader import ModelReader
 from distill_sampler.reading.readings import Readings
 from distill_sampler.reading.reduce import columns_of, data_columns_of
 from distill_sampler.reading.scorer import Scorer
 from distill_sampler.serialize import described, differences, hash_of
 from distill_sampler.store import ScoreStore, ScoringPass
-from distill_sampler.types import IntArray, Metric, Missing
+from distill_sampler.types import IntArray, Missing
 
 logger = logging.getLogger(__name__)
 

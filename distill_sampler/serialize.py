@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from distill_sampler.types import Reader
+from distill_sampler.protocols import Reader
 
 # ---- Values ----
 

@@ -26,7 +26,8 @@ from distill_sampler import policies as policies_package
 from distill_sampler.contract import lacking
 from distill_sampler.planning.rescore import Rescore
 from distill_sampler.plugins import Plugin, imported, plugins
-from distill_sampler.types import Metric, Policy, unknown_name
+from distill_sampler.protocols import Metric, Policy
+from distill_sampler.types import unknown_name
 
 logger = logging.getLogger(__name__)
 

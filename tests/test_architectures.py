@@ -44,13 +44,14 @@ from transformers import (
 )
 
 from distill_sampler import ScoredDataset, Scorer
+from distill_sampler.protocols import PassInfo
 from distill_sampler.reading.batching import token_batches
 from distill_sampler.reading.forward import reading
 from distill_sampler.reading.lengths import switches_at
 from distill_sampler.reading.model_reader import ModelReader
 from distill_sampler.reading.observer import Observer
 from distill_sampler.reading.sharing import can_share
-from distill_sampler.types import PassInfo, View
+from distill_sampler.types import View
 from tests import tiny, zoo
 from tests.test_scorer import METRICS, PLAIN, assert_same, reference, scores
 

@@ -23,7 +23,8 @@ from distill_sampler import (
     SortBy,
 )
 from distill_sampler.artifacts.schema import VERSION, decode_facts
-from distill_sampler.types import Policy, Pool
+from distill_sampler.protocols import Policy
+from distill_sampler.types import Pool
 from tests import tiny
 
 RSR = "rank_surprisal_ratio"

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 import distill_sampler
 from distill_sampler.contract import members
 from distill_sampler.plugins import GROUPS
-from distill_sampler.types import Metric, Policy, Reader, Tap
+from distill_sampler.protocols import Metric, Policy, Reader, Tap
 from tests import tiny
 from tests.test_readme import stage
 

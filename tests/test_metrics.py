@@ -10,8 +10,9 @@ import pytest
 
 import distill_sampler.metrics
 from distill_sampler import GlobalNaturalness, RankSurprisalRatio
+from distill_sampler.protocols import Metric
 from distill_sampler.testing import check_metric
-from distill_sampler.types import Metric, Sample, TokenStats
+from distill_sampler.types import Sample, TokenStats
 
 
 def all_metrics() -> list[Metric]:

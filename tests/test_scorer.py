@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModel, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from distill_sampler import GlobalNaturalness, RankSurprisalRatio, ScoredDataset, Scorer
+from distill_sampler.protocols import Metric
 from distill_sampler.reading.batching import token_batches
 from distill_sampler.reading.forward import reading, unwrap
-from distill_sampler.types import Metric, Sample, TokenStats, View
+from distill_sampler.types import Sample, TokenStats, View
 from tests import tiny
 
 PLAIN = {

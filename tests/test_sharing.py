@@ -13,11 +13,12 @@ from transformers import DynamicCache, PreTrainedModel
 from typer.testing import CliRunner
 
 from distill_sampler.cli import app
+from distill_sampler.protocols import PassInfo
 from distill_sampler.reading import sharing
 from distill_sampler.reading.forward import Forward, reading
 from distill_sampler.reading.model_reader import ModelReader, _Session
 from distill_sampler.reading.sharing import can_share, trial
-from distill_sampler.types import PassInfo, TokenStats, View
+from distill_sampler.types import TokenStats, View
 from tests import tiny, zoo
 
 

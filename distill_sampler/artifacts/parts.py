@@ -85,15 +85,15 @@ class Parts:
         write_part(table, self.folder, f"{len(self.paths()):07d}")
 
     def take(self, other: Parts) -> None:
-        """Move another folder's pieces behind these: the last one first, so that those an interruption leaves behind
-        are still the first ones.
+        """Move the parts of another folder behind these, the last one first: what an interruption leaves behind there
+        still begins with the first part.
 
         Raises:
-            OSError: a piece cannot be moved.
+            OSError: a part cannot be moved.
         """
         number = len(self.paths())
         for path in reversed(other.paths()):
-            path.rename(self.folder / f"{number:07d}.parquet")
+            path.rename(self.folder / f"{number:07d}-{path.name.partition('-')[2]}")
             number += 1
 
     def remove(self) -> None:

@@ -12,12 +12,13 @@ import pyarrow as pa
 
 from distill_sampler.artifacts.parts import Parts
 from distill_sampler.dataset import ScoredDataset
+from distill_sampler.protocols import Metric
 from distill_sampler.reading.model_reader import ModelReader
 from distill_sampler.reading.readings import Readings
 from distill_sampler.reading.reduce import columns_of
 from distill_sampler.reading.scored import Scored
 from distill_sampler.reading.scorer import Scorer
-from distill_sampler.types import IntArray, Metric
+from distill_sampler.types import IntArray
 
 logger = logging.getLogger(__name__)
 

@@ -21,9 +21,10 @@ from typing import Any
 import pyarrow as pa
 
 from distill_sampler.planning.why import facts_of
+from distill_sampler.protocols import Metric, Policy
 from distill_sampler.serialize import as_typed, described
 from distill_sampler.specs import known_metrics, recorded_metric
-from distill_sampler.types import FloatArray, Metric, Policy, Sample, TokenStats
+from distill_sampler.types import FloatArray, Sample, TokenStats
 
 VERSION = 2
 PREFIX = b"distill_sampler."

@@ -19,9 +19,9 @@ from transformers.utils import logging as transformers_logging
 from distill_sampler import GlobalNaturalness, RankSurprisalRatio, ScoredDataset, Scorer
 from distill_sampler.cli.loading import load_model, locate, pick_device, pick_dtype
 from distill_sampler.plugins import Plugin, plugins
+from distill_sampler.protocols import Metric
 from distill_sampler.reading.forward import unwrap
 from distill_sampler.reading.token_stats import fastest
-from distill_sampler.types import Metric
 
 PACKAGES = ("distill_sampler", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "deepspeed", "triton")
 LENGTH = 512

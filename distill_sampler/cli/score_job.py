@@ -25,10 +25,11 @@ from distill_sampler.artifacts.score_output import ScoreOutput
 from distill_sampler.cli.chunks import Chunk, Intake
 from distill_sampler.cli.tables import ChunkScores, RowTables
 from distill_sampler.dataset import ScoredDataset
+from distill_sampler.protocols import Metric
 from distill_sampler.reading.model_reader import ModelReader
 from distill_sampler.reading.reduce import columns_of
 from distill_sampler.sources.encoding import Encoder
-from distill_sampler.types import FloatArray, IntArray, Metric, Missing, TokenStats
+from distill_sampler.types import FloatArray, IntArray, Missing, TokenStats
 
 BATCHES_PER_CHUNK = 8
 """A chunk holds this many batches' tokens, the scorer's own measure: what a kill costs, at most."""

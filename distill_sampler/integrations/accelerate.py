@@ -37,7 +37,8 @@ from distill_sampler.integrations.observed_scores import ObservedScores
 from distill_sampler.integrations.refusals import refuse_parallelism
 from distill_sampler.integrations.sample_log import SampleLog
 from distill_sampler.planning.sampler import DistillSampler
-from distill_sampler.types import Batch, Tap
+from distill_sampler.protocols import Tap
+from distill_sampler.types import Batch
 
 logger = logging.getLogger(__name__)
 

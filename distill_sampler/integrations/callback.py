@@ -24,7 +24,7 @@ from distill_sampler.integrations.checkpoints import STATE_ENTRY, TRAINER_STATE,
 from distill_sampler.integrations.refusals import check_position, samples_per_step
 from distill_sampler.integrations.seams import output_of
 from distill_sampler.planning.summary import PREFIX
-from distill_sampler.types import Tap
+from distill_sampler.protocols import Tap
 
 logger = logging.getLogger(__name__)
 

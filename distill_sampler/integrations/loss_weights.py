@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill_sampler.protocols import Tap
 from distill_sampler.reading.forward import unwrap
-from distill_sampler.types import Batch, Tap
+from distill_sampler.types import Batch
 
 
 class LossWeights(Tap):

@@ -9,8 +9,9 @@ from torch import nn
 
 from distill_sampler.curriculum import Curriculum
 from distill_sampler.integrations.sharding import whole_head
+from distill_sampler.protocols import Tap
 from distill_sampler.reading.observer import Observer
-from distill_sampler.types import Batch, Tap
+from distill_sampler.types import Batch
 
 
 class ObservedScores(Tap):

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from distill_sampler.protocols import Tap
 from distill_sampler.serialize import write_atomically
-from distill_sampler.types import Batch, EpochPlan, Tap
+from distill_sampler.types import Batch, EpochPlan
 
 
 class SampleLog(Tap):

@@ -33,9 +33,9 @@ from distill_sampler.integrations.seams import (
     train_through,
 )
 from distill_sampler.integrations.trl import is_sft_trainer
+from distill_sampler.protocols import Tap
 from distill_sampler.sources.templates import markers
 from distill_sampler.truncation import cut_responses
-from distill_sampler.types import Tap
 
 if Version(transformers.__version__) < Version("5.3"):
     raise ImportError(f"distill_sampler needs transformers 5.3 or later; {transformers.__version__} is installed.")

@@ -9,7 +9,8 @@ from typing import Any, Self
 
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.hashing import content_uniform
-from distill_sampler.types import Metric, Sample, TokenStats, View
+from distill_sampler.protocols import Metric
+from distill_sampler.types import Sample, TokenStats, View
 
 
 @documents_fields

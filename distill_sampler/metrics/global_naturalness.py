@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from distill_sampler.field_docs import documents_fields
-from distill_sampler.types import Metric, Sample, TokenStats
+from distill_sampler.protocols import Metric
+from distill_sampler.types import Sample, TokenStats
 
 
 @documents_fields

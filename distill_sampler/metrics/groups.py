@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from distill_sampler.types import FloatArray, IntArray, Metric
+from distill_sampler.protocols import Metric
+from distill_sampler.types import FloatArray, IntArray
 
 
 def group_score(metric: Metric, numbers: Mapping[str, FloatArray], indices: IntArray) -> float:

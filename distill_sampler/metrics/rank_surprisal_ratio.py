@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from distill_sampler.field_docs import documents_fields
-from distill_sampler.types import FloatArray, Metric, Sample, TokenStats
+from distill_sampler.protocols import Metric
+from distill_sampler.types import FloatArray, Sample, TokenStats
 
 
 @documents_fields

@@ -17,8 +17,9 @@ import numpy as np
 
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.metrics.steps import Splitter, sentences, token_steps
+from distill_sampler.protocols import Metric
 from distill_sampler.serialize import described
-from distill_sampler.types import FloatArray, Metric, Sample, TokenStats, View
+from distill_sampler.types import FloatArray, Sample, TokenStats, View
 
 Steps = list[tuple[int, int]]
 """`(start, stop)` of each step, as positions among the sample's tokens."""

@@ -12,7 +12,8 @@ from rich.text import Text
 
 from distill_sampler.metrics.groups import group_score
 from distill_sampler.policies import effective_sample_size
-from distill_sampler.types import Column, EpochPlan, FloatArray, IntArray, Metric
+from distill_sampler.protocols import Metric
+from distill_sampler.types import Column, EpochPlan, FloatArray, IntArray
 
 PREFIX = "curriculum/"
 """Start of the name of every number in a trainer's log."""

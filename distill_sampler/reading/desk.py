@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
+from distill_sampler.protocols import Metric, Read, Reader
 from distill_sampler.reading.model_reader import ModelReader
 from distill_sampler.reading.readings import Key, Readings
-from distill_sampler.types import STUDENT, Metric, Missing, Read, Reader, Sample, TokenStats, View
+from distill_sampler.types import STUDENT, Missing, Sample, TokenStats, View
 
 Place = tuple[str, int]
 """Where a view lies: its reader's identity, and a number among that reader's views."""

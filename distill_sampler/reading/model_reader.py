@@ -23,13 +23,14 @@ import torch
 from torch import nn
 
 from distill_sampler.distributed import Ranks
+from distill_sampler.protocols import PassInfo, Read, Reader
 from distill_sampler.reading.batching import Wave, waves
 from distill_sampler.reading.forward import Forward, reading, unwrap
 from distill_sampler.reading.lengths import positions
 from distill_sampler.reading.sharing import Prefix, can_share
 from distill_sampler.reading.token_stats import EXTRAS, Impl, available, fastest
 from distill_sampler.serialize import digest, hash_of
-from distill_sampler.types import IntArray, PassInfo, Read, Reader, TokenStats, View
+from distill_sampler.types import IntArray, TokenStats, View
 
 logger = logging.getLogger(__name__)
 

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from distill_sampler.dataset import ScoredDataset
+from distill_sampler.protocols import Metric
 from distill_sampler.reading.forward import autocast_dtype, forward_of, reading, unwrap
 from distill_sampler.reading.lengths import switches_at
 from distill_sampler.reading.reduce import columns_of, data_columns_of, extras_of, reduced
 from distill_sampler.reading.token_stats import LogitTransform, Project, Room, chunk_for, linear, module, token_stats
-from distill_sampler.types import Batch, FloatArray, IntArray, Metric, Missing, Sample, TokenStats
+from distill_sampler.types import Batch, FloatArray, IntArray, Missing, Sample, TokenStats
 
 Whole = Callable[[nn.Module], AbstractContextManager[tuple[Tensor, Tensor | None]]]
 """Weight and bias of a linear output head, gathered if they are sharded. Every process enters it."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
-from distill_sampler.types import Reader, TokenStats, View
+from distill_sampler.protocols import Reader
+from distill_sampler.types import TokenStats, View
 
 Key = tuple[str, bytes]
 """A reader's identity, and a hash of a view."""

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from distill_sampler.protocols import Metric
 from distill_sampler.reading.token_stats import EXTRAS
-from distill_sampler.types import FloatArray, Metric, Missing, Sample, TokenStats
+from distill_sampler.types import FloatArray, Missing, Sample, TokenStats
 
 ALWAYS = ("surprisal", "rank", "ties")
 """Statistics that every pass gives."""

@@ -24,6 +24,7 @@ from distill_sampler.correlation import spearman
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.distributed import Ranks
 from distill_sampler.field_docs import documents_fields
+from distill_sampler.protocols import Metric, PassInfo, Read, Reader
 from distill_sampler.reading.blocks import blocks_of, units_of
 from distill_sampler.reading.desk import Desk, whole_view
 from distill_sampler.reading.model_reader import ModelReader
@@ -31,16 +32,7 @@ from distill_sampler.reading.readings import Readings
 from distill_sampler.reading.reduce import columns_of, data_columns_of, extras_of, reduced
 from distill_sampler.reading.scored import Scored
 from distill_sampler.reading.token_stats import Impl
-from distill_sampler.types import (
-    BoolArray,
-    FloatArray,
-    IntArray,
-    Metric,
-    Missing,
-    PassInfo,
-    Read,
-    Reader,
-)
+from distill_sampler.types import BoolArray, FloatArray, IntArray, Missing
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,9 @@ import numpy.typing as npt
 
 from distill_sampler.artifacts.scorefile import Scores
 from distill_sampler.policies.keys import best_first_order, first_of_each
+from distill_sampler.protocols import Metric
 from distill_sampler.report.verdict import Estimate, TeacherLine, verdict_of, warnings_of
-from distill_sampler.types import BoolArray, Column, FloatArray, HashArray, IntArray, Metric
+from distill_sampler.types import BoolArray, Column, FloatArray, HashArray, IntArray
 
 MAX_DOMAINS = 8
 """Domains with a leaderboard of their own: the largest ones."""

@@ -19,9 +19,9 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from distill_sampler.artifacts.scorefile import Scores
+from distill_sampler.protocols import Policy
 from distill_sampler.report.payload import payload
 from distill_sampler.serialize import require_writable
-from distill_sampler.types import Policy
 
 _HERE = Path(__file__).parent
 

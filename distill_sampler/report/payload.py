@@ -20,9 +20,10 @@ from distill_sampler.artifacts.schema import TRACE_COLUMNS
 from distill_sampler.artifacts.scorefile import Scores
 from distill_sampler.planning.why import ExplainedPlan
 from distill_sampler.policies import BestOf
+from distill_sampler.protocols import Policy
 from distill_sampler.report.leaderboard import Leaderboard, domain_sentence, rank_domains, rank_teachers
 from distill_sampler.report.verdict import Estimate
-from distill_sampler.types import Column, FloatArray, IntArray, Policy
+from distill_sampler.types import Column, FloatArray, IntArray
 
 MAX_POINTS = 4000
 """Samples in the pictures; more are drawn from at random (figures in tables are of all)."""

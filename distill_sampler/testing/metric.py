@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from distill_sampler.protocols import Metric, Reader
 from distill_sampler.serialize import described
 from distill_sampler.testing.verdict import Verdict
-from distill_sampler.types import STUDENT, Metric, Reader, Sample, TokenStats, View
+from distill_sampler.types import STUDENT, Sample, TokenStats, View
 
 STATISTICS = tuple(each.name for each in fields(TokenStats) if each.name != "cost")
 ALWAYS = ("surprisal", "rank", "ties")

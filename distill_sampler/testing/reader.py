@@ -8,9 +8,10 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
+from distill_sampler.protocols import PassInfo, Reader
 from distill_sampler.testing.metric import ALWAYS, STATISTICS
 from distill_sampler.testing.verdict import Verdict
-from distill_sampler.types import PassInfo, Reader, TokenStats, View
+from distill_sampler.types import TokenStats, View
 
 LONGEST = 4096
 """A reader that can read at most so many tokens is shown a view of exactly as many as it can."""

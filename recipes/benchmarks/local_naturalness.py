@@ -30,7 +30,7 @@ from scoring import DTYPES, load, ratio, take_turns
 from transformers import AutoTokenizer
 
 from distill_sampler import GlobalNaturalness, LocalNaturalness, ScoredDataset, Scorer
-from distill_sampler.types import Metric
+from distill_sampler.protocols import Metric
 
 SCORER = Scorer(progress=False)
 

@@ -52,10 +52,11 @@ from transformers import (
 
 from distill_sampler import BestOf, Curriculum, RankSurprisalRatio, Rescore, ScoredDataset, Scorer, Shuffle, attach
 from distill_sampler.cli import demo_parts
+from distill_sampler.protocols import Metric
 from distill_sampler.reading.observer import Observer
 from distill_sampler.report.leaderboard import spearman
 from distill_sampler.specs import parse_metrics
-from distill_sampler.types import FloatArray, Metric, Sample, TokenStats, View
+from distill_sampler.types import FloatArray, Sample, TokenStats, View
 
 RSR = "rank_surprisal_ratio"
 QUIET = Scorer(progress=False)

@@ -14,9 +14,10 @@ from transformers import dynamic_module_utils
 import distill_sampler
 from distill_sampler.artifacts.scorefile import Scores
 from distill_sampler.policies import BestOf
+from distill_sampler.protocols import Metric
 from distill_sampler.sources.candidates import Layout, read_candidates
 from distill_sampler.sources.files import Sources
-from distill_sampler.types import Metric, Sample, TokenStats
+from distill_sampler.types import Sample, TokenStats
 from tests import tiny
 from tests.cli.conftest import Ended, call, rows, write_lines
 from tests.cli.test_score_again import stopped_after

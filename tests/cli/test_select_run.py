@@ -34,8 +34,8 @@ from distill_sampler import (
 from distill_sampler.artifacts.record import RECORD
 from distill_sampler.artifacts.scorefile import Scores
 from distill_sampler.policies import __all__ as offered
+from distill_sampler.protocols import Policy
 from distill_sampler.serialize import as_typed
-from distill_sampler.types import Policy
 from tests import tiny
 from tests.cli.conftest import call
 

@@ -20,8 +20,8 @@ from distill_sampler import (
     TokenStats,
     View,
 )
+from distill_sampler.protocols import PassInfo, Read
 from distill_sampler.testing import check_reader
-from distill_sampler.types import PassInfo, Read
 from tests import tiny
 
 CALLS: list[int] = []

@@ -23,7 +23,8 @@ from distill_sampler import (
     Shuffle,
     SortBy,
 )
-from distill_sampler.types import Missing, PassInfo, Sample, TokenStats, View
+from distill_sampler.protocols import PassInfo
+from distill_sampler.types import Missing, Sample, TokenStats, View
 from tests import tiny
 
 RSR = "rank_surprisal_ratio"
@@ -168,7 +169,7 @@ def test_another_column_is_refused_on_a_resume(model: PreTrainedModel) -> None:
     curriculum = bound(with_level(LEVELS), Difficulty())
     curriculum.start_epoch(0, model)
     other = bound(with_level([*LEVELS[1:], None]), Difficulty())
-    with pytest.raises(ValueError, match=r"their column 'level' is .*accept_changes=True"):
+    with pytest.raises(ValueError, match=r"column 'level'.*accept_changes=True"):
         other.load_state_dict(curriculum.state_dict())
     other.load_state_dict(curriculum.state_dict(), accept_changes=True)
     assert np.isnan(other.store.latest["difficulty"]).all()  # scores of the old column are not taken over
@@ -233,7 +234,7 @@ def test_another_teacher_is_refused_on_a_resume(dataset: ScoredDataset, model: P
     curriculum = bound(dataset, Gap(teacher=Counting("one")))
     curriculum.start_epoch(0, model)
     bound(dataset, Gap(teacher=Counting("one"))).load_state_dict(curriculum.state_dict())
-    with pytest.raises(ValueError, match=r"their metrics is .*<one>.*<two>"):
+    with pytest.raises(ValueError, match=r"metrics.*<one>.*<two>"):
         bound(dataset, Gap(teacher=Counting("two"))).load_state_dict(curriculum.state_dict())
 
 
@@ -255,7 +256,7 @@ def test_a_reader_that_the_metric_does_not_have_is_refused(dataset: ScoredDatase
 
 
 def test_a_metric_with_another_reader_cannot_be_observed(dataset: ScoredDataset) -> None:
-    with pytest.raises(ValueError, match="observe=True: gap reads"):
+    with pytest.raises(ValueError, match="observe=True: gap"):
         Curriculum(metrics=[Gap(teacher=Counting())], policies=[Shuffle()], observe=True).bind(dataset, observes=True)
 
 

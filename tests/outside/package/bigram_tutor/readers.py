@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from distill_sampler import Reader, TokenStats, View
+from distill_sampler.protocols import PassInfo, Read
 from distill_sampler.serialize import hash_of
-from distill_sampler.types import PassInfo, Read
 
 
 @dataclass(frozen=True)

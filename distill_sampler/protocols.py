@@ -1,0 +1,261 @@
+"""What plugs in: readers, metrics, policies and taps. Nothing here acts.
+
+`Metric`, `Policy` and `Reader` are protocols with defaults: subclass one and write only what differs.
+`distill_sampler.testing` tests the contract of each.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol, Self, runtime_checkable
+
+import numpy as np
+
+from distill_sampler.field_docs import documents_fields
+from distill_sampler.types import Batch, EpochPlan, FloatArray, IntArray, Pool, Sample, TokenStats, View
+
+Read = Callable[[Sequence[View]], Sequence[TokenStats]]
+"""What an open reader gives: views in, the statistics of each out, in the same order."""
+
+
+def _no_progress(tokens: int) -> None:
+    """Tell nobody."""
+
+
+@documents_fields
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PassInfo:
+    """What a reader is told of a pass before it begins."""
+
+    statistics: Collection[str] = ()
+    """Fields of `TokenStats` that are wanted besides `surprisal`, `rank` and `ties`."""
+    tokens: int = 0
+    """About how many scored tokens there will be."""
+    examples: Sequence[View] = ()
+    """Some views like those to come, the same ones on every process."""
+    progress: Callable[[int], None] = _no_progress
+    """To be called with the number of tokens of the views that have been read."""
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """Reads views and gives the statistics of their scored tokens.
+
+    The student in this process is one (`reading.ModelReader`); a frozen teacher, a base model or an engine in another
+    process are others. How it batches, retries or caches is its own business. Subclass this protocol for the defaults.
+    """
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """What the numbers depend on besides the views, as text: for a frozen reader its weights by content. Scores of
+        readers with different identities are never mixed, and another one on a resume is refused."""
+        ...
+
+    @property
+    def frozen(self) -> bool:
+        """Whether it always gives the same numbers. What a frozen reader gave is kept and never read again."""
+        return True
+
+    @property
+    def numerics(self) -> Mapping[str, str]:
+        """What decides its numbers beyond rounding: dtypes, tie rule, quantization. Scores that differ in it must not
+        be compared."""
+        return {}
+
+    @property
+    def positions(self) -> float:
+        """The longest view that it can read, in tokens."""
+        return float("inf")
+
+    @property
+    def statistics(self) -> Collection[str]:
+        """Which fields of `TokenStats` it can give."""
+        return ("surprisal",)
+
+    @property
+    def tokenizer(self) -> Any:
+        """Turns text into its tokens and back; None if it shares the student's."""
+        return None
+
+    @property
+    def block_tokens(self) -> int:
+        """How many tokens of views it wants at a time. All processes must say the same."""
+        return 16384
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether it gains by getting the views of equal prompts together."""
+        return False
+
+    @abstractmethod
+    def open(self, info: PassInfo) -> AbstractContextManager[Read]:
+        """Get ready for a pass.
+
+        With several processes, each one calls the function that it gets equally often, perhaps with no views at all.
+        """
+        ...
+
+
+@runtime_checkable
+class Metric(Protocol):
+    """A score of a sample: which views it needs, how their statistics become numbers, and which way is better.
+
+    Write a frozen dataclass that subclasses this protocol; its fields are its configuration. Only `name` and `reduce`
+    have no default:
+
+        @dataclass(frozen=True, kw_only=True)
+        class MeanEntropy(Metric):
+            name: str = "mean_entropy"
+
+            @property
+            def uses_statistics(self):
+                return ("entropy",)
+
+            def reduce(self, sample, stats):
+                return {self.name: float(stats[0].entropy.mean())}
+
+    `distill_sampler.testing.check_metric` tests the contract.
+    """
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What users type in policies, and the column of the score."""
+        ...
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Every number that `reduce` gives, the score among them."""
+        return (self.name,)
+
+    @property
+    def higher_is_better(self) -> bool:
+        return True
+
+    @property
+    def uses_columns(self) -> tuple[str, ...]:
+        """Columns of the data set whose values it reads from `Sample.columns`. They belong to the score's identity:
+        when they change, old scores are refused."""
+        return ()
+
+    @property
+    def uses_statistics(self) -> tuple[str, ...]:
+        """Fields of `TokenStats` that it needs besides `surprisal`, `rank` and `ties`."""
+        return ()
+
+    @property
+    def readers(self) -> Mapping[str, Reader]:
+        """Readers of its views other than the student, by the name that the views use."""
+        return {}
+
+    @property
+    def approximates(self) -> Metric | None:
+        """The exact metric that this one approximates, under another name; None if it is exact. The scorer reports how
+        well the two agree before it uses the approximation."""
+        return None
+
+    def with_tokenizer(self, tokenizer: Any) -> Self:
+        """The metric with the student's tokenizer, if it reads text and has none yet."""
+        return self
+
+    def views(self, sample: Sample) -> Sequence[View] | None:
+        """The token sequences that must be read; equal views of several metrics share one forward pass. None: the
+        metric does not apply to this sample."""
+        return (View(input_ids=sample.input_ids, scored=sample.scored),)
+
+    @abstractmethod
+    def reduce(self, sample: Sample, stats: Sequence[TokenStats]) -> Mapping[str, float] | None:
+        """The sample's numbers, one for each of `columns`, from the statistics of its views, in the views' order. None:
+        the metric does not apply to this sample, which is counted and reported as such."""
+        ...
+
+    def aggregate(self, columns: Mapping[str, FloatArray]) -> float:
+        """The score of a *group* of samples (a teacher, say), from their columns (each `[samples]`, all finite)."""
+        return float(columns[self.name].mean(dtype=float))
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """A plan in, a plan out: selects, orders, mixes or weights. Pure: equal arguments give equal plans on every rank.
+
+    Write a frozen dataclass that subclasses this protocol; its fields are its configuration, and only `__call__` has no
+    default. `distill_sampler.testing.check_policy` tests the contract.
+    """
+
+    @property
+    def uses_metrics(self) -> tuple[str, ...]:
+        """Names of the metrics it reads from the pool."""
+        return ()
+
+    @property
+    def uses_columns(self) -> tuple[str, ...]:
+        """Names of the data set's columns it reads from the pool."""
+        return ()
+
+    @property
+    def group_by(self) -> str | None:
+        """The column whose equal values it treats as alternatives to each other, such as the responses to a prompt;
+        None if it chooses among no groups. When the rest of an epoch is planned anew, a sample that was trained counts
+        for its whole group."""
+        return None
+
+    @property
+    def length_depends_on_scores(self) -> bool:
+        """Whether the values of the scores decide how many samples it gives. The length of an epoch must then be given,
+        because trainers lay it out before anything is scored."""
+        return False
+
+    def samples_to_score(self, plan: EpochPlan, pool: Pool) -> IntArray | None:
+        """The samples whose scores it will read, where it does not need them all; None: all of the plan.
+
+        Asked once, before anything is scored. Must not depend on scores, and not on the order of the data set.
+
+        Args:
+            plan: what the policies before this one make without scores.
+            pool: what is known of the samples; the scores are a constant.
+        """
+        return None
+
+    @abstractmethod
+    def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
+        """The new plan.
+
+        Args:
+            plan: what the policies before this one made.
+            pool: what is known of the samples.
+            rng: the only source of randomness, seeded from the run's seed, the epoch and the policy's position.
+        """
+        ...
+
+
+@runtime_checkable
+class Tap(Protocol):
+    """Follows the batches of training: loss weights, observed scores, the sample log, a distillation loss.
+
+    A host opens its taps when training starts, calls `before` and `after` around the forward and backward pass of each
+    batch, and closes them however training ends.
+    """
+
+    needs_exact_batches: bool
+    """Whether a batch with other tokens than planned is an error for it. False: it gets the batch with -1 there."""
+
+    def open(self, model: Any, *, step: int) -> AbstractContextManager[Any]:
+        """Training starts, or goes on, after `step` optimizer steps. The context ends with training.
+
+        Args:
+            model: the student as the host calls it.
+            step: optimizer steps taken so far.
+        """
+        ...
+
+    def before(self, batch: Batch) -> None:
+        """The host is about to run the forward pass of this batch."""
+        ...
+
+    def after(self, batch: Batch) -> None:
+        """Its backward pass is over."""
+        ...
