@@ -46,7 +46,13 @@ def test_the_content_decides_and_nothing_else(tmp_path: Path, monkeypatch: pytes
     file = written(tmp_path / "a", data)
     (tmp_path / "folder").mkdir()
     copy = Path(shutil.copy(file, tmp_path / "folder" / "b"))
-    others = [data[:-1], data + b"\0", bytes([data[0] ^ 1]) + data[1:], data[1000:2000] + data[:1000] + data[2000:], b""]
+    others = [
+        data[:-1],
+        data + b"\0",
+        bytes([data[0] ^ 1]) + data[1:],
+        data[1000:2000] + data[:1000] + data[2000:],
+        b"",
+    ]
     hashes = content_hashes([file, copy, *(written(tmp_path / f"o{n}", other) for n, other in enumerate(others))])
     assert hashes[0] == hashes[1]
     assert len(set(hashes)) == 1 + len(others)
