@@ -183,9 +183,8 @@ class Scores:
         passes, epochs, _ = self._pass_epoch_sample
         if epoch is None:
             return int(passes.max(initial=0))
-        if (
-            epoch not in self.epochs and epoch not in self._planned_epochs
-        ):  # one that was planned need not be scored for
+        # an epoch that was planned need not have been scored for
+        if epoch not in self.epochs and epoch not in self._planned_epochs:
             known = sorted({*self.epochs, *self._planned_epochs})
             raise ValueError(f"{self.path} has no epoch {epoch}; it has {', '.join(map(str, known))}.")
         return int(passes[epochs <= epoch].max(initial=0))

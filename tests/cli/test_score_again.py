@@ -1,8 +1,11 @@
 """Running `score` again: never somebody else's scores, and never the same work twice."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -319,6 +322,26 @@ def test_a_repaired_run_that_is_stopped_goes_on_too(tmp_path: Path, student: Pat
     assert np.isfinite(ratios(output)).all()
 
 
+@pytest.mark.slow
+def test_two_processes_go_on_after_a_repair(tmp_path: Path, student: Path) -> None:
+    many = rows(60)
+    data, output = write_lines(tmp_path / "d.jsonl", broken(many, 170)), tmp_path / "s.parquet"
+    arguments = ["score", str(data), "--model", str(student), "--output", str(output), "--device", "cpu"]
+    arguments += ["--batch-tokens", "200"]
+    code = f"import sys; sys.argv[1:] = {arguments}\nfrom distill_sampler.cli import app; app()"
+    (tmp_path / "run.py").write_text(code, encoding="utf-8")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+    launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", str(tmp_path / "run.py")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    assert subprocess.run(launch, env=environment, timeout=300, capture_output=True).returncode == 1
+    write_lines(data, moved(many))
+    done = subprocess.run(launch, env=environment, timeout=300, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "not scored again" in done.stderr
+    assert score(data, student, tmp_path / "one.parquet").code == 0
+    np.testing.assert_allclose(ratios(output), ratios(tmp_path / "one.parquet"), rtol=1e-4)
+
+
 def test_an_attempt_that_scored_nothing_is_in_nobodys_way(tmp_path: Path, student: Path) -> None:
     data, output = write_lines(tmp_path / "d.jsonl", broken(rows(2), 5)), tmp_path / "s.parquet"
     assert score(data, student, output, "--max-length", 100).code == 1
@@ -336,15 +359,17 @@ def test_smaller_batches_keep_what_is_scored(tmp_path: Path, student: Path) -> N
     assert (ended.code, "not scored again: 128." in ended.said) == (0, True), ended.said
 
 
-def test_tokens_that_are_wanted_now_and_were_not_kept_are_read_again(tmp_path: Path, student: Path) -> None:
+@pytest.mark.parametrize(("before", "now", "again"), [(2, 4, 58), (4, 2, 64)], ids=["more", "fewer"])
+def test_tokens_are_kept_of_as_many_prompts_as_are_wanted_now(
+    before: int, now: int, again: int, tmp_path: Path, student: Path
+) -> None:
     data, output = write_lines(tmp_path / "d.jsonl", rows(60)), tmp_path / "s.parquet"
     with stopped_after(1):
-        score(data, student, output, *SMALL_CHUNKS, "--traces", 2)
-    with stopped_after(1):
-        score(data, student, output, *SMALL_CHUNKS, "--traces", 4)
-    assert score(data, student, output, *SMALL_CHUNKS, "--traces", 1).code == 0
+        score(data, student, output, *SMALL_CHUNKS, "--traces", before)
+    ended = score(data, student, output, *SMALL_CHUNKS, "--traces", now)
+    assert (ended.code, f"not scored again: {again}." in ended.said) == (0, True), ended.said
     kept = [tokens is not None for tokens in pq.read_table(output)["tokens"].to_pylist()]
-    assert kept == [True] * 3 + [False] * 177
+    assert kept == [True] * 3 * now + [False] * (180 - 3 * now)
 
 
 def test_unfinished_scores_of_quite_other_data_are_not_thrown_away(tmp_path: Path, student: Path) -> None:
