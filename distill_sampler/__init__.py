@@ -41,10 +41,10 @@ if TYPE_CHECKING:
     from distill_sampler.policies.sort_by import SortBy
     from distill_sampler.policies.weight_by_softmax import WeightBySoftmax
     from distill_sampler.policies.within_length import WithinLength
-    from distill_sampler.protocols import Metric, Policy, Reader, Tap
+    from distill_sampler.protocols import Metric, Policy, Pool, Reader, Tap
     from distill_sampler.reading.model_reader import ModelReader
     from distill_sampler.reading.scorer import Scorer
-    from distill_sampler.types import Batch, EpochPlan, Pool, Sample, TokenStats, View
+    from distill_sampler.types import Batch, EpochPlan, Sample, TokenStats, View
 
 __version__ = "0.2.0"
 
@@ -84,8 +84,8 @@ _HOMES = {
     ),
     "reading.model_reader": ("ModelReader",),
     "reading.scorer": ("Scorer",),
-    "protocols": ("Metric", "Policy", "Reader", "Tap"),
-    "types": ("Batch", "EpochPlan", "Pool", "Sample", "TokenStats", "View"),
+    "protocols": ("Metric", "Policy", "Pool", "Reader", "Tap"),
+    "types": ("Batch", "EpochPlan", "Sample", "TokenStats", "View"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

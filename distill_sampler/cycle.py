@@ -27,14 +27,14 @@ from distill_sampler.planning.rescore import Rescore
 from distill_sampler.planning.sampler import DistillSampler
 from distill_sampler.planning.summary import EpochSummary, ScoringSummary, summarise
 from distill_sampler.planning.why import ExplainedPlan
-from distill_sampler.protocols import Metric, Policy
+from distill_sampler.protocols import Metric, Policy, Pool
 from distill_sampler.reading.reduce import data_columns_of
 from distill_sampler.reading.scorer import Scorer
 from distill_sampler.scoring import PassRunner
 from distill_sampler.serialize import described, differences, digest, pack, unpack
 from distill_sampler.store import ScoreStore, replay, replay_missing
 from distill_sampler.truncation import cut_sentence
-from distill_sampler.types import Column, EpochPlan, FloatArray, IntArray, Pool
+from distill_sampler.types import Column, EpochPlan, FloatArray, IntArray
 
 logger = logging.getLogger(__name__)
 

@@ -15,19 +15,16 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from distill_sampler.field_docs import documents_fields
-
-if TYPE_CHECKING:
-    from distill_sampler.protocols import Metric
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.floating[Any]]
@@ -143,74 +140,6 @@ class Column:
     """`[samples]` for each row the position of its value in `values`."""
     values: Sequence[Any]
     """The distinct values, in order of first appearance."""
-
-
-@documents_fields
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Pool:
-    """Everything a policy may know about the candidates: one array for each fact, indexed by sample."""
-
-    epoch: int
-    """The epoch that is being planned, from 0."""
-    metrics: Mapping[str, Metric]
-    """The metrics that are scored, by name."""
-    scores: Mapping[str, FloatArray]
-    """Every number the metrics gave, `[samples]` each; NaN where a sample has no finite score."""
-    columns: Mapping[str, Column]
-    """The data set's columns that the policies asked for."""
-    lengths: IntArray
-    """`[samples]` tokens in the row, prompt included."""
-    content_hash: HashArray
-    """`[samples]` a hash of the row's tokens. It breaks ties, so that plans do not depend on the order of the rows."""
-    times_trained: IntArray | None = None
-    """`[samples]` how often each sample was trained on before this plan. None: never."""
-    score_step: IntArray | None = None
-    """`[samples]` the optimizer step at which each score was measured; -1: never. None: unknown."""
-    estimated: BoolArray | None = None
-    """`[samples]` True where the score is an estimate, carried on from an older measurement. None: nowhere."""
-    cut: BoolArray | None = None
-    """`[samples]` True where truncation cut off the response. None: nowhere."""
-    step: int = 0
-    """Optimizer steps taken so far."""
-    num_epochs: int | None = None
-    """Epochs of the whole run; None if the host does not know."""
-    dry_run: bool = False
-    """True while only the plan's length is wanted: the scores are then a constant in place of what is not scored yet.
-    Bounds on the value of a score must let everything pass."""
-
-    def __post_init__(self) -> None:
-        num_samples = len(self.lengths)
-        for name, default in (
-            ("times_trained", np.zeros(num_samples, np.int64)),
-            ("score_step", np.full(num_samples, -1, np.int64)),
-            ("estimated", np.zeros(num_samples, bool)),
-            ("cut", np.zeros(num_samples, bool)),
-        ):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, default)
-
-    def goodness(self, metric: str | Callable[[Pool], FloatArray]) -> FloatArray:
-        """`[samples]` the score of `metric` (a name or an expression), turned so that higher is better; NaN: no score.
-
-        Raises:
-            ValueError: nothing by that name is scored.
-        """
-        if not isinstance(metric, str):
-            return metric(self)
-        if metric not in self.metrics:
-            raise ValueError(unknown_name("metric", metric, self.metrics, "that are scored"))
-        scores = self.scores[metric]
-        return scores if self.metrics[metric].higher_is_better else -scores
-
-    def column(self, name: str) -> Column:
-        """The data set's column `name`.
-
-        Raises:
-            ValueError: the data set has no such column.
-        """
-        if name not in self.columns:
-            raise ValueError(unknown_name("column", name, self.columns, "that are available"))
-        return self.columns[name]
 
 
 @documents_fields

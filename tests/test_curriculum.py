@@ -23,8 +23,7 @@ from distill_sampler import (
     SortBy,
 )
 from distill_sampler.artifacts.schema import VERSION, decode_facts
-from distill_sampler.protocols import Policy
-from distill_sampler.types import Pool
+from distill_sampler.protocols import Policy, Pool
 from tests import tiny
 
 RSR = "rank_surprisal_ratio"

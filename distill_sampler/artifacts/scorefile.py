@@ -24,9 +24,9 @@ from distill_sampler.artifacts.schema import decode_facts, metrics_in_file
 from distill_sampler.column_names import DOMAINS, GROUPS, TEACHERS, VERDICTS
 from distill_sampler.planning.sampler import fit_length
 from distill_sampler.planning.why import ExplainedPlan, PolicyFacts
-from distill_sampler.protocols import Metric, Policy
+from distill_sampler.protocols import Metric, Policy, Pool
 from distill_sampler.store import drifted
-from distill_sampler.types import Column, EpochPlan, FloatArray, HashArray, IntArray, Pool, unknown_name
+from distill_sampler.types import Column, EpochPlan, FloatArray, HashArray, IntArray, unknown_name
 
 
 class Values(Sequence[Any]):

@@ -12,10 +12,10 @@ from distill_sampler.dataset import ScoredDataset
 from distill_sampler.planning.sampler import fit_length, replace_rest
 from distill_sampler.planning.why import ExplainedPlan, PolicyFacts, plan_with_reasons
 from distill_sampler.policies import apply_one_by_one
-from distill_sampler.protocols import Metric, Policy
+from distill_sampler.protocols import Metric, Policy, Pool
 from distill_sampler.reading.reduce import columns_of
 from distill_sampler.serialize import as_typed
-from distill_sampler.types import Column, EpochPlan, FloatArray, IntArray, Pool
+from distill_sampler.types import Column, EpochPlan, FloatArray, IntArray
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -15,9 +15,9 @@ import numpy as np
 
 from distill_sampler.policies import apply_one_by_one
 from distill_sampler.policies.keys import best_first_order, occurrence
-from distill_sampler.protocols import Policy
+from distill_sampler.protocols import Policy, Pool
 from distill_sampler.serialize import as_typed
-from distill_sampler.types import BoolArray, Column, EpochPlan, FloatArray, IntArray, Missing, Pool
+from distill_sampler.types import BoolArray, Column, EpochPlan, FloatArray, IntArray, Missing
 
 KEPT = -1
 """Value in `left_out_by`: every policy kept the sample."""

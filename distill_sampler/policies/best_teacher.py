@@ -10,8 +10,8 @@ import numpy as np
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.hashing import splitmix64
 from distill_sampler.policies.keys import first_of_each, group_codes
-from distill_sampler.protocols import Policy
-from distill_sampler.types import EpochPlan, IntArray, Pool
+from distill_sampler.protocols import Policy, Pool
+from distill_sampler.types import EpochPlan, IntArray
 
 
 @documents_fields

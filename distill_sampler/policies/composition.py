@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from distill_sampler.protocols import Policy
-from distill_sampler.types import EpochPlan, Pool, unknown_name
+from distill_sampler.protocols import Policy, Pool
+from distill_sampler.types import EpochPlan, unknown_name
 
 
 def apply_one_by_one(

@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.policies.keys import descending_bits, first_of_each, sort_by
-from distill_sampler.protocols import Metric
-from distill_sampler.types import FloatArray, Pool
+from distill_sampler.protocols import Metric, Pool
+from distill_sampler.types import FloatArray
 
 
 class MetricExpression(Protocol):

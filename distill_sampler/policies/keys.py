@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from distill_sampler.hashing import splitmix64
-from distill_sampler.types import BoolArray, EpochPlan, FloatArray, HashArray, IntArray, Pool
+from distill_sampler.protocols import Pool
+from distill_sampler.types import BoolArray, EpochPlan, FloatArray, HashArray, IntArray
 
 HALF = np.uint64(32)
 

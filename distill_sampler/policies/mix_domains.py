@@ -12,8 +12,8 @@ import numpy as np
 
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.policies.keys import random_keys
-from distill_sampler.protocols import Policy
-from distill_sampler.types import EpochPlan, Pool, unknown_name
+from distill_sampler.protocols import Policy, Pool
+from distill_sampler.types import EpochPlan, unknown_name
 
 
 @documents_fields

@@ -18,8 +18,8 @@ from distill_sampler.policies.keys import (
     sort_by,
     to_unit_interval,
 )
-from distill_sampler.protocols import Policy
-from distill_sampler.types import EpochPlan, FloatArray, HashArray, IntArray, Pool
+from distill_sampler.protocols import Policy, Pool
+from distill_sampler.types import EpochPlan, FloatArray, HashArray, IntArray
 
 _MOST_DRAWS = 10**9
 """More draws than that are a slip, and would take more memory than there is."""

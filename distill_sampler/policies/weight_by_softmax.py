@@ -8,8 +8,8 @@ import numpy as np
 
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.policies.expressions import MetricExpression, metric_names
-from distill_sampler.protocols import Policy
-from distill_sampler.types import EpochPlan, Pool
+from distill_sampler.protocols import Policy, Pool
+from distill_sampler.types import EpochPlan
 
 
 @documents_fields

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from distill_sampler.field_docs import documents_fields
-from distill_sampler.protocols import Policy
-from distill_sampler.types import EpochPlan, Pool
+from distill_sampler.protocols import Policy, Pool
+from distill_sampler.types import EpochPlan
 
 
 @documents_fields

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from distill_sampler.protocols import Metric, Policy
+from distill_sampler.protocols import Metric, Policy, Pool
 from distill_sampler.testing.verdict import Verdict
-from distill_sampler.types import Column, EpochPlan, FloatArray, IntArray, Pool, Sample, TokenStats
+from distill_sampler.types import Column, EpochPlan, FloatArray, IntArray, Sample, TokenStats
 
 
 def check_policy(

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from distill_sampler.policies import BestOf, KeepCorrect, MixDomains, Shuffle, SortBy, apply_one_by_one
-from distill_sampler.types import Column, EpochPlan, FloatArray, Pool, Sample, View
+from distill_sampler.protocols import Pool
+from distill_sampler.types import Column, EpochPlan, FloatArray, Sample, View
 
 POLICIES = [
     KeepCorrect("correct", if_none="keep_best", metric="score", per="prompt_id"),

@@ -71,13 +71,13 @@ def test_every_public_member_before_bind_answers_in_a_sentence(name: str) -> Non
 
 def test_a_loop_that_applies_no_weights_is_refused_them(dataset: ScoredDataset) -> None:
     weighing = curriculum(policies=[WeightBySoftmax(RSR, temperature=1.0)])
-    with pytest.raises(ValueError, match=r"give loss weights.*CurriculumLoop.*bind\(dataset, applies_weights=True\)"):
+    with pytest.raises(ValueError, match=r"loss weights.*CurriculumLoop.*bind\(dataset, applies_weights=True\)"):
         weighing.bind(dataset)
     weighing.bind(dataset, applies_weights=True)
 
 
 def test_a_loop_that_observes_nothing_is_refused_observed_scores(dataset: ScoredDataset) -> None:
-    with pytest.raises(ValueError, match=r"observe=True: this loop does not take scores.*CurriculumLoop"):
+    with pytest.raises(ValueError, match=r"observe=True: .*CurriculumLoop"):
         curriculum(observe=True).bind(dataset)
 
 

@@ -22,8 +22,8 @@ from distill_sampler import (
     attach,
 )
 from distill_sampler.integrations.loss_weights import LossWeights
-from distill_sampler.protocols import Policy
-from distill_sampler.types import Batch, Pool
+from distill_sampler.protocols import Policy, Pool
+from distill_sampler.types import Batch
 from tests import tiny
 
 POLICIES = [WeightBySoftmax("global_naturalness", temperature=0.3), Shuffle()]

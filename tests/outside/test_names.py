@@ -12,7 +12,7 @@ from bigram_tutor.policies import KeepMiddle
 from bigram_tutor.readers import Bigrams
 
 from distill_sampler import LocalNaturalness, Random, RankSurprisalRatio
-from distill_sampler.artifacts.schema import metric_facts, metrics_from
+from distill_sampler.artifacts.schema import _metrics_from_facts, metric_facts
 from distill_sampler.metrics.steps import lines
 from distill_sampler.plugins import GROUPS, plugins
 from distill_sampler.specs import known_metrics, parse_metrics, parse_policies
@@ -135,7 +135,7 @@ def test_a_name_of_ours_that_another_package_takes_is_refused(install: Install, 
         parse_metrics(f"{name}()")
     # the path says which; a file that we wrote means ours
     assert parse_metrics("distill_sampler.metrics:Random") == [Random()]
-    assert metrics_from(metric_facts([Random(seed=3), RankSurprisalRatio()])) == {
+    assert _metrics_from_facts(metric_facts([Random(seed=3), RankSurprisalRatio()])) == {
         "random": Random(seed=3),
         "rank_surprisal_ratio": RankSurprisalRatio(),
     }
@@ -183,7 +183,7 @@ def test_plugins_are_listed_with_their_packages(install: Install) -> None:
 def test_text_out_of_a_file_imports_nothing_by_its_path(tmp_path: Path, text: str) -> None:
     folder = tmp_path / "made_by_a_file"
     (facts,) = metric_facts([Random()])
-    (metric,) = metrics_from([{**facts, "text": text.format(folder)}]).values()
+    (metric,) = _metrics_from_facts([{**facts, "text": text.format(folder)}]).values()
     assert type(metric).__name__ == "RecordedMetric"
     assert not folder.exists()
 
@@ -191,6 +191,6 @@ def test_text_out_of_a_file_imports_nothing_by_its_path(tmp_path: Path, text: st
 def test_a_file_does_not_take_one_packages_metric_for_anothers(install: Install) -> None:
     install()
     (facts,) = metric_facts([RewardPerNat()])
-    assert metrics_from([facts]) == {"reward_per_nat": RewardPerNat()}
-    (other,) = metrics_from([{**facts, "package": "somebody_elses"}]).values()
+    assert _metrics_from_facts([facts]) == {"reward_per_nat": RewardPerNat()}
+    (other,) = _metrics_from_facts([{**facts, "package": "somebody_elses"}]).values()
     assert type(other).__name__ == "RecordedMetric"

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from distill_sampler.types import Column, EpochPlan, FloatArray, Pool, Sample
+from distill_sampler.protocols import Pool
+from distill_sampler.types import Column, EpochPlan, FloatArray, Sample
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,9 @@ from distill_sampler.policies import (
     apply_one_by_one,
     apply_policies,
 )
-from distill_sampler.protocols import Policy
+from distill_sampler.protocols import Policy, Pool
 from distill_sampler.testing import check_policy
-from distill_sampler.types import EpochPlan, Pool
+from distill_sampler.types import EpochPlan
 
 SHARES = {"reasoning": 3, "general": 1}
 EXAMPLES: list[Policy] = [

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from policy_pools import everything, make_pool, pools_and_plans, rng
 
 from distill_sampler.policies import SampleBySoftmax, WeightBySoftmax, effective_sample_size
-from distill_sampler.types import Column, EpochPlan, FloatArray, Pool
+from distill_sampler.protocols import Pool
+from distill_sampler.types import Column, EpochPlan, FloatArray
 
 NAN = float("nan")
 quick = settings(max_examples=100, deadline=None)

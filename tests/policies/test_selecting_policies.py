@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from policy_pools import encode, everything, make_pool, pools_and_plans, rng
 
 from distill_sampler.policies import BestOf, BestTeacher, KeepCorrect, KeepTop, WithinLength
-from distill_sampler.types import EpochPlan, Pool
+from distill_sampler.protocols import Pool
+from distill_sampler.types import EpochPlan
 
 NAN = float("nan")
 quick = settings(max_examples=100, deadline=None)
