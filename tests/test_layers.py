@@ -107,4 +107,4 @@ def test_help_shows_what_each_field_is() -> None:
         if dataclasses.is_dataclass(item):
             for field in dataclasses.fields(item):
                 assert f"    {field.name}: " in item.__doc__, f"{name}.{field.name}"
-    assert "k: How many to keep of each group" in pydoc.render_doc(distill_sampler.BestOf, renderer=pydoc.plaintext)
+    assert "k: How many samples to keep per group" in pydoc.render_doc(distill_sampler.BestOf, renderer=pydoc.plaintext)
