@@ -212,7 +212,7 @@ def test_explanations_go_by_the_scores_of_their_epoch(dataset: ScoredDataset, mo
 def test_what_cannot_be_explained_is_said(dataset: ScoredDataset, model: PreTrainedModel) -> None:
     curriculum = bound(dataset)
     curriculum.start_epoch(0, model)
-    with pytest.raises(ValueError, match="no sample 18.* 18 rows"):
+    with pytest.raises(ValueError, match=r"no sample 18.* 18 rows"):
         curriculum.explain(18, 0)
     with pytest.raises(ValueError, match=r"Epoch 3 was not planned.*\[0\]"):
         curriculum.explain(0, 3)
