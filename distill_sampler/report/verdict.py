@@ -95,7 +95,8 @@ def verdict_of(
         low, high = np.nanquantile(differences, [0.025, 0.975])
         sentences.append(
             f"{line.teacher} is {difference:.3f} behind on these {num_prompts:,} prompts. On similar prompts, the "
-            f"difference may be {low:+.3f} to {high:+.3f} (95 %). {_prompts_needed(difference, differences, num_prompts)}"
+            f"difference may be {low:+.3f} to {high:+.3f} (95 %). "
+            + _prompts_needed(difference, differences, num_prompts)
         )
     return sentences
 
