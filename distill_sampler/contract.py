@@ -1,4 +1,4 @@
-"""Checks of what users hand in as metrics and policies, with a sentence for each mistake."""
+"""Checks of the metrics and policies that users pass, with one error message for each mistake."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ _HINTS = {"metric": "RankSurprisalRatio()", "policy": "Shuffle()"}
 
 
 def checked_metrics(metrics: Any) -> dict[str, Metric]:
-    """The metrics by name.
+    """Check a list of metrics. Returns them by name.
 
     Raises:
-        ValueError: something in the list is no metric, or two of them give the same numbers.
+        ValueError: something in the list is not a metric, or two metrics have the same columns.
     """
     found: list[Metric] = [_checked(item, Metric, "metric") for item in _listed(metrics, "metric")]
     names = [name for metric in found for name in metric.columns]
     if len(set(names)) < len(names) or len({metric.name for metric in found}) < len(found):
-        twice = sorted({name for name in names if names.count(name) > 1})
+        duplicates = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(
-            f"Two metrics give the same numbers ({', '.join(twice)}). Score each once, or give variants a name="
+            f"metrics= has two metrics with the same columns ({', '.join(duplicates)}). Remove one, or give it a name="
         )
     return {metric.name: metric for metric in found}
 
 
 def checked_policies(policies: Any, metrics: dict[str, Metric]) -> tuple[Policy, ...]:
-    """The policies.
+    """Check a list of policies.
 
     Raises:
-        ValueError: something in the list is no policy, or a policy names a metric that is not scored.
+        ValueError: something in the list is not a policy, or a policy names a metric that is not scored.
     """
     found: list[Policy] = [_checked(item, Policy, "policy") for item in _listed(policies, "policy")]
     for policy in found:
         for name in policy.uses_metrics:
             if not isinstance(name, str):
                 raise ValueError(
-                    f"{type(policy).__name__} was given {name!r} where the name of a metric belongs; write "
+                    f"{type(policy).__name__} needs the name of a metric, but was given {name!r}. Write "
                     f"'{getattr(name, 'name', 'rank_surprisal_ratio')}', and put the metric into metrics=."
                 )
             if name not in metrics:
@@ -52,7 +52,7 @@ def checked_policies(policies: Any, metrics: dict[str, Metric]) -> tuple[Policy,
 def _listed(items: Any, what: str) -> Sequence[Any]:
     argument = "metrics" if what == "metric" else "policies"
     if isinstance(items, str) or not isinstance(items, Sequence):
-        raise ValueError(f"{argument}= takes a list, such as [{_HINTS[what]}]; it was given {_shown(items)}.")
+        raise ValueError(f"{argument}= takes a list, such as [{_HINTS[what]}], but was given {_shown(items)}.")
     return items
 
 
@@ -60,25 +60,27 @@ def _checked(item: Any, protocol: Any, what: str) -> Any:
     kind = protocol.__name__
     argument = "metrics" if what == "metric" else "policies"
     if isinstance(item, type):
-        raise ValueError(f"{argument}= was given the class {item.__name__}; write {item.__name__}() to make one.")
+        raise ValueError(
+            f"{argument}= was given the class {item.__name__}. Write {item.__name__}() to create an object."
+        )
     if isinstance(item, str):
-        raise ValueError(f"{argument}= was given the text {item!r}; it takes objects, such as {_HINTS[what]}.")
+        raise ValueError(f"{argument}= was given the text {item!r}, but takes objects, such as {_HINTS[what]}.")
     if not isinstance(item, protocol):
         missing = ", ".join(lacking(item, protocol))
         raise ValueError(
-            f"{argument}= was given {_shown(item)}, which is no {what}: it has no {missing}. Subclass "
-            f"distill_sampler.{kind}, a protocol with defaults for most of it."
+            f"{argument}= was given {_shown(item)}, which is not a {what}: it lacks {missing}. "
+            f"Subclass distill_sampler.{kind}, which has defaults for most members."
         )
     require_field_types(item)
     if what == "metric":
         if not isinstance(item.name, str):
             raise ValueError(
-                f"{type(item).__name__}.name must be text; give the field a default: name: str = 'my_metric'"
+                f"{type(item).__name__}.name must be text. Give the field a default: name: str = 'my_metric'"
             )
         if item.name not in item.columns:
             raise ValueError(
-                f"{type(item).__name__}.columns must list every number that reduce gives, '{item.name}' among them; it "
-                f"is {tuple(item.columns)!r}."
+                f"{type(item).__name__}.columns must list every number that reduce returns, including '{item.name}', "
+                f"but is {tuple(item.columns)!r}."
             )
     return item
 

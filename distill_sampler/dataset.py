@@ -1,7 +1,7 @@
-"""Identity of samples: which tokens are response, who wrote them, which rows belong together, what the content is.
+"""Identity of samples: which tokens are response, which rows belong together, and a hash of the content.
 
-`ScoredDataset` wraps the *prepared* data set, after tokenisation, truncation and dropped rows, so that its indices
-are the trainer's own. It changes nothing: `scored_dataset[i]` is the row that the trainer would have got.
+`ScoredDataset` wraps the *prepared* data set, after tokenisation, truncation and filtering, so its indices are the
+trainer's own. It changes nothing: `scored_dataset[i]` is the row that the trainer would get.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from distill_sampler.serialize import hash_of
 from distill_sampler.types import BoolArray, Column, HashArray, IntArray, Sample, unknown_name
 
 IGNORED_LABEL = -100
-"""Labels of tokens that are not trained on, as everywhere in PyTorch."""
+"""Label of tokens that are not trained on, as everywhere in PyTorch."""
 
 TEMPLATE_TAIL = 2
-"""Chat templates write at most this many tokens behind the end-of-turn marker (ChatML: one newline)."""
+"""Chat templates write at most this many tokens after the end-of-turn marker (ChatML: one newline)."""
 
 _ROWS = 4096
 """Rows that are read at a time."""
 
 _LONGEST_TEXT = 200
-"""Characters of a text that tells what a row is; longer ones are prompts and responses."""
+"""Longest text, in characters, that may identify a row. Longer ones are prompts and responses."""
 
 
 class Rows(Protocol):
@@ -49,16 +49,16 @@ def response_mask(
 ) -> BoolArray:
     """Which tokens are response content, for many rows laid end to end.
 
-    A token counts if it is labelled, unless it is the first of its row (nothing predicts it) or belongs to the end
-    of a turn: where a stretch of labelled tokens ends in an end marker, with at most the template's newline behind
-    it, marker and newline are left out (arXiv:2601.14249 scores the assistant's content only). A stretch without a
-    marker, cut off by truncation, counts to its end.
+    A token counts if it is labelled, with two exceptions: the first token of a row, which nothing predicts, and the end
+    of a turn. If a stretch of labelled tokens ends in an end marker, with at most the template's newline after it,
+    marker and newline do not count (arXiv:2601.14249 scores only the assistant's content). A stretch without a marker,
+    cut off by truncation, counts to its end.
 
     Args:
         input_ids: `[tokens]` the rows' tokens.
         labels: `[tokens]` -100 where a token is not trained on.
         offsets: `[rows + 1]` where each row starts, and the end.
-        end_token_ids: the end-of-turn markers to leave out; none keeps them.
+        end_token_ids: the end-of-turn markers to leave out. If empty, markers count.
 
     Returns:
         `[tokens]` True where the token counts.
@@ -83,19 +83,18 @@ def response_mask(
 
 
 class ScoredDataset(torch.utils.data.Dataset[Any]):
-    """The user's prepared data set, with what scoring and planning must know of it.
+    """The user's prepared data set, with what scoring and planning need to know about it.
 
     Args:
         dataset: rows with `input_ids` and labels: a `datasets.Dataset` (read column by column) or any map-style
             data set of dictionaries (read row by row, once).
         labels: column of the labels; tokens labelled -100 are not scored. None: every token is trained on and scored.
         end_token_ids: end-of-turn markers that are trained on but not scored. `attach` finds them itself.
-        unscorable: what to do about rows without a single token to score: `"error"`, or `"drop"` to leave them out
-            of every plan.
+        unscorable: what to do about rows without any token to score: `"error"`, or `"drop"` to leave them out of every
+            plan.
 
     Raises:
-        ValueError: the data set is empty or of a kind that has no indices, a column is missing, or there is nothing
-            to score in some rows.
+        ValueError: the data set is empty, has no row numbers, or lacks a column, or some rows have nothing to score.
     """
 
     lengths: IntArray
@@ -103,7 +102,7 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
     num_scored: IntArray
     """`[samples]` response tokens."""
     content_hash: HashArray
-    """`[samples]` hash of the row's tokens and of which of them count."""
+    """`[samples]` a hash of the row's tokens and of which ones count."""
 
     def __init__(
         self,
@@ -125,7 +124,7 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
         self._end_token_ids = tuple(end_token_ids)
         for needed, argument in (("input_ids", "the data set"), (labels, "labels=")):
             if needed is not None and needed not in self.column_names:
-                cure = " If every token is trained on, say labels=None." if argument == "labels=" else ""
+                cure = " If every token is trained on, pass labels=None." if argument == "labels=" else ""
                 if needed == "input_ids":
                     cure = " Wrap the data set after tokenisation (attach wraps the trainer's prepared one)."
                 raise ValueError(unknown_name("column", needed, self.column_names, "in the data set") + cure)
@@ -136,9 +135,9 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
         missing = np.flatnonzero(~self.scorable)
         if len(missing) and (unscorable == "error" or len(missing) == len(self)):
             raise ValueError(
-                f"{len(missing)} of {len(self)} rows have no response token to score (all labels are -100, or only the "
-                f"end marker is labelled); the first is row {missing[0]}. Remove them, or pass unscorable='drop' to "
-                "leave them out of every epoch."
+                f"{len(missing)} of {len(self)} rows have no response token to score (first: row {missing[0]}). Their "
+                "labels are all -100, or only the end marker is labelled. Remove these rows, or pass unscorable='drop' "
+                "to leave them out of every epoch."
             )
 
     def __len__(self) -> int:
@@ -155,7 +154,7 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of the content in its order: every row's tokens and which of them count."""
+        """A hash, 16 hex digits, of the whole content in order: every row's tokens and which ones count."""
         return hashlib.blake2b(self.content_hash.tobytes(), digest_size=8).hexdigest()
 
     @cached_property
@@ -175,24 +174,24 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
         return np.concatenate(hashes)
 
     def identifying_columns(self, *needed: str) -> list[str]:
-        """The columns that tell a person what a row is: those that are needed, and all with short single values."""
+        """The columns that identify a row for people: those that are needed, and all with short single values."""
         first = self[0]
 
-        def telling(value: Any) -> bool:
+        def is_short(value: Any) -> bool:
             return isinstance(value, (bool, int, float)) or (isinstance(value, str) and len(value) <= _LONGEST_TEXT)
 
-        return list(dict.fromkeys([*needed, *(name for name in self.column_names if telling(first.get(name)))]))
+        return list(dict.fromkeys([*needed, *(name for name in self.column_names if is_short(first.get(name)))]))
 
     def sample(self, index: int, columns: Sequence[str] = ()) -> Sample:
-        """One row's tokens and which of them count; see `samples`."""
+        """One row's tokens, and which ones count; see `samples`."""
         return self.samples([index], columns)[0]
 
     def samples(self, indices: Sequence[int] | IntArray, columns: Sequence[str] = ()) -> list[Sample]:
-        """Several rows at once, which is far quicker than one by one.
+        """Several rows at once, which is much faster than one by one.
 
         Args:
             indices: row numbers.
-            columns: columns of the data set whose values the samples carry.
+            columns: columns of the data set whose values go into `Sample.columns`.
 
         Raises:
             ValueError: there is no such column.
@@ -210,7 +209,7 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
         ]
 
     def _values(self, rows: list[int], columns: Sequence[str]) -> list[dict[str, Any]]:
-        """The values of some columns in some rows, a dictionary for each row."""
+        """The values of some columns in some rows, one dictionary for each row."""
         if not columns:
             return [{} for _ in rows]
         for name in columns:
@@ -222,7 +221,7 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
         return [{name: self.rows[row][name] for name in columns} for row in rows]
 
     def column_fingerprint(self, name: str) -> str:
-        """16 hex digits of a column's values in the order of the rows.
+        """A hash, 16 hex digits, of a column's values in order.
 
         Raises:
             ValueError: there is no such column.
@@ -232,11 +231,11 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
         return hash_of(column.codes.tobytes(), values.encode(errors="surrogatepass"))
 
     def column(self, name: str, *, complete: bool = False) -> Column:
-        """A column, dictionary-encoded. Columns of lists and dictionaries are compared by value.
+        """A column, dictionary-encoded. Lists and dictionaries are compared by value.
 
         Args:
             name: the column.
-            complete: refuse missing values.
+            complete: whether to refuse missing values.
 
         Raises:
             ValueError: there is no such column, or a value is missing.
@@ -267,7 +266,7 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
         return self.rows.select_columns(names).with_format("arrow")  # type: ignore[attr-defined]
 
     def _read_tokens(self) -> None:
-        """Lengths, counts and hashes of all rows, a block of rows at a time."""
+        """Compute lengths, counts and hashes of all rows, one block of rows at a time."""
         lengths, num_scored, hashes = [], [], []
         for input_ids, labels, offsets in self._blocks():
             scored = response_mask(input_ids, labels, offsets, self._end_token_ids)
@@ -296,26 +295,26 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
             )
         else:
             assert not isinstance(rows, slice)
-            taken = [self.rows[row] for row in rows]
-            row_lengths = np.array([len(row["input_ids"]) for row in taken], np.int64)
+            loaded = [self.rows[row] for row in rows]
+            row_lengths = np.array([len(row["input_ids"]) for row in loaded], np.int64)
             input_ids, labels = (
-                np.concatenate([np.asarray(row[name], np.int64) for row in taken])
+                np.concatenate([np.asarray(row[name], np.int64) for row in loaded])
                 for name in ("input_ids", label_column)
             )
         if len(labels) != len(input_ids):
             raise ValueError(
-                f"{len(row_lengths)} rows have {len(input_ids)} tokens but {len(labels)} labels; column "
+                f"{len(row_lengths)} rows have {len(input_ids)} tokens but {len(labels)} labels. Column "
                 f"'{label_column}' must hold one label for each token."
             )
         return input_ids, labels, np.concatenate([[0], np.cumsum(row_lengths)])
 
 
 def _row_hashes(input_ids: IntArray, scored: BoolArray, offsets: IntArray) -> HashArray:
-    """`[rows]` a 64-bit hash of each row's tokens, their order and which of them count."""
+    """`[rows]` a 64-bit hash of each row: its tokens, their order, and which ones count."""
     row_lengths = np.diff(offsets)
-    place = np.arange(len(input_ids)) - np.repeat(offsets[:-1], row_lengths)
+    position = np.arange(len(input_ids)) - np.repeat(offsets[:-1], row_lengths)
     tokens = (input_ids.astype(np.uint64) << np.uint64(1)) | scored.astype(np.uint64)
-    mixed = splitmix64(splitmix64(tokens) + place.astype(np.uint64))
+    mixed = splitmix64(splitmix64(tokens) + position.astype(np.uint64))
     totals: npt.NDArray[np.uint64] = np.zeros(len(row_lengths), np.uint64)
     filled = row_lengths > 0
     if filled.any():
@@ -324,6 +323,6 @@ def _row_hashes(input_ids: IntArray, scored: BoolArray, offsets: IntArray) -> Ha
 
 
 def _is_arrow(rows: object) -> bool:
-    """Whether it is a `datasets.Dataset`, without importing `datasets` for those who do not use it."""
+    """Whether it is a `datasets.Dataset`. Does not import `datasets`, which the user may not have."""
     datasets = sys.modules.get("datasets")
     return datasets is not None and isinstance(rows, datasets.Dataset)

@@ -24,10 +24,10 @@ from distill_sampler.protocols import Reader
 def described(value: Any) -> str:
     """A metric, a policy or any other configuration as text that is the same in every process.
 
-    Two configurations with the same text give the same numbers. A dataclass is written as one would type it, without
-    the fields that are left out of comparisons (a tokenizer, say): `BestOf(metric='rank_surprisal_ratio', …)`. A
-    function is written by its name, one without a name of its own (a lambda) by a hash of its code too. A reader is
-    written by its identity, so that another teacher never passes for the same one.
+    Configurations with the same text give the same numbers. A dataclass is written as a user would type it, without
+    fields that do not take part in comparisons (a tokenizer, say): `BestOf(metric='rank_surprisal_ratio', …)`. A
+    function is written as its name; a lambda or a nested function as its name and a hash of its code. A reader is
+    written as its identity, so that two teachers never have the same text.
     """
     if isinstance(value, Reader):
         return f"<{value.identity}>"
@@ -68,7 +68,7 @@ def as_typed(value: Any) -> str:
 def _described_function(function: Any) -> str:
     name = str(getattr(function, "__qualname__", None) or type(function).__qualname__)
     code = getattr(function, "__code__", None)
-    if code is None or "<" not in name:  # not a lambda, nor a function inside another
+    if code is None or "<" not in name:  # neither a lambda nor a nested function
         return name
     kept = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
     content = repr((code.co_code, [c for c in code.co_consts if not hasattr(c, "co_code")], code.co_names, kept))
@@ -85,48 +85,49 @@ def differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 
 
 def digest(state: Mapping[str, Any]) -> str:
-    """16 hex digits of the content of JSON values, without an entry called `digest`."""
+    """A hash, 16 hex digits, of JSON values. An entry called `digest` is left out."""
     content = {name: value for name, value in state.items() if name != "digest"}
     return hash_of(json.dumps(content, sort_keys=True).encode())
 
 
 def hash_of(*contents: bytes) -> str:
-    """16 hex digits of some bytes."""
-    found = hashlib.blake2b(digest_size=8)
+    """A hash, 16 hex digits, of some bytes."""
+    result = hashlib.blake2b(digest_size=8)
     for content in contents:
-        found.update(content)
-    return found.hexdigest()
+        result.update(content)
+    return result.hexdigest()
 
 
 # ---- Arrays ----
 
 
 def pack(array: npt.NDArray[Any]) -> dict[str, str]:
-    """An array of numbers as JSON: compressed with zlib, which finds more in it if all first bytes come first.
+    """An array of numbers as JSON, compressed with zlib.
 
-    A plan or scores of a million samples take 3 to 5 MB and a tenth of a second each; a constant takes nothing.
+    The first bytes of all numbers come first, then all second bytes and so on, which compresses better. A plan or the
+    scores of a million samples take 3 to 5 MB and a tenth of a second; a constant takes almost nothing.
     """
-    if array.dtype.kind == "i":  # indices and steps are small numbers most of the time
+    if array.dtype.kind == "i":  # indices and steps are mostly small numbers
         narrow = (np.iinfo(kind) for kind in (np.int8, np.int16, np.int32, np.int64))
         low, high = array.min(initial=0), array.max(initial=0)
         array = array.astype(next(kind.dtype for kind in narrow if kind.min <= low and high <= kind.max))
     array = array.astype(array.dtype.newbyteorder("<"))
-    by_place = np.frombuffer(array.tobytes(), np.uint8).reshape(-1, array.itemsize).T.tobytes()
-    return {"dtype": array.dtype.str, "data": base64.b64encode(zlib.compress(by_place, 1)).decode()}
+    bytes_in_columns = np.frombuffer(array.tobytes(), np.uint8).reshape(-1, array.itemsize).T.tobytes()
+    return {"dtype": array.dtype.str, "data": base64.b64encode(zlib.compress(bytes_in_columns, 1)).decode()}
 
 
 def unpack(packed: Mapping[str, str]) -> npt.NDArray[Any]:
-    """The array that `pack` was given; integers come back as narrow as they were packed."""
+    """The array that `pack` was given. Integers come back with the smallest type that holds them."""
     dtype = np.dtype(packed["dtype"])
-    by_place = np.frombuffer(zlib.decompress(base64.b64decode(packed["data"])), np.uint8)
-    return np.frombuffer(by_place.reshape(dtype.itemsize, -1).T.tobytes(), dtype).copy()
+    bytes_in_columns = np.frombuffer(zlib.decompress(base64.b64decode(packed["data"])), np.uint8)
+    return np.frombuffer(bytes_in_columns.reshape(dtype.itemsize, -1).T.tobytes(), dtype).copy()
 
 
 # ---- Files ----
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under another name, have it on the disk, then rename it: a reader sees all of it or none."""
+    """Write a file under a temporary name, flush it to disk, then rename it: readers see all of it or nothing."""
     unfinished = path.with_name(path.name + ".unfinished")
     with open(unfinished, "wb") as file:
         file.write(content)
@@ -136,14 +137,14 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def require_writable(output: Path, *endings: str) -> None:
-    """Make the folder of a file that is about to be written, and try to write there: before the work, not after it.
+    """Check that an output file can be written, before the work and not after it. Creates the file's folder.
 
     Args:
         output: the file.
-        endings: what its name may end in.
+        endings: allowed endings of its name.
 
     Raises:
-        ValueError: it has another ending, is a folder, or cannot be written.
+        ValueError: the name has another ending, is that of a folder, or the file cannot be written.
     """
     if output.is_dir():
         example = output / f"{output.name}{endings[0]}"
@@ -156,4 +157,4 @@ def require_writable(output: Path, *endings: str) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"--output {output} cannot be written ({error.strerror}); choose another place.") from None
+        raise ValueError(f"--output {output} cannot be written ({error.strerror}). Choose another folder.") from None

@@ -1,10 +1,10 @@
-"""A plain accelerate loop with a curriculum: score, plan, train, and go on after an interruption.
+"""A plain accelerate loop with a curriculum: score, plan, train, and resume after an interruption.
 
     python recipes/loop.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data candidates.jsonl
     accelerate launch --config_file accelerate_configs/zero2.yaml recipes/loop.py --model … --data candidates.jsonl
 
-`candidates.jsonl` has rows with `prompt` and `completion` (both lists of messages), `prompt_id` and `teacher`. Run it
-again with `--resume` and it goes on where the last finished epoch left it.
+`candidates.jsonl` has rows with `prompt` and `completion` (both lists of messages), `prompt_id` and `teacher`. To
+resume after the last finished epoch, run it again with `--resume`.
 """
 
 import argparse
@@ -29,8 +29,8 @@ parser.add_argument("--resume", action="store_true")
 args = parser.parse_args()
 
 if not torch.accelerator.is_available():
-    PartialState(cpu=True)  # processes without a GPU find each other; Accelerator(cpu=True) would turn DeepSpeed off
-# one batch a step, which is what "auto" in a configuration file of DeepSpeed becomes
+    PartialState(cpu=True)  # connects processes without a GPU; Accelerator(cpu=True) would turn DeepSpeed off
+# one batch per step; "auto" in a DeepSpeed configuration file then means the same
 accelerator = Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 model = AutoModelForCausalLM.from_pretrained(args.model)
@@ -61,7 +61,7 @@ loader = torch.utils.data.DataLoader(
     collate_fn=DataCollatorForSeq2Seq(tokenizer),
 )
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-accelerator.register_for_checkpointing(loop)  # plan, scores and place in the epoch go where the weights go
+accelerator.register_for_checkpointing(loop)  # checkpoints then hold plan, scores and the place in the epoch
 
 checkpoint = args.output / "checkpoint"
 if args.resume and checkpoint.exists():
@@ -80,7 +80,7 @@ loop.finish()
 accelerator.unwrap_model(model).save_pretrained(
     args.output,
     is_main_process=accelerator.is_main_process,
-    state_dict=accelerator.get_state_dict(model),  # gathered from all processes where it is sharded
+    state_dict=accelerator.get_state_dict(model),  # gathered from all processes if it is sharded
 )
 if accelerator.is_main_process:
     tokenizer.save_pretrained(args.output)

@@ -1,12 +1,12 @@
-"""SFT with a curriculum, by TRL, on one process or many.
+"""SFT with a curriculum and TRL, on one process or many.
 
     python recipes/sft.py --config recipes/configs/best_of_n.yaml --data candidates.jsonl
     accelerate launch --config_file accelerate_configs/zero3.yaml recipes/sft.py \\
         --config recipes/configs/best_of_n.yaml --data candidates.jsonl
 
 Every field of TRL's `SFTConfig` and `ModelConfig` is an option, on the command line or in the YAML file; `--help` lists
-them. Metrics and policies are given by name with arguments, or all at once as a Python factory `module:function` that
-returns a `Curriculum`. Run it again with `--resume_from_checkpoint true` after an interruption.
+them. Name metrics and policies with their arguments, or give a Python factory `module:function` that returns a
+`Curriculum`. After an interruption, run it again with `--resume_from_checkpoint true`.
 """
 
 import importlib
@@ -22,17 +22,17 @@ from distill_sampler.specs import parse_metrics, parse_policies, parse_rescore
 
 @dataclass
 class CurriculumArguments:
-    """What the student's epochs are made of."""
+    """What to score, how to plan, and when to score again."""
 
     data: str = field(metadata={"help": "Candidates: a JSONL or Parquet file, or a data set's name on the hub."})
-    metrics: str = field(default="rank_surprisal_ratio", metadata={"help": "What to score, with commas between."})
+    metrics: str = field(default="rank_surprisal_ratio", metadata={"help": "What to score, separated by commas."})
     policy: list[str] = field(
         default_factory=lambda: ["BestOf(rank_surprisal_ratio, per=prompt_id)", "Shuffle()"],
         metadata={"help": "Policies, applied in this order."},
     )
-    rescore: str = field(default="Rescore()", metadata={"help": "When the student scores again, and whom."})
-    observe: bool = field(default=False, metadata={"help": "Take scores from the forwards of training, too."})
-    num_samples: int | None = field(default=None, metadata={"help": "Length of an epoch, if it should not be found."})
+    rescore: str = field(default="Rescore()", metadata={"help": "When the student scores again, and which samples."})
+    observe: bool = field(default=False, metadata={"help": "Also take scores from the forward passes of training."})
+    num_samples: int | None = field(default=None, metadata={"help": "Length of an epoch. By default it is found."})
     curriculum: str | None = field(
         default=None, metadata={"help": "module:function that returns a Curriculum, instead of metrics and policies."}
     )
@@ -66,7 +66,7 @@ def main() -> None:
         model=model.model_name_or_path, args=args, train_dataset=rows, peft_config=get_peft_config(model)
     )
     attach(trainer, make_curriculum(chosen, args.seed))
-    # "true" resumes the output folder's last checkpoint, a path that one
+    # "true" resumes from the last checkpoint in the output folder, a path from that checkpoint
     resume = {None: None, "true": True, "false": None}.get(args.resume_from_checkpoint, args.resume_from_checkpoint)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()

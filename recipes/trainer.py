@@ -21,7 +21,7 @@ parser.add_argument("--output", default="student")
 parser.add_argument("--epochs", type=float, default=2)
 parser.add_argument("--batch-size", type=int, default=4)
 parser.add_argument("--learning-rate", type=float, default=2e-5)
-parser.add_argument("--resume", action="store_true", help="Go on from the last checkpoint in the output folder.")
+parser.add_argument("--resume", action="store_true", help="Resume from the last checkpoint in the output folder.")
 options = parser.parse_args()
 
 args = TrainingArguments(
@@ -49,7 +49,7 @@ with args.main_process_first():
 trainer = Trainer(
     model=AutoModelForCausalLM.from_pretrained(options.model),
     args=args,
-    train_dataset=rows,  # columns that the model does not take are dropped later; the curriculum still sees them
+    train_dataset=rows,  # the trainer drops unused columns later; the curriculum still sees them
     data_collator=DataCollatorForSeq2Seq(tokenizer),
     processing_class=tokenizer,
 )

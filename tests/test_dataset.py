@@ -137,7 +137,7 @@ def test_without_a_labels_column_every_token_but_the_first_counts() -> None:
 
 def test_rows_with_nothing_to_score_are_counted_named_and_can_be_dropped() -> None:
     rows = [*toy(3), {"input_ids": [1, 2], "labels": [-100, -100], "prompt_id": "p0"}]
-    with pytest.raises(ValueError, match=r"1 of 4 rows have no response token.*first is row 3.*unscorable='drop'"):
+    with pytest.raises(ValueError, match=r"1 of 4 rows have no response token.*row 3.*unscorable='drop'"):
         ScoredDataset(rows)
     assert ScoredDataset(rows, unscorable="drop").scorable.tolist() == [True, True, True, False]
     with pytest.raises(ValueError, match="2 of 2 rows have no response token"):
@@ -147,7 +147,7 @@ def test_rows_with_nothing_to_score_are_counted_named_and_can_be_dropped() -> No
 def test_missing_columns_are_named_with_the_closest() -> None:
     with pytest.raises(ValueError, match=r"no column 'promt_id'.*'prompt_id'\. Did you mean 'prompt_id'\?"):
         ScoredDataset(toy()).column("promt_id")
-    with pytest.raises(ValueError, match=r"no column 'labels'.*say labels=None"):
+    with pytest.raises(ValueError, match=r"no column 'labels'.*labels=None"):
         ScoredDataset([{"input_ids": [1, 2]}])
     with pytest.raises(ValueError, match=r"no column 'input_ids'.*after tokenisation"):
         ScoredDataset([{"text": "hello"}])

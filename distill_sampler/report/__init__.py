@@ -1,1 +1,1 @@
-"""Pictures for people who would rather look than read."""
+"""The report page and the leaderboard of teachers."""

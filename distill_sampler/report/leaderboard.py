@@ -1,7 +1,7 @@
-"""Which teacher suits the student, and how sure that is: group scores with a bootstrap over prompts.
+"""Which teacher suits the student, and how certain that is: group scores with a bootstrap over prompts.
 
-Prompts are drawn, not samples: the responses to one prompt rise and fall together, and every teacher gets the same
-draw, so that two teachers are compared on the prompts that they share (Efron, 1979; paired as in Koehn, 2004).
+The bootstrap draws prompts, not samples, because the scores of the responses to one prompt vary together. All teachers
+get the same draw, so two teachers are compared on the prompts that they share (Efron, 1979; paired as in Koehn, 2004).
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from distill_sampler.report.verdict import Estimate, TeacherLine, verdict_of, wa
 from distill_sampler.types import BoolArray, Column, FloatArray, HashArray, IntArray
 
 MAX_DOMAINS = 8
-"""Domains with a leaderboard of their own: the largest ones."""
+"""Most domains that get a leaderboard of their own: the largest ones."""
 DOMAIN_PROMPTS = 10
-"""Below this a domain has none."""
+"""Fewest prompts for a domain to get a leaderboard of its own."""
 _DRAWS = 1000
 _DOMAIN_DRAWS = 200
 _WORK = 300_000_000
-"""Samples that are looked at in all draws together: very large data gets fewer draws, and needs fewer."""
+"""Most samples to read in all draws together. Very large data gets fewer draws, and needs fewer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Leaderboard:
-    """Teachers, best first, and what can be said about that order."""
+    """Teachers, best first, with conclusions and warnings."""
 
     metric: str
     higher_is_better: bool
     lines: Sequence[TeacherLine]
     prompts: int
     verdict: Sequence[str]
-    """Sentences: who is first, why, and from whom the first cannot be told apart."""
+    """Sentences: who is first, why, and which teachers cannot be told apart from the first."""
     warnings: Sequence[str]
     draws: int
 
@@ -59,99 +59,99 @@ def leaderboard(
     draws: int | None = None,
     seed: int = 0,
 ) -> Leaderboard:
-    """Rank teachers by a metric's group score. Samples without a teacher, or without that score, take no part.
+    """Rank teachers by a metric's group score. Samples without a teacher or without that score are left out.
 
     Args:
-        metrics: what is shown, by name.
-        metric: the one that ranks.
+        metrics: the metrics to show, by name.
+        metric: name of the metric that ranks.
         numbers: every column of the metrics, `[samples]` each.
-        teachers: who wrote each sample.
-        groups: `[samples]` which prompt each answers.
-        num_tokens: `[samples]` response tokens.
-        content_hash: `[samples]` breaks ties of the choice; left out: the sample's place does.
-        correct: verdicts, if there are any.
-        among: `[samples]` True where a sample may take part; left out: all may.
-        shared_only: compare on the prompts that every teacher answered.
-        draws: of the bootstrap; None: 1000, fewer for very large data. 0: no intervals.
+        teachers: the teacher of each sample.
+        groups: `[samples]` the prompt of each sample, as a number.
+        num_tokens: `[samples]` number of response tokens.
+        content_hash: `[samples]` breaks ties between responses to a prompt. By default the sample's number does.
+        correct: whether each response is correct, if that is known.
+        among: `[samples]` True for the samples to compare. By default all.
+        shared_only: compare only on the prompts that every teacher answered.
+        draws: number of bootstrap draws. None: 1000, fewer for very large data. 0: no intervals.
         seed: of the draws.
 
     Raises:
         ValueError: no sample has a score, or no prompt is shared.
     """
     ranking = metrics[metric]
-    every = dict.fromkeys(name for item in metrics.values() for name in item.columns)
-    asked = np.ones(len(num_tokens), bool) if among is None else among
-    usable: BoolArray = asked & np.all([np.isfinite(numbers[name]) for name in ranking.columns], axis=0)
-    unscored = int(asked.sum() - usable.sum())
+    columns = dict.fromkeys(name for item in metrics.values() for name in item.columns)
+    requested = np.ones(len(num_tokens), bool) if among is None else among
+    usable: BoolArray = requested & np.all([np.isfinite(numbers[name]) for name in ranking.columns], axis=0)
+    unscored = int(requested.sum() - usable.sum())
     codes = teachers.codes
     unnamed = np.zeros_like(usable)
     if None in teachers.values:
         unnamed = usable & (codes == list(teachers.values).index(None))
-    places = np.flatnonzero(usable & ~unnamed)
-    if not len(places):
+    selected = np.flatnonzero(usable & ~unnamed)
+    if not len(selected):
         raise ValueError(f"No sample has a {metric}: there is nothing to rank.")
     if shared_only:
-        places = places[_shared(codes[places], groups[places])]
-        if not len(places):
-            raise ValueError("No prompt was answered by every teacher; leave --shared-prompts out.")
+        selected = selected[_shared(codes[selected], groups[selected])]
+        if not len(selected):
+            raise ValueError("No prompt was answered by every teacher. Leave out --shared-prompts.")
     if content_hash is None:
         content_hash = np.arange(len(codes), dtype=np.uint64)
 
-    # rows in order of teacher, so that a teacher is a slice; prompts numbered from 0 among those that are left
-    order = places[np.argsort(codes[places], kind="stable")]
-    codes, rows = codes[order], {name: numbers[name][order] for name in every}
+    # sort rows by teacher, so that each teacher is a slice; number the remaining prompts from 0
+    order = selected[np.argsort(codes[selected], kind="stable")]
+    codes, rows = codes[order], {name: numbers[name][order] for name in columns}
     _, groups = np.unique(groups[order], return_inverse=True)
     num_prompts = int(groups.max()) + 1
     goodness = rows[metric] if ranking.higher_is_better else -rows[metric]
-    winners = best_first_order(goodness, content_hash[order], groups)
-    chosen = np.zeros(len(order))
-    chosen[winners[first_of_each(groups[winners])]] = 1.0
+    by_prompt = best_first_order(goodness, content_hash[order], groups)
+    is_best = np.zeros(len(order))  # 1 for the best response of each prompt
+    is_best[by_prompt[first_of_each(groups[by_prompt])]] = 1.0
     bounds = np.flatnonzero(np.r_[True, codes[1:] != codes[:-1], True])
     slices = [slice(start, stop) for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)]
     part_names = [name for name in ranking.columns if name != metric]
-    partial = {item.name for item in metrics.values() if not all(np.isfinite(rows[n]).all() for n in item.columns)}
+    incomplete = {item.name for item in metrics.values() if not all(np.isfinite(rows[n]).all() for n in item.columns)}
 
-    def group_score(item: Metric, taken: Mapping[str, FloatArray]) -> float:
-        own = {name: taken[name] for name in item.columns}
-        if item.name in partial:  # not the one that ranks: it has no number for some of these samples
-            known = np.all([np.isfinite(values) for values in own.values()], axis=0)
-            if not known.any():
+    def group_score(item: Metric, values: Mapping[str, FloatArray]) -> float:
+        own = {name: values[name] for name in item.columns}
+        if item.name in incomplete:  # some samples lack this metric (never the one that ranks)
+            scored = np.all([np.isfinite(column) for column in own.values()], axis=0)
+            if not scored.any():
                 return math.nan
-            own = {name: values[known] for name, values in own.items()}
+            own = {name: column[scored] for name, column in own.items()}
         return item.aggregate(own)
 
-    def figures(part: slice, picked: IntArray | None) -> list[float]:
-        """Every number of a line, for a teacher's rows, or for those drawn among them."""
-        if picked is not None and not len(picked):
+    def figures(teacher: slice, drawn: IntArray | None) -> list[float]:
+        """Every number of a line, from all of a teacher's rows, or from those that were drawn."""
+        if drawn is not None and not len(drawn):
             return [math.nan] * (len(metrics) + len(part_names) + 1)
-        taken = {name: values[part] if picked is None else values[part][picked] for name, values in rows.items()}
-        wins = chosen[part] if picked is None else chosen[part][picked]
+        values = {name: v[teacher] if drawn is None else v[teacher][drawn] for name, v in rows.items()}
+        best = is_best[teacher] if drawn is None else is_best[teacher][drawn]
         return [
-            *(group_score(item, taken) for item in metrics.values()),
-            *(float(taken[name].mean(dtype=float)) for name in part_names),
-            float(wins.sum()) / num_prompts,
+            *(group_score(item, values) for item in metrics.values()),
+            *(float(values[name].mean(dtype=float)) for name in part_names),
+            float(best.sum()) / num_prompts,
         ]
 
     if draws is None:
         draws = int(np.clip(_WORK // len(order), 50, _DRAWS))
-    values = np.array([figures(part, None) for part in slices])  # [teachers, figures]
+    values = np.array([figures(teacher, None) for teacher in slices])  # [teachers, figures]
     drawn = _bootstrap(slices, groups, num_prompts, draws, seed, figures)  # [draws, teachers, figures]
     with np.errstate(invalid="ignore"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
         low, high = np.nanquantile(drawn, [0.025, 0.975], axis=0) if draws else (values, values)
 
-    place = list(metrics).index(metric)
+    column = list(metrics).index(metric)
     sign = -1 if ranking.higher_is_better else 1
-    ranked = np.argsort(sign * values[:, place], kind="stable")
+    ranked = np.argsort(sign * values[:, column], kind="stable")
     names = [str(teachers.values[code]) for code in codes[bounds[:-1]]]
-    badness = sign * drawn[:, :, place]
+    badness = sign * drawn[:, :, column]
     ties = _ties(badness, ranked)
-    verdicts = None if correct is None else _verdicts(correct, order)
+    correctness = None if correct is None else _correctness(correct, order)
     lines = []
     for t in ranked.tolist():
         estimates = [Estimate(value=v, low=a, high=b) for v, a, b in zip(values[t], low[t], high[t], strict=True)]
         own = slices[t]
-        known = verdicts[own][~np.isnan(verdicts[own])] if verdicts is not None else np.empty(0)
+        known = correctness[own][~np.isnan(correctness[own])] if correctness is not None else np.empty(0)
         lines.append(
             TeacherLine(
                 teacher=names[t],
@@ -171,9 +171,7 @@ def leaderboard(
         higher_is_better=ranking.higher_is_better,
         lines=lines,
         prompts=num_prompts,
-        verdict=verdict_of(
-            lines, metric, part_names, sign * drawn[:, :, place], sign * values[:, place], ranked, num_prompts
-        ),
+        verdict=verdict_of(lines, metric, part_names, badness, sign * values[:, column], ranked, num_prompts),
         warnings=warnings_of(lines, metric, rows[metric], tokens, num_prompts, int(unnamed.sum()), unscored),
         draws=draws,
     )
@@ -188,7 +186,7 @@ def rank_teachers(
     shared: bool = False,
     draws: int | None = None,
 ) -> Leaderboard | None:
-    """The leaderboard of a scores file, or of some of its samples; None if it does not name teachers."""
+    """The leaderboard of a scores file, or of some of its samples; None if the file does not name teachers."""
     teachers = scores.column(scores.teacher, epoch=epoch)
     if teachers is None:
         return None
@@ -211,8 +209,8 @@ def rank_teachers(
     )
     if mixed := scores.mixed_prompts(epoch=epoch):
         sentence = (
-            f"{len(mixed):,} values of '{scores.group}' stand for different prompts each ('{mixed[0]}' is one): their "
-            "responses are compared as if they answered one question. Give every prompt an id of its own, or score "
+            f"{len(mixed):,} values of '{scores.group}' are used by different prompts (for example '{mixed[0]}'). "
+            "Their responses are compared as if they answered the same prompt. Give every prompt its own id, or score "
             "again with another --group-column."
         )
         board = replace(board, warnings=[sentence, *board.warnings])
@@ -222,7 +220,7 @@ def rank_teachers(
 def rank_domains(
     scores: Scores, *, metric: str | None = None, epoch: int | None = None, shared: bool = False
 ) -> dict[str, Leaderboard]:
-    """A leaderboard for each of the largest domains, largest first; empty where there is no choice of them."""
+    """A leaderboard for each of the largest domains, largest first; empty if fewer than two domains have one."""
     domains, teachers = scores.column(scores.domain, epoch=epoch), scores.column(scores.teacher, epoch=epoch)
     groups = scores.codes(scores.group, epoch=epoch)
     scored = np.isfinite(scores.numbers(epoch=epoch)[scores.metric(metric).name])
@@ -242,20 +240,20 @@ def rank_domains(
 
 
 def domain_sentence(board: Leaderboard, by_domain: Mapping[str, Leaderboard]) -> str:
-    """Whether the first teacher is the first everywhere, in a sentence."""
+    """Whether the same teacher is first in every domain, as a sentence."""
     first = board.lines[0].teacher
     firsts = {domain: own.lines[0].teacher for domain, own in by_domain.items()}
     if set(firsts.values()) == {first}:
         return f"{first} is first in each of {len(firsts)} domains."
-    told = []
+    parts = []
     for domain, own in by_domain.items():
-        near = any(line.tied and line.teacher == first for line in own.lines)
-        told.append(f"{firsts[domain]} in {domain}" + (f" (not to be told apart from {first})" if near else ""))
-    return f"By domain, the first is {', '.join(told)}."
+        tied = any(line.tied and line.teacher == first for line in own.lines)
+        parts.append(f"{firsts[domain]} in {domain}" + (f" (cannot be told apart from {first})" if tied else ""))
+    return f"The first teacher depends on the domain: {', '.join(parts)}."
 
 
 def _shared(codes: IntArray, groups: IntArray) -> BoolArray:
-    """`[n]` whether the row's prompt was answered by every teacher."""
+    """`[n]` whether every teacher answered the row's prompt."""
     _, codes = np.unique(codes, return_inverse=True)
     _, groups = np.unique(groups, return_inverse=True)
     num_teachers = int(codes.max()) + 1
@@ -274,23 +272,23 @@ def _bootstrap(
     figures: Callable[[slice, IntArray | None], list[float]],
 ) -> npt.NDArray[np.float64]:
     rng = np.random.default_rng(seed)
-    places = [np.arange(part.stop - part.start) for part in slices]
+    rows = [np.arange(teacher.stop - teacher.start) for teacher in slices]
     result = []
     for _ in range(draws):
         times = np.bincount(rng.integers(num_prompts, size=num_prompts), minlength=num_prompts)
-        result.append([figures(p, np.repeat(at, times[groups[p]])) for p, at in zip(slices, places, strict=True)])
+        result.append([figures(t, np.repeat(own, times[groups[t]])) for t, own in zip(slices, rows, strict=True)])
     return np.array(result).reshape(draws, len(slices), len(figures(slices[0], None)))
 
 
 def _ties(badness: npt.NDArray[np.float64], ranked: IntArray) -> set[int]:
-    """Teachers whose difference to the first has an interval that holds 0. `badness` is `[draws, teachers]`."""
+    """Teachers whose difference from the first has an interval that contains 0. `badness` is `[draws, teachers]`."""
     if not len(badness):
         return set()
-    apart = badness - badness[:, ranked[:1]]
-    return {t for t in ranked[1:].tolist() if not np.nanquantile(apart[:, t], 0.025) > 0}
+    behind = badness - badness[:, ranked[:1]]
+    return {t for t in ranked[1:].tolist() if not np.nanquantile(behind[:, t], 0.025) > 0}
 
 
-def _verdicts(correct: Column, order: IntArray) -> npt.NDArray[np.float64]:
-    """`[samples]` 1, 0, or NaN without a verdict."""
+def _correctness(correct: Column, order: IntArray) -> npt.NDArray[np.float64]:
+    """`[samples]` 1: correct, 0: incorrect, NaN: unknown."""
     values = [float(v) if isinstance(v, (bool, int, float)) and v in (0, 1) else math.nan for v in correct.values]
     return np.array(values)[correct.codes[order]]

@@ -1,8 +1,8 @@
-"""`distill-sampler report`: scores as one HTML file that needs no network and runs nothing of the data's.
+"""`distill-sampler report`: scores as one HTML file that needs no network and runs no code from the data.
 
-Text of the data set reaches the page by two ways only: through Jinja, which escapes it, and as JSON in a block that is
-no script, with `<`, `>` and `&` written as escapes; the page's script puts it into text nodes. On top of that a content
-security policy names the page's own scripts by their hashes, so that nothing else could run if it got in.
+Text of the data set reaches the page in two ways only: through Jinja, which escapes it, and as JSON in a block that is
+not a script, with `<`, `>` and `&` escaped; the page's script puts it into text nodes. In addition, a content security
+policy allows only the page's own scripts, by their hashes, so nothing else would run even if it got into the page.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ def write_report(
     """Write the page of a scores file, or of a run's folder (`scores.parquet`, and `plans.parquet` if there is one).
 
     Args:
-        source: what `score` wrote, or the folder.
-        output: HTML file to write.
-        title: of the page; left out, it says what was scored by whom.
-        policies: whose choice is shown; left out, the run's own, or the best response of each prompt.
+        source: the file that `score` wrote, or the folder of a run.
+        output: the HTML file to write.
+        title: title of the page. By default it names the student and what it scored.
+        policies: the policies whose choice is shown. By default the run's own, or the best response of each prompt.
         seed: of the policies.
-        metric: what ranks teachers; left out, the Rank-Surprisal Ratio if it is there.
-        columns: what the columns are called (`teacher=`, `group=`, `domain=`, `correct=`), as for `Scores.open`.
+        metric: the metric that ranks teachers. By default the Rank-Surprisal Ratio if it was scored.
+        columns: names of the columns (`teacher=`, `group=`, `domain=`, `correct=`), as for `Scores.open`.
 
     Returns:
         `output`.
 
     Raises:
-        ValueError: there are no scores there, or the page cannot be written.
+        ValueError: `source` has no scores, or the page cannot be written.
     """
     require_writable(output, ".html", ".htm")
     scores = Scores.open(source, **columns)
@@ -87,7 +87,7 @@ def _title(data: dict[str, Any]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """JSON that is the same JSON and holds no character that HTML knows."""
+    """The same JSON without any character that has a meaning in HTML."""
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text

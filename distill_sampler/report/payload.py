@@ -1,7 +1,7 @@
-"""What the page shows, as plain values: figures of the whole data, points of a part of it, some traces in full.
+"""What the page shows, as plain values: figures for all data, points for a sample of it, and some traces in full.
 
-Text of the data set is hostile. Here it loses what could mislead a reader (control characters, direction marks) and
-what could drown a browser (length); escaping it is the page's business.
+Text of the data set may be hostile. This module replaces what could mislead a reader (control characters, direction
+marks) and cuts what is too long for a browser. The page escapes the rest.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from distill_sampler.report.verdict import Estimate
 from distill_sampler.types import Column, FloatArray, IntArray
 
 MAX_POINTS = 4000
-"""Samples in the pictures; more are drawn from at random (figures in tables are of all)."""
+"""Most samples in the pictures. Of larger data, a random sample is shown; figures in tables use all data."""
 MAX_TRACES = 300
 MAX_TRACE_TOKENS = 2000
 MAX_TOKENS = 200_000
-"""Tokens of all traces together: what a phone can hold."""
+"""Most tokens in all traces together: what a phone can hold."""
 MAX_TEXT = 4000
 MAX_NAMES = 60
-"""Teachers and domains with a name of their own; the rest are one."""
+"""Most teachers or domains that are shown by name. The others are merged into one."""
 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff]")
 
@@ -41,7 +41,7 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u20
 def payload(
     scores: Scores, *, policies: Sequence[Policy] = (), seed: int = 0, metric: str | None = None
 ) -> dict[str, Any]:
-    """Everything the page needs, ready for JSON.
+    """Everything that the page needs, ready for JSON.
 
     Raises:
         ValueError: there is nothing to show, or a policy does not fit the scores.
@@ -90,7 +90,7 @@ def payload(
             "group": [] if groups is None else [visible(str(groups.values[c]), 60) for c in groups.codes[shown]],
             "teacher": teacher_codes[shown].tolist(),
             "domain": domain_codes[shown].tolist(),
-            "correct": _verdicts(correct, len(samples))[shown].tolist(),
+            "correct": _correctness(correct, len(samples))[shown].tolist(),
             "tokens": [] if tokens is None else tokens[shown].tolist(),
             "chosen": chosen[shown].astype(int).tolist(),
             "reason": [_reason(choice, row, plans, bool(chosen[row])) for row in shown.tolist()],
@@ -107,10 +107,10 @@ def payload(
 
 
 def visible(text: str, limit: int = MAX_TEXT) -> str:
-    """Text that shows what it is: control characters and direction marks by name, cut off at `limit`."""
+    """Text with control characters and direction marks made visible, cut off at `limit`."""
     cut = text[:limit]
-    told = _CONTROLS.sub(lambda found: _mark(found.group()), cut)
-    return told + (f"… ({len(text) - limit:,} more characters)" if len(text) > limit else "")
+    safe = _CONTROLS.sub(lambda found: _mark(found.group()), cut)
+    return safe + (f"… ({len(text) - limit:,} more characters)" if len(text) > limit else "")
 
 
 def _mark(character: str) -> str:
@@ -123,7 +123,7 @@ def _mark(character: str) -> str:
 def _choice(
     scores: Scores, policies: Sequence[Policy], seed: int, metric: str, groups: Column | None
 ) -> ExplainedPlan | None:
-    """By the policies that were given; else what a run planned last; else the best response of each prompt."""
+    """The choice to show: by the given policies, else the run's last plan, else the best response of each prompt."""
     if policies:
         return scores.choose(policies, seed=seed)
     if scores.load_plans is not None:
@@ -134,7 +134,7 @@ def _choice(
 
 
 def _named(column: Column | None, size: int, board: Leaderboard | None) -> tuple[IntArray, list[str]]:
-    """Codes and names in the order of the leaderboard, or of frequency; a column of too many values is cut off."""
+    """Codes and names in the order of the leaderboard, or by frequency. Values beyond `MAX_NAMES` become one."""
     if column is None:
         return np.zeros(size, np.int64), []
     counts = np.bincount(column.codes, minlength=len(column.values))
@@ -150,8 +150,8 @@ def _named(column: Column | None, size: int, board: Leaderboard | None) -> tuple
     return new[column.codes], names
 
 
-def _verdicts(correct: Column | None, size: int) -> IntArray:
-    """`[samples]` 1 correct, 0 not, -1 nobody says."""
+def _correctness(correct: Column | None, size: int) -> IntArray:
+    """`[samples]` 1: correct, 0: incorrect, -1: unknown."""
     if correct is None:
         return np.full(size, -1)
     return np.array([int(v) if v in (0, 1, True, False) and v is not None else -1 for v in correct.values])[
@@ -167,14 +167,14 @@ def _reason(choice: ExplainedPlan | None, row: int, plans: Mapping[int, IntArray
 
 
 def _board(board: Leaderboard) -> dict[str, Any]:
-    """The leaderboard for the page's table; ranges as shares of the widest."""
+    """The leaderboard for the page's table. Intervals are drawn in percent of the range of all intervals."""
     estimates = [line.scores[board.metric] for line in board.lines]
     low, high = min(e.low for e in estimates), max(e.high for e in estimates)
     width = (high - low) or 1.0
 
     def numbers(estimate: Estimate) -> dict[str, float | None]:
-        told = {"value": estimate.value, "low": estimate.low, "high": estimate.high, "half": estimate.half}
-        return {name: value if math.isfinite(value) else None for name, value in told.items()}  # JSON knows no NaN
+        named = {"value": estimate.value, "low": estimate.low, "high": estimate.high, "half": estimate.half}
+        return {name: value if math.isfinite(value) else None for name, value in named.items()}  # JSON has no NaN
 
     return {
         "metric": board.metric,
@@ -208,7 +208,7 @@ def _board(board: Leaderboard) -> dict[str, Any]:
 
 
 def _by_domain(board: Leaderboard, by_domain: Mapping[str, Leaderboard]) -> dict[str, Any] | None:
-    """The ranking metric of each teacher in each domain; None where there is no choice of domains."""
+    """The ranking metric of each teacher in each domain; None if there are no domains to compare."""
     if not by_domain:
         return None
     rows = []
@@ -225,7 +225,7 @@ def _by_domain(board: Leaderboard, by_domain: Mapping[str, Leaderboard]) -> dict
 
 
 def _redundant(parts: Mapping[str, Estimate]) -> tuple[str, ...]:
-    """The mean log-probability is the mean surprisal with the other sign."""
+    """Columns that show nothing new: the mean log-probability is the mean surprisal with the opposite sign."""
     return ("global_naturalness",) if "mean_surprisal" in parts else ()
 
 
@@ -237,7 +237,7 @@ def _composition(
     plans: Mapping[int, IntArray],
     choice: ExplainedPlan | None,
 ) -> list[dict[str, Any]]:
-    """Bars of how many samples each teacher has: among the candidates, and in each epoch or in the choice."""
+    """Bars with the number of each teacher's samples: among the candidates, and in each epoch or in the choice."""
     if num_teachers < 2:
         return []
 
@@ -258,7 +258,7 @@ def _composition(
 def _passes(
     scores: Scores, metric: str, samples: IntArray, teachers: IntArray, shown: IntArray
 ) -> dict[str, Any] | None:
-    """Group scores of the teachers in every pass, and each sample's mean and spread over the passes."""
+    """Group scores of the teachers for every epoch, and each sample's mean and spread over the epochs."""
     if len(scores.epochs) < 2:
         return None
     item = scores.metrics[metric]
@@ -293,11 +293,11 @@ def _traces(
     domains: IntArray,
     correct: Column | None,
 ) -> list[dict[str, Any]]:
-    """Prompts with their responses, token by token, as many as fit."""
+    """Prompts with their responses token by token, as many as fit."""
     if not set(TRACE_COLUMNS) <= set(scores.names):
         return []
     prompts: dict[str, dict[str, Any]] = {}
-    verdicts = _verdicts(correct, len(teachers))
+    correctness = _correctness(correct, len(teachers))
     position, budget, count = 0, MAX_TOKENS, 0
     names = [*TRACE_COLUMNS, *([scores.group] if scores.group else [])]
     with pq.ParquetFile(scores.path) as file:
@@ -326,7 +326,7 @@ def _traces(
                         "sample": row,
                         "teacher": int(teachers[row]),
                         "domain": int(domains[row]),
-                        "correct": int(verdicts[row]),
+                        "correct": int(correctness[row]),
                         "chosen": int(chosen[row]),
                         "reason": _reason(choice, row, plans, bool(chosen[row])),
                         "scores": {name: _rounded(numbers[name][row : row + 1])[0] for name in columns},
@@ -346,11 +346,11 @@ def _traces(
 
 
 def _first(values: pa.ListScalar, stop: int) -> list[Any]:
-    """The first elements, without making Python objects of the others."""
+    """The first elements, without creating Python objects for the others."""
     found: list[Any] = values.values.slice(0, stop).to_pylist()
     return found
 
 
 def _rounded(values: Any) -> list[float | None]:
-    """Four significant digits are what a picture shows; JSON knows no NaN."""
+    """Numbers with four significant digits, enough for a picture; None for NaN, which JSON does not have."""
     return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values.tolist()]

@@ -1,18 +1,18 @@
-"""Kill a training run at random moments until it ends, again and again; what it trained must be what it would have.
+"""Kill a training run at random moments and restart it until it ends; it must train the same as without kills.
 
     python recipes/benchmarks/kill_storm.py [--kills 200] [--processes 1 or 2] [--workers 0] [--elastic] [--online]
 
 A real `SFTTrainer` trains a tiny student with a curriculum (dropout on, gradient accumulation 2, a checkpoint every
-second step) in a process of its own that is sent SIGKILL while it scores, trains or saves, and is started again from
-the last whole checkpoint, until it comes to its end; then the next run, until there were enough kills. Every batch is
-noted where the loss is computed, with the scores of each pass and the final weights, and compared bit for bit with a
-run that was left alone. Imports take longer than a run, so they are done once: runs are forks of this process.
+second step) in its own process. The process gets SIGKILL while it scores, trains or saves, and restarts from the last
+whole checkpoint until training ends. Then the next run begins, until there were enough kills. The script records every
+batch where the loss is computed, the scores of each pass and the final weights, and compares them bit for bit with a
+run that was not killed. Imports take longer than a run, so they are done once: runs are forks of this process.
 
-With `--elastic` every start has another number of processes, one or two, the global batch being the same. Then only
-the samples of each optimizer step are compared: sums over processes differ in their last digits.
+With `--elastic` every start has one or two processes, with the same global batch. Then only the samples of each
+optimizer step are compared, because sums over processes differ in their last digits.
 
 With `--online` scores are observed in training, half of the candidates are scored again every third step, and the rest
-of the epoch is planned anew.
+of the epoch is replanned.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ RSR = "rank_surprisal_ratio"
 
 
 class Phase:
-    """What a run is doing, in memory that outlives it, and how often it has begun to."""
+    """What a run is doing, and how often it has begun to, in memory that outlives the run."""
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, 1 + len(PHASES))
@@ -77,7 +77,7 @@ class Phase:
 
 
 def train(folder: Path, phase: Phase, rank: int, processes: int, options: argparse.Namespace) -> None:
-    """Go on from the last whole checkpoint to the end."""
+    """Train from the last whole checkpoint to the end."""
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     if processes > 1:
@@ -92,9 +92,9 @@ def train(folder: Path, phase: Phase, rank: int, processes: int, options: argpar
         os.write(log, (json.dumps(line) + "\n").encode())
 
     class Recorded(SFTTrainer):
-        """Notes the samples of every batch where the loss is computed, and says what it is doing."""
+        """Records the samples of every batch where the loss is computed, and what the run is doing."""
 
-        batches: dict[int, int] = {}  # noqa: RUF012  # of the step being made: how many there were before this one
+        batches: dict[int, int] = {}  # noqa: RUF012  # number of batches before this one in the current step
 
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             phase.enter(TRAINING)
@@ -102,7 +102,7 @@ def train(folder: Path, phase: Phase, rank: int, processes: int, options: argpar
             rows = [tuple(row[mask].tolist()) for row, mask in zip(inputs["input_ids"], kept, strict=True)]
             step = self.state.global_step + 1
             self.batches = {step: self.batches.get(step, -1) + 1}
-            # accelerate deals the batches out to the processes one by one
+            # accelerate distributes the batches to the processes one by one
             start = (self.batches[step] * processes + rank) * self.args.per_device_train_batch_size
             for place, row in enumerate(rows, start):
                 note(what=f"step {step:02}, place {place}", value=index[row])
@@ -157,7 +157,7 @@ def train(folder: Path, phase: Phase, rank: int, processes: int, options: argpar
     curriculum.cycle.score = score_and_note  # type: ignore[method-assign]
     found, _ = last_whole(folder / "output")
     if processes > 1:
-        torch.distributed.barrier()  # all have looked before one begins to write
+        torch.distributed.barrier()  # all processes have looked before one of them writes
     trainer.train(resume_from_checkpoint=True if found else None)
     weights = b"".join(parameter.detach().numpy().tobytes() for parameter in model.parameters())
     note(what="weights", value=hash_of(weights))
@@ -176,7 +176,7 @@ def train(folder: Path, phase: Phase, rank: int, processes: int, options: argpar
 
 
 def start(folder: Path, phase: Phase, processes: int, options: argparse.Namespace) -> list[int]:
-    """Fork the processes of a run; gives their ids. What they print goes to a file."""
+    """Fork the processes of a run. Returns their ids. What they print goes to a file."""
     (folder / "rendezvous").unlink(missing_ok=True)
     phase.clear()
     children = []
@@ -204,10 +204,10 @@ def start(folder: Path, phase: Phase, processes: int, options: argparse.Namespac
 
 
 def weather(folder: Path, phase: Phase, options: argparse.Namespace, draw: random.Random, kills: Counter[str]) -> int:
-    """One run from its start to its end, killed on the way. Gives the number of its kills.
+    """One run from its start to its end, with kills on the way. Returns the number of kills.
 
     Raises:
-        RuntimeError: it ended by itself, and not well.
+        RuntimeError: the run failed without being killed.
     """
     killed = 0
     while True:
@@ -245,9 +245,9 @@ def weather(folder: Path, phase: Phase, options: argparse.Namespace, draw: rando
 
 
 def trained(folder: Path, options: argparse.Namespace) -> dict[str, set[str]]:
-    """Every value that was noted for each place of each step, the scores of each pass and the weights.
+    """Every recorded value: for each position of each step, the scores of each pass, and the weights.
 
-    All of them, whether a kill undid the step or not: they must be what they would have been.
+    Steps that a kill has undone are included: they too must be the same as without kills.
     """
     found: dict[str, set[str]] = {}
     for path in sorted(folder.glob("trained-*.jsonl")):
@@ -276,11 +276,11 @@ def said(folder: Path, sentence: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=200, help="go on until there were so many")
+    parser.add_argument("--kills", type=int, default=200, help="continue until there were this many")
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1)
-    parser.add_argument("--elastic", action="store_true", help="one or two processes, drawn for each start")
+    parser.add_argument("--elastic", action="store_true", help="one or two processes, drawn at each start")
     parser.add_argument("--workers", type=int, default=0, help="data loader workers")
-    parser.add_argument("--online", action="store_true", help="observe, score again inside epochs, plan the rest anew")
+    parser.add_argument("--online", action="store_true", help="observe, score again inside epochs, and replan")
     parser.add_argument("--prompts", type=int, default=20, help="with three candidates each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="keep the runs here")
@@ -318,7 +318,7 @@ def main() -> None:
     print(f"\n{kills.total()} kills in {runs} runs, {len(found)} differences, {time.monotonic() - begun:.0f} s")
     for name in PHASES:
         print(f"  {name:9} {kills[name]:4} {'#' * (60 * kills[name] // max(kills.total(), 1))}")
-    print(f"interrupted passes taken up: {taken_up}; broken checkpoints passed over: {passed_over}")
+    print(f"interrupted passes resumed: {taken_up}; broken checkpoints skipped: {passed_over}")
     if options.folder is None:
         shutil.rmtree(root, ignore_errors=True)
     sys.exit(1 if found else 0)

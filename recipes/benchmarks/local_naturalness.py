@@ -3,16 +3,15 @@
 
 | column | what it is |
 |---|---|
-| tokens / response token | tokens that went through the student, prompts that are shared counted once |
-| tokens / global | the same against one forward over whole samples: the time that the tokens predict |
-| time / global | time against `GlobalNaturalness` of the same samples, by the same scorer |
-| time / predicted | the one over the other |
-| loop / time | how much longer a loop takes that gives each step's window a forward of its own |
-| loop / tokens | how many times the tokens that loop reads |
+| tokens / response token | tokens that the student reads, with shared prompts counted once |
+| tokens / global | the same, divided by the tokens of the whole samples: the time ratio that the tokens predict |
+| time / global | time, divided by that of `GlobalNaturalness` for the same samples with the same scorer |
+| time / predicted | time / global, divided by tokens / global |
+| loop / time | how much longer a loop takes that runs one forward pass for each step's window |
+| loop / tokens | how many times more tokens that loop reads |
 
-The loop is what one would write first: one row at a time, the prompt in each, all logits. `--lean-loop` has the model
-compute the logits of the step alone.
-Student, traces and options are those of `scoring.py`, and so is the way of measuring.
+The loop is the obvious first version: one row at a time, with the prompt in each, and all logits. With `--lean-loop`
+the model computes only the logits of the step. Student, traces, options and measuring are those of `scoring.py`.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ SCORER = Scorer(progress=False)
 
 
 def score(model: Any, dataset: ScoredDataset, metric: Metric) -> tuple[np.ndarray[Any, Any], int]:
-    """The samples' scores, and how many tokens went through the student."""
+    """The samples' scores, and how many tokens the student read."""
     column, tokens = np.full(len(dataset), np.nan), 0
     for scored in SCORER.score(model, dataset, [metric], np.arange(len(dataset))):
         column[scored.indices] = scored.columns[metric.name]
@@ -45,7 +44,7 @@ def score(model: Any, dataset: ScoredDataset, metric: Metric) -> tuple[np.ndarra
 
 
 def windows(dataset: ScoredDataset, index: int, metric: LocalNaturalness) -> Iterator[tuple[Any, int]]:
-    """The tokens that each step of a sample is read with, and how many of them, the last ones, are the step."""
+    """For each step of a sample: the tokens to read, and how many of the last ones are the step."""
     sample = dataset.sample(index)
     steps = metric.steps(sample)
     prompt = sample.input_ids[: steps[0][0]]

@@ -1,12 +1,12 @@
-"""What low precision does to ranks, RSR and the choice per prompt.
+"""How low precision changes ranks, RSR and the choice per prompt.
 
     python recipes/benchmarks/numerics.py [--data FILE] [--prompts 12] [--max-length 1024]
 
-The student's weights are rounded to bfloat16 once, so that every row of the table has the same ones and only the
-arithmetic differs. The truth is float32 throughout. Two bodies (float32 and bfloat16) meet three ways to the logits:
-a float32 product, the same with bfloat16 inputs, and logits that are themselves rounded to bfloat16, as a plain call of
-a bfloat16 model gives them. Rounded logits tie, so there the rule decides: strict `>` (the authors'), half of the ties
-(mid), or `>=` (vLLM's rank). For students whose logits are the plain product with the head (Llama, Qwen, ...).
+The student's weights are rounded to bfloat16 once, so all rows of the table use the same weights and only the
+arithmetic differs. The reference is float32 throughout. Two bodies (float32 and bfloat16) are combined with three ways
+to compute logits: a float32 product, the same with bfloat16 inputs, and logits rounded to bfloat16, as a plain call of
+a bfloat16 model returns them. Rounded logits tie, so the tie rule matters: strict `>` (the authors'), half of the ties
+(mid), or `>=` (vLLM's rank). Only for students whose logits are the plain product with the head (Llama, Qwen, ...).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from distill_sampler.reading.token_stats import LogitTransform, Project, chunk_f
 
 CLIP = 100
 RULES = {"strict": 0.0, "mid": 0.5, ">=": 1.0}
-"""The share of the ties that counts in a rank."""
+"""Share of the ties that counts in a rank."""
 
 Tokens = dict[str, np.ndarray[Any, Any]]
 
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def rounded(weight: Tensor) -> Project:
-    """Logits as a plain call of the head gives them, in its own dtype."""
+    """Logits as a plain call of the head returns them, in its own dtype."""
     return module(lambda hidden: hidden @ weight.T, LogitTransform())
 
 

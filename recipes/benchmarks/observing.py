@@ -1,11 +1,11 @@
-"""What scores for free cost: a training step that observes its samples against the same step that does not.
+"""What observed scores cost: a training step that observes its samples, compared with the same step that does not.
 
     python recipes/benchmarks/observing.py [--rounds 8] [--student FOLDER]
 
-The price of `Curriculum(observe=True)` is one more product of scored positions with the output head, so it depends on
-the head's share of the model. Random Llamas of several shares are trained by TRL's `SFTTrainer` (forward, fused head,
-backward, optimizer step); each batch is trained on twice in a row, with and without, by turns who is first. Printed
-are medians of the ratio of the two. `--student` measures one of yours, loaded in float32.
+`Curriculum(observe=True)` costs one more product of scored positions with the output head, so the cost depends on the
+head's share of the model. TRL's `SFTTrainer` (forward, fused head, backward, optimizer step) trains random Llamas with
+different shares. Each batch is trained on twice in a row, with and without observing, in alternating order. The table
+has the median ratio of the two times. `--student` measures a model of your own, loaded in float32.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from distill_sampler.types import EpochPlan
 
 
 def llama(vocab: int) -> LlamaForCausalLM:
-    """A body of 14 million weights under a head of `256 · vocab`."""
+    """A body of 14 million weights with a head of `256 · vocab` weights."""
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -49,7 +49,7 @@ def llama(vocab: int) -> LlamaForCausalLM:
 
 
 def head_share(model: Any) -> float:
-    """Of the forward's floating-point operations, attention scores left out."""
+    """Share of the forward's floating-point operations, without attention scores."""
     head = model.get_output_embeddings().weight.numel()
     embedding = model.get_input_embeddings().weight.numel()
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight

@@ -1,8 +1,8 @@
-"""How long planning an epoch takes, and how much memory: `python recipes/benchmarks/planning.py [--sizes N ...]`.
+"""Time and memory that planning an epoch takes: `python recipes/benchmarks/planning.py [--sizes N ...]`.
 
-One subprocess for each size plans [KeepCorrect, BestOf, MixDomains, SortBy, Shuffle within buckets] for N samples in
-N / 4 groups, scattered over the data set at random. Memory is the process's high-water mark (`ru_maxrss`), read when
-the library is imported, when the inputs are there, and at the end. The inputs alone take 60 bytes a sample.
+For each size, one subprocess plans [KeepCorrect, BestOf, MixDomains, SortBy, Shuffle within buckets] for N samples in
+N / 4 groups, which are spread over the data set at random. Memory is the process's high-water mark (`ru_maxrss`), read
+after importing the library, after creating the inputs, and at the end. The inputs alone take 60 bytes per sample.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ POLICIES = [
 
 @dataclass(frozen=True)
 class Score:
-    """A metric that is only looked up: its scores are made here."""
+    """A metric that is only looked up. This script makes its scores."""
 
     name: str = "score"
     columns: tuple[str, ...] = ("score",)
@@ -54,7 +54,7 @@ def make_pool(size: int) -> Pool:
     scores = rng.lognormal(size=size)
     scores[rng.integers(size, size=size // 100)] = np.nan  # up to one in a hundred has no score
     groups = rng.integers(size // 4, size=size)
-    # A prompt is of one domain, so the domain follows from the group; half of the responses are correct.
+    # each prompt has one domain, so the domain follows from the group; half of the responses are correct
     domains = (groups % 3 == 0).astype(np.int64)
     return Pool(
         epoch=0,
@@ -76,7 +76,7 @@ def peak_megabytes() -> float:
 
 
 def measure(size: int) -> dict[str, float]:
-    """Seconds of each policy and in total, megabytes at three moments, for one plan of `size` samples."""
+    """For one plan of `size` samples: seconds of each policy and in total, and megabytes at three moments."""
     result = {"size": float(size), "imports MB": peak_megabytes()}
     pool = make_pool(size)
     plan = EpochPlan(indices=np.arange(size))

@@ -1,12 +1,12 @@
-"""What scoring costs on several processes against one, on the same data and the same cores.
+"""Scoring on several processes, compared with one process on the same data and the same cores.
 
     python recipes/benchmarks/processes.py [--processes 2] [--data FILE] [--prompts N] …
 
-The cores of this machine are shared out: with N processes of T threads each, one process is timed with T threads (what
-N of them could at best be N times as fast as) and with N × T (the same cores in one process). Processes are joined by
-gloo, the student is wrapped in DDP as in training, and all of them load it once and then take turns; the first round
-counts for nothing. Collectives are counted where they are called: what the library sends, without DDP's broadcasts of
-buffers (a few hundred bytes a forward). Student, traces and options are those of `scoring.py forward`.
+N processes with T threads each are compared with one process with T threads (N processes can be at most N times as
+fast) and with one process with N × T threads (the same cores). Processes communicate through gloo, and the student is
+wrapped in DDP as in training. All of them load it once and then take turns; the first round does not count. Collectives
+are counted where they are called: what the library sends, without DDP's broadcasts of buffers (a few hundred bytes per
+forward). Student, traces and options are those of `scoring.py forward`.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from scoring import DTYPES, Scores, load, ratio, score
 
 @dataclass(frozen=True)
 class Pass:
-    """One process's part in scoring everything once."""
+    """What one process did while everything was scored once."""
 
     seconds: float
     scores: Scores
     sent: list[int]
-    """Bytes that were handed over in each collective."""
+    """Bytes passed to each collective."""
     shapes: list[tuple[int, int]]
     """`(rows, tokens)` of each forward, padding included."""
 
 
 def work(rank: int, world_size: int, options: argparse.Namespace, meeting_point: str, commands: Connection) -> None:
-    """A process: scores everything, with as many threads as it is told, until it is told None."""
+    """A worker process: receives numbers of threads and scores everything with each, until it receives None."""
     torch.set_num_threads(1)
     with contextlib.redirect_stdout(io.StringIO()):
         model, dataset, _ = load(options)
@@ -66,7 +66,7 @@ def work(rank: int, world_size: int, options: argparse.Namespace, meeting_point:
 
 
 def count_into(sent: list[int]) -> None:
-    """Note the bytes of every collective that is called from here on."""
+    """From now on, record the bytes of every collective."""
 
     def counted(collective: Any, tensor: int) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -76,7 +76,7 @@ def count_into(sent: list[int]) -> None:
         return call
 
     dist.all_reduce = counted(dist.all_reduce, 0)
-    dist.all_gather = counted(dist.all_gather, 1)  # the first argument is the list of what comes back
+    dist.all_gather = counted(dist.all_gather, 1)  # the first argument is the list of results
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Crew:
             ours, theirs = spawn.Pipe()
             meeting_point = str(folder / f"meeting-{size}")
             spawn.Process(target=work, args=(rank, size, options, meeting_point, theirs), daemon=True).start()
-            theirs.close()  # so that a process that dies ends this one, too
+            theirs.close()  # so that this process ends if a worker dies
             commands.append(ours)
         for command in commands:
             command.recv()
@@ -156,7 +156,7 @@ def report(seconds: Mapping[str, list[float]], passes: Mapping[str, list[Pass]],
     read = np.array([sum(rows * length for rows, length in part.shapes) for part in parts])
     idle = sum(shape == (1, 2) for part in parts for shape in part.shapes) / sum(len(part.shapes) for part in parts)
     sent = parts[0].sent
-    # a ring passes each byte of a sum on twice, less what a process keeps
+    # a ring sends each byte of a sum twice, minus what a process keeps
     ring = 2 * (len(parts) - 1) / len(parts)
     error = max(np.nanmax(np.abs(parts[0].scores[name] / alone.scores[name] - 1)) for name in alone.scores)
     print(

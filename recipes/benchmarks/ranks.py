@@ -1,8 +1,8 @@
-"""What scoring costs on many processes, by simulating who reads what: balance, idle forwards, bytes sent.
+"""Scoring on many processes, simulated: balance of the work, idle forward passes, bytes sent.
 
     python recipes/benchmarks/ranks.py [--samples 100000] [--batch-tokens 16384]
 
-Uses the library's own dealing and batching on log-normal trace lengths (median 1,000 tokens). No model is run.
+Distributes and batches traces with log-normal lengths (median 1,000 tokens) as the library does. No model is run.
 """
 
 import argparse
@@ -35,8 +35,8 @@ for world_size in (1, 2, 8, 64, 256):
             counts.append(len(list(token_batches(share, options.batch_tokens))))
         forwards += counts
         most += max(counts)
-    # a block's sum has a float64 for each number, two for each metric (its tokens, whether they were too many), and one
-    # for all tokens; a ring sends each byte about twice
+    # a block's sum has a float64 for each number, two for each metric (its tokens, and whether they were too many), and
+    # one for all tokens; a ring sends each byte about twice
     numbers = options.columns + 2 * options.metrics + 1
     sent = 0 if world_size == 1 else 8 * numbers * 2 * (world_size - 1) / world_size
     table.add_row(

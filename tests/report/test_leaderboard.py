@@ -105,7 +105,7 @@ def test_a_large_common_hardness_does_not_blur_paired_teachers() -> None:
 
 def test_the_first_is_explained_by_rank_or_by_surprisal() -> None:
     by_rank = board([2, 3] * 200, [1, 1] * 200, [0, 1] * 200, np.repeat(range(200), 2), draws=50)
-    assert "its tokens stand higher among the student's own guesses (mean rank 2.00" in by_rank.verdict[1]
+    assert "the student ranks its tokens higher (mean rank 2.00" in by_rank.verdict[1]
     by_surprisal = board([2, 2] * 200, [1.2, 1] * 200, [0, 1] * 200, np.repeat(range(200), 2), draws=50)
     assert "its tokens surprise the student more (1.200 nats a token" in by_surprisal.verdict[1]
 
@@ -119,7 +119,7 @@ def test_few_prompts_different_prompts_and_length_are_warned_of() -> None:
     said = " ".join(ranked.warnings)
     assert "Few prompts" in said
     assert "different prompts (from 30 to 60 of 60)" in said
-    assert "Length confound: the score goes with the response's length (Spearman +1.00" in said
+    assert "Length confound: the score is correlated with the response's length (Spearman +1.00" in said
     shared_only = board(rank, np.ones(90), [0] * 60 + [1] * 30, [*range(60), *range(30)], shared_only=True)
     assert [line.prompts for line in shared_only.lines] == [30, 30]
 
