@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from distill_sampler import GlobalNaturalness, RankSurprisalRatio, ScoredDataset, Scorer
 from distill_sampler.reading.batching import token_batches
@@ -16,6 +16,13 @@ from distill_sampler.reading.forward import reading, unwrap
 from distill_sampler.types import Metric, Sample, TokenStats, View
 from tests import tiny
 
+PLAIN = {
+    "dtype": "float32",
+    "head": "float32 product",
+    "operands": "float32 × float32",
+    "float32_products": "ieee",
+    "ties": "strict",
+}
 METRICS = [RankSurprisalRatio(), GlobalNaturalness()]
 
 
@@ -141,6 +148,17 @@ def test_a_response_of_16k_tokens() -> None:
     assert_same(scores(model, dataset), reference(model, dataset), rtol=1e-4)
 
 
+def test_a_sample_of_exactly_the_students_positions_is_read_and_one_token_more_is_too_long() -> None:
+    torch.manual_seed(0)
+    learned = GPT2LMHeadModel(GPT2Config(vocab_size=258, n_embd=32, n_layer=1, n_head=4, n_positions=64))
+    for student in (tiny.model(max_position_embeddings=64), learned):
+        dataset = rows((40, 24), (40, 23), (40, 25))
+        (scored,) = Scorer(progress=False).score(student, dataset, METRICS, np.arange(3))
+        assert scored.too_long.tolist() == [2]
+        expected = reference(student, rows((40, 24), (40, 23)))
+        assert_same({name: values[scored.indices.argsort()][:2] for name, values in scored.columns.items()}, expected)
+
+
 def test_running_out_of_memory_halves_the_batches_and_loses_nothing(
     model: PreTrainedModel, dataset: ScoredDataset, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -227,7 +245,7 @@ def test_tied_tokens_count_half_with_mid_ranks(dataset: ScoredDataset) -> None:
 
 
 def test_numerics_name_what_scores_depend_on(model: PreTrainedModel) -> None:
-    assert Scorer().numerics(model) == {"dtype": "float32", "head": "float32 product", "ties": "strict"}
+    assert Scorer().numerics(model) == PLAIN
     assert Scorer(ties="mid").numerics(model.bfloat16())["dtype"] == "bfloat16"
     assert Scorer(ties="mid").numerics(model)["ties"] == "mid"
 

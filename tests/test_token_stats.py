@@ -169,8 +169,8 @@ def test_low_precision_heads_give_float32_products(
 ) -> None:
     monkeypatch.setattr(kernel, "_UPCAST_BYTES", 64 * 4 * 100)  # 100 of the 997 columns at a time
     hidden, targets, weight = (t.to(dtype) if t.is_floating_point() else t for t in random_head(1, 200, 997, 64))
-    copy = kernel.float32_copy(weight) if upcast == "once" else None
-    stats = token_stats(hidden, targets, linear(weight, None, AS_IT_IS, upcast=copy))
+    copy = kernel.operand_copy(weight) if upcast == "once" else None
+    stats = token_stats(hidden, targets, linear(weight, None, AS_IT_IS, kept=copy))
     exact = hidden.double() @ weight.double().T
     expected = reference(exact, targets)
     torch.testing.assert_close(stats["surprisal"].double(), expected["surprisal"], atol=1e-4, rtol=1e-5)
@@ -180,9 +180,32 @@ def test_low_precision_heads_give_float32_products(
     assert (rounded["surprisal"] - expected["surprisal"]).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("copied", ["once", "in pieces"])
+def test_both_factors_are_rounded_before_they_are_multiplied(copied: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "_UPCAST_BYTES", 64 * 4 * 100)  # 100 of the 997 columns at a time
+    hidden, targets, weight = random_head(1, 200, 997, 64)
+    copy = kernel.operand_copy(weight, torch.bfloat16) if copied == "once" else None
+    stats = token_stats(hidden, targets, linear(weight, None, AS_IT_IS, operands=torch.bfloat16, kept=copy))
+    exact = hidden.bfloat16().double() @ weight.bfloat16().double().T  # and the result is not rounded
+    torch.testing.assert_close(
+        stats["surprisal"].double(), reference(exact, targets)["surprisal"], atol=1e-4, rtol=1e-5
+    )
+    unrounded = reference(hidden @ weight.T, targets)
+    assert (stats["surprisal"] - unrounded["surprisal"]).abs().max() > 1e-2
+
+
+def test_one_room_serves_every_chunk_and_every_forward() -> None:
+    room = kernel.Room()
+    first = room(5, 7, torch.device("cpu"))
+    assert room(3, 7, torch.device("cpu")).data_ptr() == first.data_ptr()
+    assert room(3, 8, torch.device("cpu")).shape == (3, 8)
+    assert room(9, 8, torch.device("cpu")).shape == (9, 8)
+
+
 def test_a_large_head_is_never_copied_whole() -> None:
-    assert kernel.float32_copy(torch.empty(2**14, 2**13, dtype=torch.bfloat16, device="meta")) is None
-    assert kernel.float32_copy(torch.zeros(4, 4)) is None
+    assert kernel.operand_copy(torch.empty(2**14, 2**13, device="meta"), torch.bfloat16) is None
+    assert kernel.operand_copy(torch.empty(2**14, 2**13, dtype=torch.bfloat16, device="meta")) is None
+    assert kernel.operand_copy(torch.zeros(4, 4)) is None
 
 
 def test_the_precision_setting_of_the_process_is_put_back() -> None:

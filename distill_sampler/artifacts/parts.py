@@ -84,6 +84,18 @@ class Parts:
         """
         write_part(table, self.folder, f"{len(self.paths()):07d}")
 
+    def take(self, other: Parts) -> None:
+        """Move another folder's pieces behind these: the last one first, so that those an interruption leaves behind
+        are still the first ones.
+
+        Raises:
+            OSError: a piece cannot be moved.
+        """
+        number = len(self.paths())
+        for path in reversed(other.paths()):
+            path.rename(self.folder / f"{number:07d}.parquet")
+            number += 1
+
     def remove(self) -> None:
         """Delete the folder with everything in it."""
         shutil.rmtree(self.folder, ignore_errors=True)

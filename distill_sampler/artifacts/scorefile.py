@@ -7,7 +7,7 @@ correctness are found by their usual names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from distill_sampler.artifacts.record import RECORD, Record, read_run, read_samp
 from distill_sampler.artifacts.run_folder import PLANS, SCORES, measurement_rows, plan_rows
 from distill_sampler.artifacts.schema import decode_facts, metrics_in_file
 from distill_sampler.column_names import DOMAINS, GROUPS, TEACHERS, VERDICTS
+from distill_sampler.planning.sampler import fit_length
 from distill_sampler.planning.why import ExplainedPlan, PolicyFacts
 from distill_sampler.store import drifted
 from distill_sampler.types import (
@@ -191,9 +192,17 @@ class Scores:
         passes, epochs, _ = self._pass_epoch_sample
         if epoch is None:
             return int(passes.max(initial=0))
-        if epoch not in self.epochs:
-            raise ValueError(f"{self.path} has no epoch {epoch}; it has {', '.join(map(str, self.epochs))}.")
+        if (
+            epoch not in self.epochs and epoch not in self._planned_epochs
+        ):  # one that was planned need not be scored for
+            known = sorted({*self.epochs, *self._planned_epochs})
+            raise ValueError(f"{self.path} has no epoch {epoch}; it has {', '.join(map(str, known))}.")
         return int(passes[epochs <= epoch].max(initial=0))
+
+    @cached_property
+    def _planned_epochs(self) -> list[int]:
+        """The epochs of a run's plans, in order; empty for a file without."""
+        return [] if self.load_plans is None else np.unique(self.load_plans()["epoch"].to_numpy()).tolist()
 
     def _latest_rows(self, last_pass: int) -> IntArray:
         """`[samples]` the row of each sample's last measurement up to a pass. Samples ascend."""
@@ -302,18 +311,25 @@ class Scores:
     def choose(self, policies: Sequence[Policy], *, seed: int = 0, epoch: int | None = None) -> ExplainedPlan:
         """Apply policies to the scores of an epoch (None: the last one). The plan's indices are row numbers.
 
+        A run's own policies with its seed give the plan that the run has made: the recorded one, or without a record
+        one of the same length.
+
         Raises:
             ValueError: a policy names an unknown metric or column, or leaves no sample.
         """
-        needed = dict.fromkeys(name for policy in policies for name in policy.uses_columns)
-        columns = {name: column for name in needed if (column := self.column(name, epoch=epoch)) is not None}
+        if epoch is None:
+            epoch = max([self.epochs[-1], *self._planned_epochs])
+        of_the_run = self.facts.get("seed") == seed and self.policies == [PolicyFacts.of(policy) for policy in policies]
+        if of_the_run and (recorded := self.last_plan(epoch)) is not None:
+            return recorded
+        columns = self._columns_of_data((name for policy in policies for name in policy.uses_columns), epoch)
         tokens = self.integers("num_tokens", epoch=epoch)
         lengths = self.integers("length", epoch=epoch)
         hashes = self.hashes(epoch=epoch)
         if lengths is None:
             lengths = np.zeros(len(hashes), np.int64) if tokens is None else tokens
         pool = Pool(
-            epoch=self.epochs[-1] if epoch is None else epoch,
+            epoch=epoch,
             metrics=self.metrics,
             scores=self.numbers(epoch=epoch),
             columns=columns,
@@ -322,20 +338,28 @@ class Scores:
         )
         candidates = np.arange(len(hashes)) if tokens is None else np.flatnonzero(tokens > 0)
         choice = ExplainedPlan.from_policies(policies, candidates, pool, seed)
-        return replace(choice, missing=self.missing(epoch=epoch))
+        choice = replace(choice, missing=self.missing(epoch=epoch))
+        if of_the_run and (length := len(self.plans().get(epoch, ()))):
+            choice = replace(choice, plan=fit_length(choice.plan, length))
+        return choice
 
-    def last_plan(self) -> ExplainedPlan | None:
-        """The last plan of a run, with the recorded reasons; None without a record. Its indices are row numbers."""
-        if self.record is None or not len(self.record.plans):
+    def last_plan(self, epoch: int | None = None) -> ExplainedPlan | None:
+        """The last plan of a run for an epoch (None: of all), with the recorded reasons; None without a record.
+
+        Its indices are row numbers.
+        """
+        if self.record is None:
             return None
-        made = self.record.plans[-1]
-        epoch = made.epoch if made.epoch in self.epochs else None
+        plans = (plan for plan in reversed(self.record.plans) if epoch is None or plan.epoch == epoch)
+        made = next(plans, None)
+        if made is None:
+            return None
+        epoch = made.epoch
         samples = self.integers("sample", epoch=epoch)
         assert samples is not None
         row = np.full(len(made.left_out_by), -1, np.int64)
         row[samples] = np.arange(len(samples))
-        names = dict.fromkeys(name for policy in self.policies for name in policy.columns)
-        columns = {name: column for name in names if (column := self.column(name, epoch=epoch)) is not None}
+        columns = self._columns_of_data((name for policy in self.policies for name in policy.columns), epoch)
         lengths = self.integers("length", epoch=epoch)
         assert lengths is not None
         return ExplainedPlan(
@@ -350,6 +374,12 @@ class Scores:
             content_hash=self.hashes(epoch=epoch),
             missing=self.missing(epoch=epoch),
         )
+
+    def _columns_of_data(self, names: Iterable[str], epoch: int | None) -> dict[str, Column]:
+        """Columns by their names in the data: one that is called like one of ours is kept as `NAME_in_data`."""
+        kept = {name: f"{name}_in_data" if f"{name}_in_data" in self.names else name for name in names}
+        found = {name: self.column(ours, epoch=epoch) for name, ours in kept.items()}
+        return {name: column for name, column in found.items() if column is not None}
 
     def plans(self) -> dict[int, IntArray]:
         """By epoch, the samples of its plan, as row numbers of the data set; empty if there are no plans."""

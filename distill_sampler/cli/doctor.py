@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from distill_sampler import GlobalNaturalness, RankSurprisalRatio, ScoredDataset, Scorer
-from distill_sampler.cli.loading import load_student, pick_device
+from distill_sampler.cli.loading import load_model, locate, pick_device, pick_dtype
 from distill_sampler.plugins import Plugin, plugins
 from distill_sampler.reading.forward import unwrap
 from distill_sampler.reading.token_stats import fastest
@@ -27,7 +27,7 @@ PACKAGES = ("distill_sampler", "torch", "transformers", "trl", "accelerate", "da
 LENGTH = 512
 
 
-def run(*, model: str | None, device: str, dtype: str, seconds: float) -> None:
+def run(*, model: str | None, device: str, dtype: str, seconds: float, trust_remote_code: bool) -> None:
     """Print it all.
 
     Raises:
@@ -48,7 +48,7 @@ def run(*, model: str | None, device: str, dtype: str, seconds: float) -> None:
     for plugin in plugins():
         table.add_row(f"{plugin.kind} {plugin.name}", _whose(plugin))
     say.print(table)
-    student, what = _student(model, place, dtype)
+    student, what = _student(model, place, dtype, trust_remote_code)
     say.print(f"\nThroughput test: {what}, sequences of {LENGTH} tokens, about {seconds:.0f} s", highlight=False)
     kernel = fastest(place, 2048 * student.config.get_text_config().vocab_size)
     say.print(f"  statistics of a token: '{kernel}'")
@@ -92,13 +92,13 @@ def _machine(device: torch.device) -> list[tuple[str, str]]:
     return found
 
 
-def _student(model: str | None, device: torch.device, dtype: str) -> tuple[Any, str]:
+def _student(model: str | None, device: torch.device, dtype: str, trust_remote_code: bool) -> tuple[Any, str]:
     """The user's model, or a random one of the size of SmolLM2-135M: throughput does not depend on the weights."""
+    dtype = pick_dtype(dtype, device)
     if model is not None:
-        loaded = load_student(model, revision=None, dtype=dtype, device=device, lora=None, chat_template=None)
-        return loaded.model, f"{Path(model).name} in {loaded.dtype}"
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "float32"
+        locate(model)
+        loaded = load_model(model, revision=None, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        return loaded, f"{Path(model).name} in {dtype}"
     shape = LlamaConfig(
         vocab_size=49152,
         hidden_size=576,

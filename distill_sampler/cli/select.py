@@ -3,13 +3,16 @@
 The scores hold no text, so the data is read once more and matched candidate by candidate with the scores' content
 hashes; data that has changed since is refused. What is chosen waits in a temporary file, one line each, and is written
 in the order of the plan: memory does not grow with the text.
+
+A run scores the tokens that its trainer prepared and knows no file that they come from. Its chosen rows are listed by
+their number there and by the user's columns, without text.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
+from distill_sampler.artifacts.passes import missing_column
+from distill_sampler.artifacts.schema import FACT_COLUMNS, RUN_COLUMNS
 from distill_sampler.artifacts.scorefile import Scores
 from distill_sampler.planning.why import ExplainedPlan
 from distill_sampler.serialize import require_writable
@@ -29,12 +34,22 @@ from distill_sampler.types import IntArray
 
 ROWS = 1024
 """Rows of a Parquet output that are put together at a time."""
+_OURS = ("prompt", "completion", "messages", "tools", "weight", "reason")
+"""What the columns of a training set are called, whatever its metrics are."""
 
 
 def run(
-    path: Path, *, policies: Sequence[str], output: Path, data: Sequence[str], seed: int, epoch: int | None
+    path: Path, *, policies: Sequence[str], output: Path, data: Sequence[str], seed: int | None, epoch: int | None
 ) -> None:
     """Choose, and write what is chosen.
+
+    Args:
+        path: a file of `score`, or a run's folder.
+        policies: as people type them.
+        output: the file to write.
+        data: where the data lies; empty: where it was scored.
+        seed: of the policies; None: the run's, or 0.
+        epoch: of a run; None: the last.
 
     Raises:
         ValueError: a policy does not fit the scores, the data is not there or has changed, `output` cannot be written.
@@ -42,34 +57,51 @@ def run(
     say = Console(stderr=True, soft_wrap=True)
     require_writable(output, ".jsonl", ".parquet")
     scores = Scores.open(path)
+    seed = int(scores.facts.get("seed") or 0) if seed is None else seed
     choice = scores.choose(parse_policies(policies), seed=seed, epoch=epoch)
-    where = list(data) or list(scores.facts.get("paths") or [])
-    if not where:
-        raise ValueError(f"{path} does not say where its data lies; name it with --data.")
-    sources = Sources(where, split=scores.facts.get("split") or "train", subset=scores.facts.get("subset"))
-    told = scores.facts.get("layout") or {}
-    layout = Layout(**{part.name: told.get(part.name) for part in fields(Layout)})
+    told = scores.facts.get("layout")
+    if told is None and data:
+        raise ValueError(
+            f"--data: {path} holds the scores of a run, whose rows are the tokens that its trainer prepared. No file "
+            "of text can be matched with them; leave --data out to get a list by row number and by your columns."
+        )
     plan = choice.plan
     wanted = np.zeros(len(choice.left_out_by), bool)
     wanted[plan.indices] = True
     unfinished = output.with_name(output.name + ".unfinished")
-    with tempfile.TemporaryFile() as kept:
-        places = _keep(read_candidates(sources, layout), choice.content_hash, wanted, kept, scores, path)
-        _write(_rows(choice, kept, places), unfinished, parquet=output.suffix == ".parquet")
-        unfinished.rename(output)
+    parquet = output.suffix == ".parquet"
+    if told is None:
+        _write_list(_listed(scores, choice, epoch), unfinished, parquet=parquet)
+    else:
+        layout = Layout(**{part.name: told.get(part.name) for part in fields(Layout)})
+        where = list(data) or scores.facts["paths"]
+        sources = Sources(where, split=scores.facts["split"], subset=scores.facts["subset"])
+        read = dict.fromkeys(name for metric in scores.facts["metrics"] for name in metric["uses_columns"])
+        with tempfile.TemporaryFile() as kept:
+            found = read_candidates(sources, layout, read=tuple(read))
+            places = _keep(found, choice.content_hash, wanted, kept, layout, scores)
+            _write(_rows(choice, kept, places), unfinished, parquet=parquet)
+    unfinished.rename(output)
     chain = ", then ".join(policy.text for policy in choice.policies)
     distinct = len(np.unique(plan.indices))
     say.print(
         f"{output}: {len(plan):,} rows ({distinct:,} distinct of {len(wanted):,} candidates) by {chain}.", markup=False
     )
+    if told is None:
+        say.print(
+            f"{path} holds no text, so this is a list: 'sample' is the number of a row in the data set that the "
+            "trainer prepared, 'weight' its weight in the loss, and your columns tell which row of yours it is.",
+            markup=False,
+        )
 
 
 def _keep(
-    candidates: Iterator[Candidate | Bad], hashes: Any, wanted: Any, kept: IO[bytes], scores: Scores, path: Path
+    candidates: Iterator[Candidate | Bad], hashes: Any, wanted: Any, kept: IO[bytes], layout: Layout, scores: Scores
 ) -> IntArray:
     """Write the wanted candidates one after the other. Gives where each begins; -1 for the others."""
     places = np.full(len(wanted), -1, np.int64)
     chat = scores.facts.get("template") != "plain"
+    taken = {*scores.metrics, *(name for metric in scores.metrics.values() for name in metric.columns), *_OURS}
     row = 0
     for candidate in candidates:
         if row == len(wanted):
@@ -79,18 +111,19 @@ def _keep(
             continue
         if wanted[row]:
             places[row] = kept.tell()
-            kept.write(json.dumps(_record(candidate, scores, chat), ensure_ascii=False).encode() + b"\n")
+            kept.write(json.dumps(_record(candidate, layout, taken, chat), ensure_ascii=False).encode() + b"\n")
         row += 1
     if row < len(wanted):
         raise ValueError(
-            f"The data is not what {path} was made from: candidate {row} of {len(wanted)} is not in it any more. Score "
-            "again, or name the data with --data."
+            f"The data is not what {scores.path} was made from: candidate {row} of {len(wanted)} is not in it any "
+            "more. Score again, or name the data with --data."
         )
     return places
 
 
-def _record(candidate: Candidate, scores: Scores, chat: bool) -> dict[str, Any]:
-    """A candidate as TRL reads it: `prompt` and `completion`, `messages` where every turn is trained on, or `text`."""
+def _record(candidate: Candidate, layout: Layout, taken: Collection[str], chat: bool) -> dict[str, Any]:
+    """A candidate as TRL reads it: `prompt` and `completion`, `messages` where every turn is trained on, or `text`. The
+    user's columns stand beside it, under another name where one of ours is called like them."""
     record: dict[str, Any] = {}
     if candidate.text is not None:
         record["text"] = candidate.text
@@ -103,8 +136,13 @@ def _record(candidate: Candidate, scores: Scores, chat: bool) -> dict[str, Any]:
         record["messages"] = candidate.messages
     if candidate.tools:
         record["tools"] = candidate.tools
-    identity = {scores.group or "prompt_id": candidate.group, scores.teacher or "teacher": candidate.teacher}
-    return {**candidate.extra, **record, **identity}
+    identity = {layout.group or "prompt_id": candidate.group, layout.teacher or "teacher": candidate.teacher}
+    for name, value in {**identity, **candidate.extra}.items():
+        free = name
+        while free in record or free in taken:
+            free += "_in_data"
+        record[free] = value
+    return record
 
 
 def _rows(choice: ExplainedPlan, kept: IO[bytes], places: IntArray) -> Iterator[dict[str, Any]]:
@@ -120,6 +158,28 @@ def _rows(choice: ExplainedPlan, kept: IO[bytes], places: IntArray) -> Iterator[
             row["weight"] = weight
         row["reason"] = choice.reason(sample)
         yield row
+
+
+def _listed(scores: Scores, choice: ExplainedPlan, epoch: int | None) -> pa.Table:
+    """The plan of a run as a table: what each row is, its scores, its weight and why it is there."""
+    plan = choice.plan
+    ours = {*RUN_COLUMNS, *FACT_COLUMNS, *choice.scores, *map(missing_column, scores.metrics)}
+    names = [name for name in scores.names if name not in ours]
+    table = scores.read(names, epoch=epoch).take(pa.array(plan.indices))
+    table = table.rename_columns([name + "_in_data" * (name in ("weight", "reason")) for name in names])
+    for name, values in choice.scores.items():
+        table = table.append_column(name, pa.array(values[plan.indices], from_pandas=True))
+    reasons = pa.array([choice.reason(sample) for sample in plan.indices.tolist()])
+    return table.append_column("weight", pa.array(plan.weights)).append_column("reason", reasons)
+
+
+def _write_list(table: pa.Table, path: Path, *, parquet: bool) -> None:
+    if parquet:
+        pq.write_table(table, path, compression="zstd")
+        return
+    with path.open("w", encoding="utf-8") as lines:
+        for batch in table.to_batches(ROWS):
+            lines.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in batch.to_pylist())
 
 
 def _write(rows: Iterator[dict[str, Any]], path: Path, *, parquet: bool) -> None:

@@ -6,6 +6,7 @@ wave of whole sequences.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -38,13 +39,16 @@ class Wave:
         )
 
 
-def waves(views: Sequence[View], prompts: Sequence[IntArray | None], budget: int) -> Iterator[Wave]:
+def waves(
+    views: Sequence[View], prompts: Sequence[IntArray | None], budget: int, *, apart: float = math.inf
+) -> Iterator[Wave]:
     """Whole sequences first; then, if it saves as much as a forward pass costs, those that share prompts.
 
     Args:
         views: what is to be read.
         prompts: for each view the tokens at its start that may be shared; None: it is read whole.
         budget: tokens in a batch, padding included.
+        apart: whole sequences of up to so many tokens are not read with longer ones.
     """
     members: dict[bytes, list[int]] = {}
     for place, prompt in enumerate(prompts):
@@ -63,7 +67,7 @@ def waves(views: Sequence[View], prompts: Sequence[IntArray | None], budget: int
     alone = np.array(sorted(set(range(len(views))) - {place for _, group in groups for place in group}), np.int64)
     if len(alone):
         lengths = np.array([len(views[place].input_ids) for place in alone])
-        yield Wave(batches=[alone[batch].tolist() for batch in token_batches(lengths, budget)])
+        yield Wave(batches=[alone[batch].tolist() for batch in token_batches(lengths, budget, apart=apart)])
     starts = np.array([len(prompt) for prompt, _ in groups], np.int64)
     for some in token_batches(starts, budget):
         row = {place: number for number, group in enumerate(some) for place in groups[group][1]}
@@ -78,14 +82,17 @@ def waves(views: Sequence[View], prompts: Sequence[IntArray | None], budget: int
         )
 
 
-def token_batches(lengths: IntArray, batch_tokens: int) -> Iterator[list[int]]:
+def token_batches(lengths: IntArray, batch_tokens: int, *, apart: float = math.inf) -> Iterator[list[int]]:
     """Places of `lengths` in batches of at most `batch_tokens` padded tokens, the longest first.
 
     `lengths [5, 9, 4], batch_tokens 10 -> [1], [0, 2]`: 9 alone, then two rows of 5 with the 4 padded.
+
+    Lengths of up to `apart` are in no batch with longer ones.
     """
     batch: list[int] = []
     for place in np.argsort(-lengths, kind="stable").tolist():
-        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
+        longest = lengths[batch[0]] if batch else 0
+        if batch and ((len(batch) + 1) * longest > batch_tokens or lengths[place] <= apart < longest):
             yield batch
             batch = []
         batch.append(place)

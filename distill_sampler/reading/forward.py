@@ -4,9 +4,10 @@ Three things make a forward for scoring cheap and safe:
 
 1. *Only scored positions reach the output head.* For the length of a forward the head's `forward` is one that reduces
    the hidden states to statistics (`token_stats`) and returns an empty row of logits. The model is called through its
-   root, as the trainer calls it, so wrappers and adapters work as they do in training.
+   root, as the trainer calls it, so wrappers and adapters work as they do in training. That this gives the model's own
+   logits is made sure of at the start of each pass (`Forward._agrees`).
 2. *A prompt that several sequences begin with is read once* (`Forward.prefix`); the sequences go on from its keys and
-   values. Whether that is exact for this model is found out by trying (`Forward.can_share`).
+   values. Whether that is exact for this model is found out by trying (`sharing.py`).
 3. *The student is left as it was* (`reading`): mode of every module, random state, gradients, the head itself.
 
 Padding goes to the right, where causal attention never looks, so whole sequences need no mask.
@@ -14,56 +15,37 @@ Padding goes to the right, where causal attention never looks, so whole sequence
 
 from __future__ import annotations
 
-import copy
 import logging
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from distill_sampler.reading.lengths import positions, switches_at, virtual_tokens, window
+from distill_sampler.reading.sharing import Prefix
 from distill_sampler.reading.token_stats import (
     Impl,
     LogitTransform,
     Project,
+    Room,
     chunk_for,
-    float32_copy,
+    float32_products,
     linear,
     module,
+    operand_copy,
     token_stats,
 )
 from distill_sampler.types import IntArray, TokenStats, View
 
 logger = logging.getLogger(__name__)
 
-_SHARING_ERROR = {torch.float32: 1e-4}
-_SHARING_ERROR_LOW_PRECISION = 0.05
-"""Mean difference in surprisal (nats) up to which a shared prompt counts as the same. In low precision it is the
-rounding of the model; a prompt that is ignored or misplaced costs tenths of nats in any model that reads at all."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Prefix:
-    """Prompts that have been read, for sequences that begin with them."""
-
-    cache: Any
-    """Keys and values of all layers, `[prompts, ..., longest, ...]`, as the model made them."""
-    mask: Tensor
-    """`[prompts, longest]` 1 where there is a token. Prompts are padded on the left, so that distances are right."""
-    lengths: IntArray
-    """`[prompts]` tokens."""
-
-    def take(self, rows: Sequence[int]) -> tuple[Any, Tensor, IntArray]:
-        """Cache, mask and lengths for sequences that continue these prompts. The cache may be written to."""
-        places = torch.tensor(rows, device=self.mask.device)
-        cache = copy.copy(self.cache)
-        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        cache.batch_select_indices(places)
-        return cache, self.mask[places], self.lengths[np.asarray(rows)]
+_EXACT = 1e-4
+"""Difference up to which logits count as the same, relative to the largest of the row, in float32."""
+_EXACT_LOW_PRECISION = 0.02
+"""The same where something is rounded to bfloat16, float16 or TF32."""
 
 
 class Forward:
@@ -77,19 +59,23 @@ class Forward:
         self._impl: Impl = impl
         self._mid_ranks = mid_ranks
         self._chunk = chunk_for(student.config.get_text_config().vocab_size)
-        self.positions = positions(model)
+        self._room = Room()
+        self.positions = positions(student)
+        self.switches_at = switches_at(student)
+        """Sequences of up to so many tokens must not be in one batch with longer ones."""
+        self.window = window(student)
+        self.virtual = virtual_tokens(student)
         self.device = next(model.parameters()).device
-        self._dtype = torch.float32  # what the body computes in: seen by the probe
+        self.dtype = torch.float32
+        """What the body computes in: seen by the probe."""
+        self.operands: torch.dtype | None = None
+        """What autocast, if it is on, rounds the factors of the head's product to: seen by the probe."""
+        self._kept: Tensor | None = None
+        self.lead = 0
+        """How many more states than tokens reach the head, in front."""
+        self._factors = ""
         self.transform = self._probe(type(student).__name__)
         """What the model does to its logits after the head; None: something that cannot be described so."""
-        self._plain_head: tuple[Tensor, Project] | None = None
-        weight = self._head.weight if self._is_plain else None
-        # a weight that is sharded outside of a forward is so to save memory: a whole copy would undo that
-        self._upcast = (
-            float32_copy(weight)
-            if isinstance(weight, Tensor) and type(weight.data) is Tensor and weight.ndim == 2 and len(weight)
-            else None
-        )
 
     def __call__(
         self, views: Sequence[View], prefix: Prefix | None = None, rows: Sequence[int] = ()
@@ -132,8 +118,8 @@ class Forward:
         if self._mid_ranks:
             stats["rank"] = stats["rank"] + stats["ties"] / 2
         bounds = np.cumsum([int(view.scored.sum()) for view in views])[:-1]
-        pieces = {name: np.split(values.cpu().numpy(), bounds) for name, values in stats.items()}
-        return [token_stats_of({name: pieces[name][row] for name in pieces}) for row in range(len(views))]
+        pieces: dict[str, Any] = {name: np.split(values.cpu().numpy(), bounds) for name, values in stats.items()}
+        return [TokenStats(**{name: pieces[name][row] for name in pieces}) for row in range(len(views))]
 
     def prefix(self, prompts: Sequence[IntArray]) -> Prefix:
         """Read prompts that views begin with. One forward of the student."""
@@ -154,28 +140,6 @@ class Forward:
             )
         return Prefix(cache=output.past_key_values, mask=mask, lengths=lengths)
 
-    def can_share(self, views: Sequence[View], starts: Sequence[int]) -> bool:
-        """Whether going on from prompts that were read before gives what whole sequences give. Three forwards.
-
-        A model may have no cache, or one that does not take up where it left off (recurrent layers, positions that
-        are counted from the start of the input, ...); then whatever happens here, the answer is no.
-        """
-        whole = self(views)
-        try:
-            prefix = self.prefix([view.input_ids[:start] for view, start in zip(views, starts, strict=True)])
-            shared = self(views, prefix, range(len(views)))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # a model that cannot says so in its own way
-            logger.info("Prompts are not shared: %s: %s", type(error).__name__, error)
-            return False
-        errors = np.concatenate([np.abs(a.surprisal - b.surprisal) for a, b in zip(whole, shared, strict=True)])
-        limit = _SHARING_ERROR.get(self._dtype, _SHARING_ERROR_LOW_PRECISION)
-        if not errors.mean() <= limit:
-            logger.info("Prompts are not shared: surprisals would change by %.2g nats on average.", errors.mean())
-            return False
-        return True
-
     @property
     def numerics(self) -> dict[str, str]:
         """What, besides the weights, decides the numbers beyond rounding in the last bits."""
@@ -188,12 +152,18 @@ class Forward:
         config = unwrap(self._model).config
         quantization = getattr(config, "quantization_config", None)
         method = getattr(quantization, "quant_method", None) or (quantization or {}).get("quant_method", "unknown")
-        return {
-            "dtype": str(self._dtype).removeprefix("torch."),
-            "head": head,
-            "ties": "mid" if self._mid_ranks else "strict",
-            **({"quantization": str(getattr(method, "value", method))} if quantization else {}),
-        }
+        found = {"dtype": str(self.dtype).removeprefix("torch."), "head": head}
+        if self.transform is not None and self._is_plain:
+            found["operands"] = self._factors
+        if any("float32" in found.get(name, "") for name in ("dtype", "operands")):
+            found["float32_products"] = float32_products(self.device)
+        found["ties"] = "mid" if self._mid_ranks else "strict"
+        return {**found, **({"quantization": str(getattr(method, "value", method))} if quantization else {})}
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing but float32 rounds."""
+        return self.dtype == torch.float32 and float32_products(self.device) == "ieee"
 
     @property
     def _is_plain(self) -> bool:
@@ -201,8 +171,10 @@ class Forward:
 
     def _run(self, tokens: Tensor, flat: Tensor, inputs: dict[str, Any]) -> dict[str, Tensor]:
         def stats(states: Tensor, project: Project) -> dict[str, Tensor]:
+            if states.shape[:2] != (len(tokens), self.lead + tokens.shape[1]):
+                raise ValueError(f"{tuple(states.shape[:2])} states for {tuple(tokens.shape)} tokens.")
             return token_stats(
-                states.flatten(0, 1)[flat - 1],
+                states[:, self.lead :].flatten(0, 1)[flat - 1],
                 tokens.flatten()[flat],
                 project,
                 extras=self._extras,
@@ -217,54 +189,122 @@ class Forward:
 
         def reduce(hidden: Tensor) -> Tensor:
             with torch.autocast(hidden.device.type, enabled=False):
-                result.append(stats(hidden, self._project(original)))
+                result.append(stats(hidden, self._project(original, self.transform)))
             return hidden.new_zeros(*hidden.shape[:-1], 1)
 
         with forward_of(self._head, reduce):
             self._model(input_ids=tokens, **inputs)
         return result[0]
 
-    def _project(self, original: Callable[[Tensor], Tensor]) -> Project:
+    def _project(self, original: Callable[[Tensor], Tensor], transform: LogitTransform | None) -> Project:
         """The head, to be called inside a forward: only there a sharded weight is whole."""
-        assert self.transform is not None
+        assert transform is not None
         if not self._is_plain:
-            return module(original, self.transform)
+            return module(original, transform)
         weight: Tensor = self._head.weight  # type: ignore[assignment]
-        if self._plain_head is None or self._plain_head[0] is not weight:
-            bias: Tensor | None = self._head.bias  # type: ignore[assignment]
-            self._plain_head = weight, linear(weight, bias, self.transform, upcast=self._upcast)
-        return self._plain_head[1]
+        bias: Tensor | None = self._head.bias  # type: ignore[assignment]
+        return linear(weight, bias, transform, operands=self.operands, kept=self._kept, room=self._room)
 
     def _probe(self, name: str) -> LogitTransform | None:
         """Find out what the model does to its logits after the head, by showing it logits of our own.
 
-        Nothing is read from names in a configuration: the answer is fitted to what comes out, and checked. None if
-        it is nothing that `LogitTransform` describes; then the model's own logits are used.
+        Nothing is read from names in a configuration: the answer is fitted to what comes out, and checked against the
+        model's own logits. None if it is nothing that `LogitTransform` describes; then those are used.
+
+        Raises:
+            ValueError: the model is not causal, or gives other than one row of logits for each token.
         """
         shown = torch.tensor([-1e6, -60.0, -5.0, -1e-3, 0.0, 1e-3, 0.5, 20.0, 1e6], device=self.device)
+        shapes: list[torch.Size] = []
 
         def show(hidden: Tensor) -> Tensor:
-            kind = hidden.device.type
-            self._dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+            self.operands = autocast_dtype(hidden.device)
+            self.dtype = self.operands or hidden.dtype
+            if self._is_plain:
+                weight: Tensor = self._head.weight  # type: ignore[assignment]
+                factors = (self.operands or hidden.dtype, self.operands or weight.dtype)
+                self._factors = " × ".join(str(dtype).removeprefix("torch.") for dtype in factors)
+            shapes.append(hidden.shape)
             return shown.expand(*hidden.shape[:-1], -1)
 
         with forward_of(self._head, show):
             # two tokens, because a model may drop or treat the last position specially
-            seen = self._model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.device), use_cache=False)
-        seen = seen.logits[0, 0].float()
-        if seen.shape == shown.shape:
-            scale = float(seen[5] / shown[5])
-            cap = float(seen[-1])
-            capped = abs(cap) < 0.5 * abs(scale) * 1e6
-            fitted = LogitTransform(scale=scale, softcap=cap if capped else None)
-            if torch.allclose(fitted.apply_(shown.clone()[None])[0], seen, rtol=1e-3, atol=1e-5):
-                return fitted
+            tokens = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+            seen = self._model(input_ids=tokens, use_cache=False).logits
+        self.lead = seen.shape[-2] - tokens.shape[1]
+        if seen.shape[:-2] != (1,) or self.lead not in (0, self.virtual):
+            raise ValueError(
+                f"{name} gives logits of shape {tuple(seen.shape)} for two tokens, so it is not known which of them "
+                "belong to which token. Score with the model without its adapter, or merge the adapter into it."
+            )
+        weight: Any = self._head.weight if self._is_plain else None
+        # a weight that is sharded outside of a forward is so to save memory: a whole copy would undo that
+        if isinstance(weight, Tensor) and type(weight.data) is Tensor and weight.ndim == 2 and len(weight):
+            self._kept = operand_copy(weight, self.operands)
+        fitted: LogitTransform | None = None
+        if [shape[:-1] for shape in shapes] == [seen.shape[:-1]] and seen.shape[-1:] == shown.shape:
+            fitted = _fitted(shown, seen[0, self.lead].float())
+        if self._agrees(fitted, name) and fitted is not None:
+            return fitted
         logger.warning(
             "%s changes its logits in a way that is not a scale or a soft cap; scoring goes through its full logits "
             "and needs more memory.",
             name,
         )
         return None
+
+    def _agrees(self, transform: LogitTransform | None, name: str) -> bool:
+        """Whether the head and `transform` give the model's own logits, in all columns. One forward of eight tokens.
+
+        A model may change single columns, which what `_probe` shows it does not reveal. The two rows differ in their
+        last token only, of which a causal model knows nothing before. Encoders such as BERT load as "causal" without a
+        word; their numbers would mean nothing.
+
+        Raises:
+            ValueError: what the model says about a token depends on tokens after it.
+        """
+        columns = unwrap(self._model).config.get_text_config().vocab_size
+        tokens = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]], device=self.device) % columns
+        ours: list[Tensor] = []
+        original: Callable[[Tensor], Tensor] = self._head.forward
+
+        def look(hidden: Tensor) -> Tensor:
+            if transform is not None:
+                with torch.autocast(hidden.device.type, enabled=False):
+                    states = hidden[:, self.lead :].flatten(0, 1)
+                    ours.append(self._project(original, transform)(states).clone())
+            return original(hidden)
+
+        with forward_of(self._head, look):
+            own = self._model(input_ids=tokens, use_cache=False).logits[:, self.lead :].float()
+        limit = _EXACT if self.exact else _EXACT_LOW_PRECISION
+        before = _same(own[0, :-1], own[1, :-1], limit)
+        # rounding may send a token of one row to another expert, but not all of them
+        if not (before.all() if self.exact else before.any()):
+            raise ValueError(
+                f"{name} is not a causal language model: what it says about a token depends on the tokens after it. "
+                "Give a decoder such as Llama, Qwen or SmolLM."
+            )
+        return len(ours) == 1 and bool(_same(ours[0], own.flatten(0, 1), limit).all())
+
+
+def _same(left: Tensor, right: Tensor, limit: float) -> Tensor:
+    """`[rows]` whether rows of logits are equal up to `limit` of the largest finite one; where one is not finite, the
+    other must be the same."""
+    scale = right.abs().nan_to_num(0, 0, 0).amax(-1, keepdim=True)
+    close: Tensor = ((left - right).abs() <= limit * scale) | (left == right) | (left.isnan() & right.isnan())
+    rows: Tensor = close.all(-1)
+    return rows
+
+
+def _fitted(shown: Tensor, seen: Tensor) -> LogitTransform | None:
+    """What made `seen` of the logits `[-1e6, …, 1e-3, …, 1e6]`; None if it is not a scale and a soft cap."""
+    scale = float(seen[5] / shown[5])
+    cap = float(seen[-1])
+    capped = abs(cap) < 0.5 * abs(scale) * 1e6
+    fitted = LogitTransform(scale=scale, softcap=cap if capped else None)
+    same = torch.allclose(fitted.apply_(shown.clone()[None])[0], seen, rtol=1e-3, atol=1e-5)
+    return fitted if same else None
 
 
 @contextmanager
@@ -328,15 +368,9 @@ def unwrap(model: nn.Module) -> Any:
     return inner
 
 
-def positions(model: nn.Module) -> float:
-    """Tokens that a student can read at once, after YaRN and the like; infinity if its configuration names no limit.
-
-    Beyond them, learned positions run out (an error deep inside the model), and rotary ones leave what was trained.
-    """
-    config = unwrap(model).config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    extended = (rope.get("factor") or 1) * (rope.get("original_max_position_embeddings") or 0)
-    return max(getattr(config, "max_position_embeddings", None) or math.inf, int(extended))
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast rounds the factors of products to here and now; None if it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 @contextmanager
@@ -351,11 +385,6 @@ def forward_of(head: nn.Module, forward: Any) -> Iterator[None]:
             del head.forward
         else:
             head.forward = before
-
-
-def token_stats_of(arrays: Mapping[str, Any]) -> TokenStats:
-    """The statistics of one view, from arrays named like the fields."""
-    return TokenStats(**arrays)
 
 
 def _own_logits(logits: Tensor) -> Tensor:

@@ -24,7 +24,9 @@ from torch import nn
 
 from distill_sampler.distributed import Ranks
 from distill_sampler.reading.batching import Wave, waves
-from distill_sampler.reading.forward import Forward, positions, reading, unwrap
+from distill_sampler.reading.forward import Forward, reading, unwrap
+from distill_sampler.reading.lengths import positions
+from distill_sampler.reading.sharing import Prefix, can_share
 from distill_sampler.reading.token_stats import EXTRAS, Impl, available, fastest
 from distill_sampler.serialize import digest, hash_of
 from distill_sampler.types import IntArray, PassInfo, Read, Reader, TokenStats, View
@@ -55,7 +57,7 @@ class ModelReader(Reader):
         impl: how logits become statistics (see `token_stats`).
 
     Raises:
-        ValueError: it is no causal language model, or has no output head.
+        ValueError: it is no causal language model of transformers, or has no output head.
     """
 
     def __init__(
@@ -120,18 +122,19 @@ class ModelReader(Reader):
     def numerics(self) -> dict[str, str]:
         """What, besides the weights, decides the numbers beyond rounding in the last bits.
 
-        Found with one forward pass of two tokens: with several processes all must ask.
+        Found with two small forward passes: with several processes all must ask.
 
         Returns:
             `dtype` (what the model computes in, autocast included), `head` (how the product with the output head is
-            made), `ties` (the rule), and `quantization` where there is one.
+            made), `operands` (the dtypes of what it multiplies, hidden states first), `float32_products` (`"tf32"`
+            where torch is told to round those), `ties` (the rule), and `quantization` where there is one.
         """
         with reading(self.model, mid_ranks=self._ties == "mid") as forward:
             return forward.numerics
 
     @property
     def positions(self) -> float:
-        return positions(self.model)
+        return positions(unwrap(self.model))
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -177,68 +180,88 @@ class _Session:
         self._info = info
         self._ranks = ranks
         self._budget = budget
+        self._due = 0
+        """Forward passes that this process still has to take part in."""
 
     def read(self, views: Sequence[View]) -> list[TokenStats]:
-        """The statistics of all views. Every process calls this equally often."""
-        prompts = [view.shareable if len(view.shareable) else None for view in views]
+        """The statistics of all views. Every process calls this equally often.
+
+        Normally one round. Where going on from a shared prompt fails, or memory runs out, what was not read yet is read
+        in another one; all processes take part in it.
+        """
         stats: dict[int, TokenStats] = {}
-        cost = np.zeros(len(views))
-        left = self._plan(views, prompts)
-        # agreed on before the first forward pass: afterwards, others may still wait for this process inside one
-        forwards = sum(len(wave.batches) + bool(wave.prompts) for wave in left)
-        idle = self._ranks.max_over_ranks(forwards) - forwards
-        while left:
-            wave = left.pop(0)
+        over = False
+        while not over:
+            places = np.array([place for place in range(len(views)) if place not in stats], np.int64)
+            plan = [wave.renumbered(places) for wave in self._plan([views[place] for place in places])]
+            # agreed on before the first forward pass: afterwards, others may still wait for this process inside one
+            self._due = self._ranks.max_over_ranks(sum(len(wave.batches) + bool(wave.prompts) for wave in plan))
+            shared = self.sharing
+            done = self._follow(plan, views, stats)
+            # outside of the handlers, where no traceback holds a failed pass's tensors any more
+            if not done and self._forward.device.type == "cuda":
+                torch.cuda.empty_cache()
+            while self._due:
+                self._forwards([_IDLE])
+            trouble = self._ranks.max_over_ranks(2 if self.sharing is not shared else int(not done))
+            if trouble == 2:
+                self.sharing = False
+            over = not trouble
+        return [stats[place] for place in range(len(views))]
+
+    def _follow(self, plan: Sequence[Wave], views: Sequence[View], stats: dict[int, TokenStats]) -> bool:
+        """Read what is planned. Whether that went to the end; if not, a second try will go another way."""
+        for wave in plan:
             sharing = Counter(wave.row.values())
             try:
-                prefix = self._forward.prefix(wave.prompts) if wave.prompts else None
+                prefix = self._prefix(wave.prompts) if wave.prompts else None
                 for batch in wave.batches:
                     rows = [wave.row[place] for place in batch] if prefix else ()
-                    stats.update(zip(batch, self._forward([views[p] for p in batch], prefix, rows), strict=True))
-                    for place in batch:
-                        cost[place] = len(views[place].input_ids)
-                    for place, row in zip(batch, rows, strict=bool(rows)):
-                        cost[place] -= len(wave.prompts[row]) * (1 - 1 / sharing[row])
+                    found = self._forwards([views[place] for place in batch], prefix, rows)
+                    for number, (place, read) in enumerate(zip(batch, found, strict=True)):
+                        saved = len(wave.prompts[rows[number]]) * (1 - 1 / sharing[rows[number]]) if rows else 0
+                        stats[place] = replace(read, cost=float(len(views[place].input_ids) - saved))
                     self._info.progress(sum(len(views[place].input_ids) for place in batch))
             except torch.OutOfMemoryError:
-                unread = [place for place in range(len(views)) if place not in stats]
-                if self._ranks.world_size > 1 or self._budget <= max(len(views[place].input_ids) for place in unread):
+                longest = max(len(view.input_ids) for place, view in enumerate(views) if place not in stats)
+                if self._ranks.world_size > 1 or self._budget <= longest:
                     raise  # others wait inside their forward passes; or this was a single sequence already
                 self._budget //= 2
                 logger.warning("Out of memory: batches are at most %d tokens from here on.", self._budget)
-            else:
-                continue
-            # outside of the handler, where the traceback does not hold the failed pass's tensors any more
-            prefix = None
-            if self._forward.device.type == "cuda":
-                torch.cuda.empty_cache()
-            places = np.array(unread)
-            again = self._plan([views[p] for p in unread], [prompts[p] for p in unread])
-            left = [wave.renumbered(places) for wave in again]
-        for _ in range(idle):
-            self._forward([_IDLE])
-        return [replace(stats[place], cost=float(cost[place])) for place in range(len(views))]
+                return False
+            except Exception as error:
+                if not wave.prompts:
+                    raise
+                self.sharing = False
+                logger.warning(
+                    "Sequences are read whole from here on, because going on from a shared prompt failed: %s: %s",
+                    type(error).__name__,
+                    error,
+                )
+                return False
+        return True
 
-    def _plan(self, views: Sequence[View], prompts: Sequence[IntArray | None]) -> list[Wave]:
+    def _forwards(self, *read: Any) -> list[TokenStats]:
+        self._due -= 1
+        return self._forward(*read)
+
+    def _prefix(self, prompts: Sequence[IntArray]) -> Prefix:
+        self._due -= 1
+        return self._forward.prefix(prompts)
+
+    def _plan(self, views: Sequence[View]) -> list[Wave]:
         """What is read with what. Whether prompts can be shared is tried when some process would first gain by it."""
-        planned = list(waves(views, prompts, self._budget))
+        apart = self._forward.switches_at
+        prompts = [view.shareable if len(view.shareable) else None for view in views]
+        planned = list(waves(views, prompts, self._budget, apart=apart))
         if self.sharing is None and self._ranks.max_over_ranks(int(any(wave.prompts for wave in planned))):
-            self.sharing = _can_share(self._forward, self._info.examples)
-        return list(waves(views, [None] * len(views), self._budget)) if self.sharing is False else planned
-
-
-def _can_share(forward: Forward, examples: Sequence[View]) -> bool:
-    """Try it on the beginnings of two examples with different prompts. The same two on every process."""
-    views: dict[bytes, tuple[View, int]] = {}
-    for example in examples:
-        start = len(example.shareable)
-        stop = int(min(start + 64, len(example.input_ids), forward.positions))
-        if 0 < start < stop - 1 and len(views) < 2:
-            view = View(input_ids=example.input_ids[:stop], scored=example.scored[:stop])
-            views.setdefault(example.input_ids[:start].tobytes(), (view, start))
-    if not views:
-        return False
-    return forward.can_share([view for view, _ in views.values()], [start for _, start in views.values()])
+            # a tenth of the pass at most, and no larger than its batches
+            tokens = min(self._budget, self._info.tokens // 10)
+            can = can_share(self._forward, self._info.examples, tokens=tokens)
+            self.sharing = not self._ranks.max_over_ranks(int(not can))  # what fails on one process fails on all
+        if self.sharing is False:
+            return list(waves(views, [None] * len(views), self._budget, apart=apart))
+        return planned
 
 
 def weights_hash(model: nn.Module, *, sampled: bool = False) -> str:

@@ -7,7 +7,8 @@ the head's share of the forward pass in a training step; where the host fuses he
 take it from.
 
 Two things are other than in a scoring pass: dropout is on, and the batch is another, so float32 sums are rounded
-otherwise in their last bits.
+otherwise in their last bits. Where more than that depends on the batch (LongRoPE), only samples that a scoring pass
+would read alike are observed.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from distill_sampler.dataset import ScoredDataset
-from distill_sampler.reading.forward import forward_of, reading, token_stats_of, unwrap
+from distill_sampler.reading.forward import autocast_dtype, forward_of, reading, unwrap
+from distill_sampler.reading.lengths import switches_at
 from distill_sampler.reading.reduce import columns_of, data_columns_of, extras_of, reduced
-from distill_sampler.reading.token_stats import LogitTransform, chunk_for, linear, module, token_stats
-from distill_sampler.types import Batch, FloatArray, IntArray, Metric, Missing, Sample
+from distill_sampler.reading.token_stats import LogitTransform, Project, Room, chunk_for, linear, module, token_stats
+from distill_sampler.types import Batch, FloatArray, IntArray, Metric, Missing, Sample, TokenStats
 
 Whole = Callable[[nn.Module], AbstractContextManager[tuple[Tensor, Tensor | None]]]
 """Weight and bias of a linear output head, gathered if they are sharded. Every process enters it."""
@@ -79,7 +81,8 @@ class Observer:
         self._stats: dict[str, Tensor] | None = None
         self._chunk = chunk_for(self._student.config.get_text_config().vocab_size)
         self._transform = _transform_of(model, self._student, self._decoder)
-        self._linear: tuple[Tensor, Any] | None = None
+        self._switches_at = switches_at(self._student)
+        self._room = Room()
 
     def __enter__(self) -> Observer:
         self._handle = self._decoder.register_forward_hook(self._see)
@@ -107,7 +110,7 @@ class Observer:
                 f"observe=True: training did not run {type(self._decoder).__name__}, where hidden states are observed. "
                 "Leave observe off for this model."
             )
-        stats = {name: values.cpu().numpy() for name, values in self._stats.items()}
+        stats: dict[str, Any] = {name: values.cpu().numpy() for name, values in self._stats.items()}
         self._stats = None
         if self._mid_ranks:
             stats["rank"] = stats["rank"] + stats["ties"] / 2
@@ -125,11 +128,18 @@ class Observer:
                     continue
                 assert all(np.array_equal(view.input_ids, sample.input_ids) for view in views)
                 wanted = [view.scored[sample.scored] for view in views]
-                of_views = [token_stats_of({name: own[name][which] for name in own}) for which in wanted]
+                of_views = [TokenStats(**{name: own[name][which] for name in own}) for which in wanted]
                 numbers, missing[metric.name][row] = reduced(metric, sample, of_views)
                 for name, number in zip(metric.columns, numbers, strict=True):
                     rows[name][row] = number
-        return batch.samples, rows, missing
+        # padding counts, except in a row of several samples
+        longest = batch.shape[-1] if len(batch.samples) == batch.shape[0] else batch.lengths.max()
+        alike = (batch.lengths > self._switches_at) == (longest > self._switches_at)
+        return (
+            batch.samples[alike],
+            {name: values[alike] for name, values in rows.items()},
+            {name: codes[alike] for name, codes in missing.items()},
+        )
 
     @torch.no_grad()
     def _see(self, decoder: nn.Module, args: Any, output: Any) -> None:
@@ -145,7 +155,8 @@ class Observer:
         )
         targets = np.concatenate([sample.input_ids[sample.scored] for sample in self._samples])
         states = hidden.flatten(0, 1)[torch.from_numpy(places).to(hidden.device)]
-        with torch.autocast(hidden.device.type, enabled=False), self._project() as project:
+        operands = autocast_dtype(hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False), self._project(operands) as project:
             self._stats = token_stats(
                 states,
                 torch.from_numpy(targets).to(hidden.device),
@@ -155,15 +166,13 @@ class Observer:
             )
 
     @contextmanager
-    def _project(self) -> Iterator[Any]:
+    def _project(self, operands: torch.dtype | None) -> Iterator[Project]:
         head: nn.Module = self._student.get_output_embeddings()
         if type(head) is not nn.Linear:  # quantised, with an adapter on it, ...
             yield module(head, self._transform)
             return
         with self._whole(head) as (weight, bias):
-            if self._linear is None or self._linear[0] is not weight:  # keeps its buffer from step to step
-                self._linear = weight, linear(weight, bias, self._transform)
-            yield self._linear[1]
+            yield linear(weight, bias, self._transform, operands=operands, room=self._room)
 
 
 def _transform_of(model: nn.Module, student: Any, decoder: nn.Module) -> LogitTransform:
@@ -188,7 +197,7 @@ def _transform_of(model: nn.Module, student: Any, decoder: nn.Module) -> LogitTr
                 model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=forward.device), use_cache=False)
         finally:
             handle.remove()
-        same = "decoder" in seen and seen["decoder"].shape == seen["head"].shape
+        same = "decoder" in seen and seen["decoder"].shape == seen["head"].shape and not forward.lead
         if forward.transform is None or not same or not torch.equal(seen["decoder"], seen["head"]):
             raise ValueError(
                 f"observe=True: the logits of {type(student).__name__} are not made from its decoder's hidden states "

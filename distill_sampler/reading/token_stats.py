@@ -26,9 +26,9 @@ import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -51,7 +51,7 @@ _ROWS_LOGITS = 2**20
 whole chunk go through memory instead, and cost three times as much."""
 
 _UPCAST_BYTES = 2**26
-"""Size of the pieces of a low-precision head that are converted to float32 at a time on a CPU: 64 MB."""
+"""Size of the pieces of a head that are converted to float32 at a time on a CPU: 64 MB."""
 
 _COMPILE_FROM = {"cpu": 10**11, "cuda": 10**13}
 """Logits in a pass from which compiling the reduction pays twice over what it costs."""
@@ -282,74 +282,130 @@ _REDUCTIONS: dict[str, Callable[[Tensor, Tensor, frozenset[str]], dict[str, Tens
 # ---- From hidden states to logits ----
 
 
+class Room:
+    """Room for the logits of a chunk, the same for every chunk of every forward: on a CPU fresh memory each time makes
+    the process grow."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, 0)
+
+    def __call__(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """`[rows, columns]` float32, with whatever it held before."""
+        if len(self._buffer) < rows or self._buffer.shape[1] != columns:
+            self._buffer = torch.empty(rows, columns, dtype=torch.float32, device=device)
+        return self._buffer[:rows]
+
+
 def linear(
     weight: Float[Tensor, "vocab hidden"],
     bias: Tensor | None,
     transform: LogitTransform,
     *,
-    upcast: Float[Tensor, "vocab hidden"] | None = None,
+    operands: torch.dtype | None = None,
+    kept: Float[Tensor, "vocab hidden"] | None = None,
+    room: Room | None = None,
 ) -> Project:
     """A plain output head: `hidden @ weight.T + bias` with float32 out of the product, whatever the inputs' dtype.
 
-    One buffer of logits serves all calls: on CPU a fresh one each time makes the process grow.
+    Made for one forward pass: it may hold a copy of the weight.
 
     Args:
         weight: of the head.
         bias: of the head.
         transform: what the model does to its logits afterwards.
-        upcast: the weight in float32, if the caller keeps a copy. Else a low-precision weight is converted piece by
-            piece, so that no second head is ever held.
+        operands: what both factors are rounded to before they are multiplied, as autocast does; None: they are taken
+            as they are.
+        kept: the weight's `operand_copy`, if the caller keeps one. Else a weight that needs conversion is converted
+            piece by piece where that can be, so that no second head is held.
+        room: for the logits.
     """
-    buffer = torch.empty(0, device=weight.device)
+    if kept is None and operands is not None and _has_mixed_product(weight.device):
+        kept = weight.to(operands)  # once for all chunks: a chunk has too few rows to pay for it
+    return partial(
+        _linear,
+        weight=weight,
+        bias=bias,
+        transform=transform,
+        operands=operands,
+        kept=kept,
+        room=Room() if room is None else room,
+    )
 
-    def project(hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
-        nonlocal buffer
-        if len(buffer) < len(hidden):
-            buffer = torch.empty(len(hidden), len(weight), device=weight.device)
-        logits = buffer[: len(hidden)]
-        if _has_mixed_product(weight.device) and hidden.dtype == weight.dtype != torch.float32:
-            torch.mm(hidden, weight.T, out_dtype=torch.float32, out=logits)
-        else:
-            _multiply(hidden, weight, upcast, logits)
-        if bias is not None:
-            logits.add_(bias.float())
-        return transform.apply_(logits)
 
-    return project
+def _linear(
+    hidden: Float[Tensor, "tokens hidden"],
+    *,
+    weight: Float[Tensor, "vocab hidden"],
+    bias: Tensor | None,
+    transform: LogitTransform,
+    operands: torch.dtype | None,
+    kept: Float[Tensor, "vocab hidden"] | None,
+    room: Room,
+) -> Float[Tensor, "tokens vocab"]:
+    factor = weight if kept is None else kept
+    if operands is not None:
+        hidden = hidden.to(operands)
+    logits = room(len(hidden), len(weight), weight.device)
+    if _has_mixed_product(weight.device) and hidden.dtype == factor.dtype != torch.float32:
+        torch.mm(hidden, factor.T, out_dtype=torch.float32, out=logits)
+    else:
+        _multiply(hidden, weight, kept, operands or weight.dtype, logits)
+    if bias is not None:
+        logits.add_(bias.float())
+    return transform.apply_(logits)
 
 
 def module(head: Callable[[Tensor], Tensor], transform: LogitTransform) -> Project:
     """Any other output head (quantised, an adapter on it, ...), called as the model calls it."""
-
-    def project(hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
-        return transform.apply_(head(hidden).to(torch.float32, copy=True))
-
-    return project
+    return partial(_module, head=head, transform=transform)
 
 
-def float32_copy(weight: Tensor) -> Tensor | None:
-    """The head's weight for `linear(upcast=)`, where keeping a float32 copy for a whole pass pays: it must be needed
-    (low precision, on a device that has no product of low precision with a float32 result) and small (256 MB)."""
-    if weight.dtype == torch.float32 or _has_mixed_product(weight.device) or 4 * weight.numel() > 2**28:
+def _module(
+    hidden: Float[Tensor, "tokens hidden"], *, head: Callable[[Tensor], Tensor], transform: LogitTransform
+) -> Float[Tensor, "tokens vocab"]:
+    return transform.apply_(head(hidden).to(torch.float32, copy=True))
+
+
+def operand_copy(weight: Tensor, operands: torch.dtype | None = None) -> Tensor | None:
+    """The head's weight as the product takes it, for `linear(kept=)`, where keeping a copy for a whole pass pays.
+
+    It must be small (256 MB) and needed: in the dtype of `operands`, or in float32 where the device has no product of
+    low precision with a float32 result.
+    """
+    rounded = operands or weight.dtype
+    dtype = rounded if _has_mixed_product(weight.device) else torch.float32
+    if weight.dtype == rounded == dtype or dtype.itemsize * weight.numel() > 2**28:
         return None
-    return weight.detach().float()
+    return weight.detach().to(rounded).to(dtype)
 
 
-def _multiply(hidden: Tensor, weight: Tensor, upcast: Tensor | None, out: Tensor) -> None:
-    """`out[:] = hidden @ weight.T` through float32 operands."""
-    with _multiply_in_bfloat16() if hidden.dtype == weight.dtype == torch.bfloat16 else nullcontext():
+def _multiply(hidden: Tensor, weight: Tensor, kept: Tensor | None, rounded: torch.dtype, out: Tensor) -> None:
+    """`out[:] = hidden @ weight.T` through float32 operands, after the weight's values were rounded to `rounded`."""
+    with _multiply_in_bfloat16() if hidden.dtype == rounded == torch.bfloat16 else nullcontext():
         hidden = hidden.float()
-        if upcast is not None or weight.dtype == torch.float32:
-            torch.mm(hidden, (weight if upcast is None else upcast).T, out=out)
+        if kept is not None or weight.dtype == rounded == torch.float32:
+            torch.mm(hidden, (weight if kept is None else kept).T, out=out)
             return
         step = max(1, _UPCAST_BYTES // (4 * weight.shape[1]))
         for start in range(0, len(weight), step):
-            torch.mm(hidden, weight[start : start + step].float().T, out=out[:, start : start + step])
+            some = weight[start : start + step].to(rounded).float()
+            torch.mm(hidden, some.T, out=out[:, start : start + step])
 
 
 def _has_mixed_product(device: torch.device) -> bool:
     """Whether `torch.mm(..., out_dtype=)` is there: on CUDA since torch 2.8."""
     return device.type == "cuda" and torch.version.hip is None and _TORCH >= (2, 8)
+
+
+def float32_products(device: torch.device) -> str:
+    """What products of float32 matrices are really made of there: `"ieee"` (float32), `"tf32"` or `"bf16"`."""
+    if _TORCH < (2, 9):
+        return "tf32" if device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if device.type not in ("cpu", "cuda"):
+        return "ieee"
+    backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    precision = str(backend.matmul.fp32_precision)
+    return "ieee" if precision == "none" else precision
 
 
 @contextmanager

@@ -104,11 +104,17 @@ class Candidate:
     tools: Any = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Other single values of the row: domain, correctness, the number of the sample."""
+    read: Mapping[str, Any] = field(default_factory=dict)
+    """The values that metrics read, of whatever kind."""
 
     @property
     def content_hash(self) -> int:
-        """64 bits of the prompt's and the response's text, the same wherever the row stands."""
-        return _hash([self.messages, self.first] if self.text is None else self.text)
+        """64 bits of all that decides its scores, the same wherever the row stands: the text of prompt and response,
+        the tools that the template writes, the values that metrics read."""
+        more = {name: value for name, value in (("tools", self.tools), ("read", self.read)) if value}
+        if self.text is not None:
+            return _hash([self.text, more] if more else self.text)
+        return _hash([self.messages, self.first, more] if more else [self.messages, self.first])
 
     @property
     def prompt_hash(self) -> int:
@@ -124,12 +130,22 @@ class Candidate:
 
 
 def read_candidates(
-    sources: Sources, said: Layout, announce: Callable[[Layout], None] = lambda layout: None
+    sources: Sources,
+    said: Layout,
+    *,
+    read: Sequence[str] = (),
+    announce: Callable[[Layout], None] = lambda layout: None,
 ) -> Iterator[Candidate | Bad]:
     """Every candidate of the data, in order; columns are guessed once, from the first row.
 
+    Args:
+        sources: the data.
+        said: what is known of the columns.
+        read: columns that metrics read.
+        announce: told the columns once they are known.
+
     Raises:
-        ValueError: the columns cannot be made out; there is no row at all.
+        ValueError: the columns cannot be made out, one that metrics read is not there, or there is no row at all.
     """
     layout: Layout | None = None
     empty = True
@@ -140,9 +156,14 @@ def read_candidates(
             continue
         if layout is None:
             layout = said.completed(row.values)
+            if not layout.candidates and (lacking := [name for name in read if name not in row.values]):
+                raise ValueError(
+                    f"--metrics: a metric reads the column '{lacking[0]}', which is not in the data; it has "
+                    f"{', '.join(map(repr, row.values))}. Add the column, or leave the metric out."
+                )
             announce(layout)
         try:
-            found = list(_candidates(row, layout))
+            found = list(_candidates(row, layout, read))
             # half of a surrogate pair can be written in JSON, but is no text: nothing could store or tokenise it
             json.dumps([[c.messages, c.text, c.group, c.teacher, c.extra] for c in found], ensure_ascii=False).encode()
         except UnicodeEncodeError:
@@ -155,7 +176,7 @@ def read_candidates(
         raise ValueError(f"There are no rows in {', '.join(sources.data)}.")
 
 
-def _candidates(row: Row, layout: Layout) -> Iterator[Candidate]:
+def _candidates(row: Row, layout: Layout, read: Sequence[str]) -> Iterator[Candidate]:
     values = row.values
     for part in ("prompt", "response", "messages", "text", "candidates"):
         name = getattr(layout, part)
@@ -165,17 +186,19 @@ def _candidates(row: Row, layout: Layout) -> Iterator[Candidate]:
     used = {*vars(layout).values(), "tools"}
     extra = {k: v for k, v in values.items() if k not in used and isinstance(v, (str, bool, int, float, type(None)))}
     group, teacher = values.get(layout.group or ""), values.get(layout.teacher or "")
+    told: dict[str, Any] = {"group": group, "tools": tools}
     if layout.messages:
         messages = _conversation(values[layout.messages], layout.messages)
-        yield _candidate(row.where, messages, 0, False, group, teacher, tools, extra)
+        yield _candidate(row.where, messages, 0, False, teacher=teacher, extra=extra, read=_read(values, read), **told)
         return
     if layout.text:
-        yield _written(row.where, values[layout.text], group, teacher, extra)
+        yield _written(row.where, values[layout.text], group, teacher, extra, _read(values, read))
         return
     prompt = values[layout.prompt or ""]
     before = [_user(prompt, layout.prompt)] if not _is_conversation(prompt) else _conversation(prompt, layout.prompt)
     if not layout.candidates:
-        yield _answered(row.where, prompt, before, values[layout.response or ""], group, teacher, tools, extra)
+        told |= {"teacher": teacher, "extra": extra, "read": _read(values, read)}
+        yield _answered(row.where, prompt, before, values[layout.response or ""], **told)
         return
     nested = values[layout.candidates]
     if not _is_nested(nested):
@@ -184,8 +207,9 @@ def _candidates(row: Row, layout: Layout) -> Iterator[Candidate]:
     if isinstance(nested, Mapping):
         names, nested = list(nested), list(nested.values())
     for number, (name, response) in enumerate(zip(names, nested, strict=True), 1):
-        who, own = name or teacher, extra
+        who, own, own_values = name or teacher, extra, values
         if isinstance(response, Mapping):
+            own_values = {**values, **response}
             of = [key for key in (layout.response, *RESPONSES) if key in response]
             by = [key for key in (layout.teacher, *TEACHERS) if key in response]
             if not of:
@@ -195,12 +219,18 @@ def _candidates(row: Row, layout: Layout) -> Iterator[Candidate]:
             own = {**extra, **{k: v for k, v in scalars.items() if k not in (of[0], *by[:1])}}
             response = response[of[0]]
         where = f"{row.where}, candidate {number}"
-        yield _answered(where, prompt, before, response, group, who, tools, own)
+        told |= {"teacher": who, "extra": own, "read": _read(own_values, read)}
+        yield _answered(where, prompt, before, response, **told)
 
 
-def _answered(
-    where: str, prompt: Any, before: list[Message], response: Any, group: Any, teacher: Any, tools: Any, extra: Any
-) -> Candidate:
+def _read(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """What metrics read."""
+    if lacking := [name for name in names if name not in values]:
+        raise ValueError(f"it has no column '{lacking[0]}', which a metric reads")
+    return {name: values[name] for name in names}
+
+
+def _answered(where: str, prompt: Any, before: list[Message], response: Any, **told: Any) -> Candidate:
     if _is_conversation(response):
         messages = [*before, *_conversation(response, "response")]
     elif isinstance(response, str):
@@ -208,11 +238,11 @@ def _answered(
     else:
         raise ValueError(f"the response is {_kind(response)}, not text")
     as_text = isinstance(prompt, str) and isinstance(response, str)
-    return _candidate(where, messages, len(before), as_text, group, teacher, tools, extra)
+    return _candidate(where, messages, len(before), as_text, **told)
 
 
 def _candidate(
-    where: str, messages: list[Message], first: int, as_text: bool, group: Any, teacher: Any, tools: Any, extra: Any
+    where: str, messages: list[Message], first: int, as_text: bool, *, group: Any, teacher: Any, **told: Any
 ) -> Candidate:
     said = [message for message in messages[first:] if message["role"] == "assistant"]
     if not said:
@@ -226,12 +256,11 @@ def _candidate(
         as_text=as_text,
         group=f"{_hash(_asked(messages, first)):016x}" if group in _UNSAID else str(group),
         teacher=None if teacher in _UNSAID else str(teacher),
-        tools=tools,
-        extra=extra,
+        **told,
     )
 
 
-def _written(where: str, text: Any, group: Any, teacher: Any, extra: Any) -> Candidate:
+def _written(where: str, text: Any, group: Any, teacher: Any, extra: Any, read: Any) -> Candidate:
     if not isinstance(text, str):
         raise ValueError(f"the text is {_kind(text)}, not text")
     if not text.strip():
@@ -245,6 +274,7 @@ def _written(where: str, text: Any, group: Any, teacher: Any, extra: Any) -> Can
         teacher=None if teacher in _UNSAID else str(teacher),
         text=text,
         extra=extra,
+        read=read,
     )
 
 

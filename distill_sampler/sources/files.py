@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from distill_sampler.content import content_hashes
+from distill_sampler.serialize import hash_of
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".json", ".json.gz", ".json.zst", ".parquet")
 """What a file must end in to be picked from a folder."""
@@ -60,19 +64,43 @@ class Sources:
         """Bytes of all files; 0 if there are none."""
         self.position = 0
         """Bytes read so far, for a progress bar."""
+        self._commits: dict[str, str | None] = {}
 
-    def describe(self) -> list[str]:
-        """Names and sizes, to recognise the same data by."""
-        return [
-            f"{file} ({file.stat().st_size} bytes)" if isinstance(file, Path) and file.is_file() else str(file)
-            for file in self.files
-        ]
+    def contents(self) -> list[tuple[str, str | None]]:
+        """The name of each file or data set with a hash of what it holds. For a data set on the hub its commit stands
+        for that, or None if the hub does not tell.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
+        parts = [_parts_of(file, self.split) for file in self.files]
+        hashes = iter(content_hashes([part for some in parts for part in some]))
+        found: list[tuple[str, str | None]] = []
+        for file, some in zip(self.files, parts, strict=True):
+            if isinstance(file, str):
+                name = f"{file} ({', '.join(filter(None, (self.subset, self.split)))})"
+                commit = self._commit(file)
+                found.append((name, f"{name} at {commit}" if commit else None))
+            else:
+                found.append((str(file), hash_of(*(each.encode() for each in itertools.islice(hashes, len(some))))))
+        return found
+
+    def _commit(self, name: str) -> str | None:
+        """The commit of a data set on the hub, asked for once, so that what is read is what it is called."""
+        if name not in self._commits:
+            from huggingface_hub import HfApi
+
+            try:
+                self._commits[name] = HfApi().dataset_info(name, timeout=10).sha
+            except Exception:  # no network, no rights, no such data set: reading it will tell
+                self._commits[name] = None
+        return self._commits[name]
 
     def __iter__(self) -> Iterator[Row | Bad]:
         before = 0
         for file in self.files:
             if isinstance(file, str):
-                yield from _hub(file, self.subset, self.split)
+                yield from _hub(file, self.subset, self.split, self._commit(file))
             elif file.is_dir():
                 yield from _saved(file, self.split)
             elif file.suffix == ".parquet":
@@ -104,6 +132,15 @@ def _files(name: str) -> list[Path | str]:
     if name.endswith(SUFFIXES) or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ValueError(f"There is no file or folder {name}; check the path.")
     return [name]
+
+
+def _parts_of(file: Path | str, split: str) -> list[Path]:
+    """The files that hold a source's rows: itself, or the tables of a saved data set."""
+    if isinstance(file, str):
+        return []
+    if file.is_file():
+        return [file]
+    return sorted((file / split if (file / "dataset_dict.json").exists() else file).glob("*.arrow"))
 
 
 def _json(file: Path, raw: io.BufferedReader) -> Iterator[Row | Bad]:
@@ -196,11 +233,11 @@ def _saved(folder: Path, split: str) -> Iterator[Row | Bad]:
         yield Row(where=f"{folder.name}, row {number}", values=values)
 
 
-def _hub(name: str, subset: str | None, split: str) -> Iterator[Row | Bad]:
+def _hub(name: str, subset: str | None, split: str, commit: str | None) -> Iterator[Row | Bad]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, subset, split=split, streaming=True)
+        rows = datasets.load_dataset(name, subset, split=split, revision=commit, streaming=True)
     except Exception as error:  # the hub's client raises errors of many kinds
         raise ValueError(
             f"There is no file or folder {name}, and loading it from the hub failed: {_told(error)}. Check the name, "

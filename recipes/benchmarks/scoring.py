@@ -37,8 +37,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from distill_sampler import GlobalNaturalness, RankSurprisalRatio, ScoredDataset, Scorer
 from distill_sampler.cli import demo_parts
-from distill_sampler.reading import in_process as student
-from distill_sampler.reading.token_stats import LogitTransform, Project, chunk_for, float32_copy, linear, token_stats
+from distill_sampler.reading import forward as student
+from distill_sampler.reading import model_reader
+from distill_sampler.reading.token_stats import LogitTransform, Project, chunk_for, linear, operand_copy, token_stats
 
 HIDDEN = {49_152: 576, 151_936: 896}
 """Columns of the head and width of the body: SmolLM2-135M, Qwen2.5-0.5B."""
@@ -210,7 +211,7 @@ def profile(options: argparse.Namespace) -> None:
             patch.object(model.base_model, "forward", clocks["body"].around(model.base_model.forward)),
             patch.object(student, "token_stats", clocks["kernel"].around(student.token_stats)),
             patch.object(student, "linear", linear_in_clock),
-            patch.object(student.Forward, "can_share", clocks["trial"].around(student.Forward.can_share)),
+            patch.object(model_reader, "can_share", clocks["trial"].around(model_reader.can_share)),
         ):
             started = time.perf_counter()
             score(model, dataset, share_prompts=share)
@@ -286,7 +287,7 @@ def kernel_once(vocab: int, hidden: int, dtype: torch.dtype, impl: Any, rounds: 
 
     def head(columns: int) -> tuple[torch.Tensor, Project]:
         weight = torch.empty(columns, hidden, dtype=dtype).normal_(std=hidden**-0.5)  # no copies: they would count
-        return weight, linear(weight, None, LogitTransform(), upcast=float32_copy(weight))
+        return weight, linear(weight, None, LogitTransform(), kept=operand_copy(weight))
 
     def run(positions: int, project: Project, columns: int) -> None:
         targets = torch.randint(columns, (positions,))

@@ -19,7 +19,7 @@ import pytest
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 from distill_sampler import GlobalNaturalness, RankSurprisalRatio, ScoredDataset, Scorer
-from distill_sampler.cli.score import Parts
+from distill_sampler.artifacts.score_output import ScoreOutput
 from tests import tiny
 from tests.cli.conftest import call, rows, write_lines
 
@@ -130,9 +130,9 @@ def test_numbers_are_those_of_the_library_on_the_prepared_data(scored: Path, stu
 
 def test_the_file_says_what_it_belongs_to_and_carries_the_other_columns(scored: Path, student_path: Path) -> None:
     told = {key.decode(): value.decode() for key, value in pq.read_schema(scored).metadata.items()}
-    assert told["distill_sampler.model"] == str(student_path)
+    assert json.loads(told["distill_sampler.model"]) == str(student_path)
     assert "RankSurprisalRatio(rank_clip=100" in told["distill_sampler.metrics"]
-    assert len(told["distill_sampler.dataset"]) == 16
+    assert len(json.loads(told["distill_sampler.dataset"])) == 16
     assert pq.read_table(scored)["correct"].to_pylist() == [row["correct"] for row in rows()]
 
 
@@ -212,15 +212,15 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path, student_path: Path) 
     """What a chunk leaves behind is nothing: Python objects at each chunk's end, by the tenth as by the second."""
     data = write_lines(tmp_path / "d.jsonl", rows(120))
     counts = []
-    add = Parts.add
+    add = ScoreOutput.add
 
-    def counted(self: Parts, table: pa.Table) -> None:
+    def counted(self: ScoreOutput, table: pa.Table) -> None:
         add(self, table)
         gc.collect()
         counts.append(len(gc.get_objects()))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Parts, "add", counted)
+        patch.setattr(ScoreOutput, "add", counted)
         assert scoring(data, student_path, tmp_path / "s.parquet", "--batch-tokens", 256, "--traces", 2)[0] == 0
     assert len(counts) >= 5
     assert max(counts[2:]) - counts[1] < 200, counts
@@ -236,16 +236,16 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_file(
     whole, pieces = tmp_path / "whole.parquet", tmp_path / "pieces.parquet"
     more = ("--batch-tokens", 400)
     assert scoring(data, student_path, whole, *more)[0] == 0
-    add = Parts.add
+    add = ScoreOutput.add
     calls = []
 
-    def interrupted(self: Parts, table: pa.Table) -> None:
+    def interrupted(self: ScoreOutput, table: pa.Table) -> None:
         add(self, table)
         calls.append(1)
         if len(calls) in (1, 2):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Parts, "add", interrupted)
+    monkeypatch.setattr(ScoreOutput, "add", interrupted)
     code, said = scoring(data, student_path, pieces, *more)
     assert (code, "64 scored candidates are kept; run the same command again" in said) == (1, True)
     code, said = scoring(data, student_path, pieces, *more)
@@ -259,12 +259,12 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_file(
 def test_going_on_with_other_settings_is_refused(
     candidates: Path, student_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(self: Parts, metadata: object) -> None:
+    def killed(self: ScoreOutput, metadata: object) -> None:
         raise KeyboardInterrupt
 
     output = tmp_path / "scores.parquet"
     with monkeypatch.context() as patch:
-        patch.setattr(Parts, "join", killed)
+        patch.setattr(ScoreOutput, "join", killed)
         scoring(candidates, student_path, output)
     code, said = scoring(candidates, student_path, output, "--max-length", 100)
     assert code == 1

@@ -87,7 +87,7 @@ def test_a_resumed_runs_folder_is_the_uninterrupted_ones(run: tuple[Path, Curric
         assert pq.read_table(tmp_path / name).equals(pq.read_table(run[0] / name)), name
 
 
-def test_a_pass_over_some_samples_leaves_the_others_as_they_were(tmp_path: Path) -> None:
+def test_what_a_pass_did_not_measure_moves_with_the_drift_of_what_it_did(tmp_path: Path) -> None:
     curriculum = train(tmp_path, rescore=Rescore(fraction=0.5))
     scores = Scores.open(tmp_path)
     partly = [int(taken.was_measured.sum()) for taken in curriculum.cycle.record.passes]

@@ -1,0 +1,257 @@
+"""The scoring of `distill-sampler score`: chunk after chunk, with a bar while it runs and a summary at its end.
+
+Memory holds one chunk, however long the data is. Under `accelerate launch` every process walks through the same chunks
+and reads its share of each (`Ranks`); the first one writes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from distill_sampler import Scorer
+from distill_sampler.artifacts.schema import run_facts
+from distill_sampler.artifacts.score_output import ScoreOutput
+from distill_sampler.cli.chunks import Chunk, Intake
+from distill_sampler.cli.tables import ChunkScores, RowTables
+from distill_sampler.dataset import ScoredDataset
+from distill_sampler.reading.model_reader import ModelReader
+from distill_sampler.reading.reduce import columns_of
+from distill_sampler.sources.encoding import Encoder
+from distill_sampler.types import FloatArray, IntArray, Metric, Missing, TokenStats
+
+BATCHES_PER_CHUNK = 8
+"""A chunk holds this many batches' tokens, the scorer's own measure: what a kill costs, at most."""
+
+
+class Job:
+    """One run of the command: the state that its steps share."""
+
+    def __init__(
+        self,
+        *,
+        reader: ModelReader,
+        scorer: Scorer,
+        metrics: list[Metric],
+        intake: Intake,
+        encoder: Encoder,
+        end_token_ids: Sequence[int],
+        output: ScoreOutput,
+        batch_tokens: int,
+        say: Console,
+    ) -> None:
+        self.reader = reader
+        self.scorer = scorer
+        self.metrics = metrics
+        self.intake = intake
+        self.encoder = encoder
+        self.end_token_ids = end_token_ids
+        self.output = output
+        self.batch_tokens = batch_tokens
+        self.say = say
+        self.ranks = reader.ranks
+        self.tables = RowTables(intake.layout, metrics, output.schema)
+        self.tokens = 0
+        self.seconds = 0.0
+        self.non_finite = 0
+        self.too_long = 0
+        self.cut = 0
+        """Candidates without a token to score, because max_length left none."""
+
+    def run(self, facts: dict[str, Any]) -> None:
+        """Score what is not scored yet, and write the one file.
+
+        Raises:
+            ValueError: a row cannot be used, memory runs out, or the user stops it; what is scored is kept.
+        """
+        output = self.output
+        if output.rows:
+            self.say.print(f"Going on after {output.rows:,} candidates that an earlier run has scored.")
+        elif output.earlier:
+            output.require_some(self.intake.content_hashes())
+            self.say.print(
+                f"An earlier run has scored {output.earlier:,} candidates, before the data or an option changed; those "
+                "that the data still has are not scored again."
+            )
+        started = time.perf_counter()
+        try:
+            with self._progress() as (progress, task):
+                for chunk in self.intake.chunks(
+                    self.encoder,
+                    self.end_token_ids,
+                    tokens=BATCHES_PER_CHUNK * self.batch_tokens * self.ranks.world_size,
+                    skip=output.rows,
+                    misfit=self.tables.misfit,
+                ):
+                    output.add(self._table(chunk, lambda share: self._advance(progress, task, share)))
+        except KeyboardInterrupt:
+            raise ValueError(
+                f"Stopped. {output.rows:,} scored candidates are kept; run the same command again to go on."
+            ) from None
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise ValueError(
+                f"Out of memory with batches of {self.batch_tokens} tokens. Run it again with a smaller --batch-tokens "
+                f"(the {output.rows:,} candidates that are scored are kept), or with a --max-length and --overwrite."
+            ) from error
+        if not output.rows:
+            raise ValueError(f"None of the rows could be used ({self.intake.bad} bad); see the reasons above.")
+        self._tell_renamed()
+        if self.ranks.rank == 0:
+            if self.intake.sources.contents() != list(output.origin.data):
+                raise ValueError(
+                    "The data changed while it was read, so it cannot be told what the scores belong to. Run the same "
+                    f"command again: the {output.rows:,} candidates that are scored are kept, and matched by content."
+                )
+            group, teacher = self.tables.group, self.tables.teacher
+            output.join(run_facts(run=None, metrics=self.metrics, group=group, teacher=teacher, **facts))
+        self._notes(time.perf_counter() - started)
+
+    def _table(self, chunk: Chunk, advance: Callable[[float], None]) -> pa.Table:
+        """One row for each candidate of a chunk; on processes that write nothing, only as many."""
+        names = self.tables.score_columns
+        there, known = self.output.known(chunk.hashes, chunk.traced, names)
+        fresh = np.flatnonzero(~there)
+        unread = chunk.take(fresh) if known is not None or there.any() else chunk
+        self.cut += int((unread.counts == 0).sum())
+        numbers = self.tables.numbers(unread, self._read(unread, advance))
+        if known is not None:
+            order = np.argsort(np.r_[np.flatnonzero(there), fresh], kind="stable")
+            numbers = pa.concat_tables([known.cast(numbers.schema), numbers]).take(pa.array(order))
+        table = self.tables.identity(chunk.candidates, self.output.rows)
+        for name in names if len(numbers) == len(table) else ():
+            table = table.append_column(numbers.schema.field(name), numbers[name])
+        return table
+
+    def _read(self, chunk: Chunk, advance: Callable[[float], None]) -> ChunkScores:
+        """What the student makes of a chunk."""
+        columns: dict[str, FloatArray] = {
+            name: np.full(len(chunk), np.nan, np.float32) for name in columns_of(self.metrics)
+        }
+        missing: dict[str, IntArray] = {
+            metric.name: np.full(len(chunk), int(Missing.NO_RESPONSE)) for metric in self.metrics
+        }
+        usable = np.flatnonzero(chunk.counts)
+        traces: dict[int, TokenStats] = {}
+        if not len(usable):
+            return ChunkScores(columns=columns, missing=missing, traces=traces)
+        some = chunk.take(usable)
+        rows = [
+            {**candidate.read, "input_ids": encoded.input_ids, "labels": encoded.labels}
+            for candidate, encoded in zip(some.candidates, some.encoded, strict=True)
+        ]
+        dataset = ScoredDataset(rows, end_token_ids=self.end_token_ids)
+        started, read = time.perf_counter(), 0
+        blocks = self.scorer.score(
+            self.reader, dataset, self.metrics, np.arange(len(some)), traces=np.flatnonzero(some.traced).tolist()
+        )
+        for block in blocks:
+            at = usable[block.indices]
+            for name, values in block.columns.items():
+                columns[name][at] = values
+            for name, codes in block.missing.items():
+                missing[name][at] = codes
+            traces |= {int(usable[row]): stats for row, stats in block.traces.items()}
+            self.tokens += block.tokens
+            self.non_finite += len(block.non_finite)
+            self.too_long += len(block.too_long)
+            self.seconds += time.perf_counter() - started
+            read += block.tokens
+            advance(read / int(some.offsets[-1]))
+            started = time.perf_counter()
+        return ChunkScores(columns=columns, missing=missing, traces=traces)
+
+    # ---- Telling ----
+
+    def _progress(self) -> Any:
+        if self.ranks.rank or not self.say.is_terminal:
+            return nullcontext((None, None))
+        progress = Progress(
+            TextColumn("Scoring"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=self.say,
+            transient=True,
+        )
+        return _Entered(progress, progress.add_task("", total=self.intake.sources.size or None, rate=""))
+
+    def _advance(self, progress: Progress | None, task: Any, share: float) -> None:
+        """Move the bar to the bytes that are scored, this share of what was read for the chunk among them."""
+        if progress is not None:
+            before = self.intake.before
+            position = before + share * (self.intake.sources.position - before)
+            rate = f"{self.output.rows:,} rows  {self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
+            progress.update(task, completed=position, rate=rate)
+
+    def _tell_renamed(self) -> None:
+        if renamed := self.tables.renamed:
+            names = ", ".join(f"'{name}' as '{ours}'" for name, ours in renamed.items())
+            self.say.print(
+                f"The scores have columns of their own by some of the data's names, which are kept as: {names}.",
+                markup=False,
+            )
+
+    def _notes(self, seconds: float) -> None:
+        if self.tokens:
+            self.say.print(
+                f"Scored {self.tokens:,} tokens in {seconds:,.0f} s ({self.tokens / max(self.seconds, 1e-9):,.0f} "
+                f"tokens/s in the student)."
+            )
+        for number, what in (
+            (self.output.taken, "candidates that an earlier run had scored, not scored again"),
+            (self.intake.bad, "bad rows, left out"),
+            (self.cut, "candidates without a score because --max-length cut off all of their response"),
+            (self.non_finite, "candidates without a score because the student's logits for them are NaN or infinite"),
+            (self.too_long, "candidates without some score because the student has no positions for so many tokens"),
+            (self.encoder.lost_turns, "earlier turns not scored because the template rewrites them"),
+            (self.encoder.whole_texts, "texts scored whole, prompt included, because of --whole-text"),
+            (
+                self.encoder.wrapped_twice,
+                "prompts that were written in the chat template already and were wrapped once more, unlike the first",
+            ),
+            (
+                _duplicates(self.output.output) if self.ranks.rank == 0 else 0,
+                "candidates that repeat another word for word, and count as often as they stand in the data",
+            ),
+        ):
+            if number:
+                self.say.print(f"[yellow]note:[/] {what}: {number:,}.")
+
+
+class _Entered:
+    """A progress bar as a context that gives the bar and its task."""
+
+    def __init__(self, progress: Progress, task: Any) -> None:
+        self.progress, self.task = progress, task
+
+    def __enter__(self) -> tuple[Progress, Any]:
+        self.progress.start()
+        return self.progress, self.task
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+
+def _duplicates(output: Path) -> int:
+    """Candidates whose content another one before them has. A share of the hashes at a time, so that memory stays."""
+    count = 0
+    with pq.ParquetFile(output) as file:
+        shares = 1 + file.metadata.num_rows // (1 << 18)
+        for share in range(shares):
+            batches = (batch["content_hash"].to_numpy() for batch in file.iter_batches(columns=["content_hash"]))
+            hashes = np.concatenate([values[values % shares == share] for values in batches])
+            count += len(hashes) - len(np.unique(hashes))
+    return count

@@ -1,0 +1,173 @@
+"""The table of a chunk: what the user's data says of each candidate, and what the student does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from distill_sampler.artifacts.passes import missing_column
+from distill_sampler.artifacts.schema import OWN_COLUMNS, TRACE_COLUMNS
+from distill_sampler.cli.chunks import Chunk
+from distill_sampler.reading.reduce import columns_of
+from distill_sampler.sources.candidates import Candidate, Layout
+from distill_sampler.types import FloatArray, IntArray, Metric, TokenStats
+
+_IN_DATA = b"in_data"
+"""In a field's metadata: what the column is called in the data, where that is another name."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ChunkScores:
+    """What the student makes of a chunk."""
+
+    columns: Mapping[str, FloatArray]
+    """`[rows]` each, float32."""
+    missing: Mapping[str, IntArray]
+    """By metric, `[rows]` why there is no score."""
+    traces: Mapping[int, TokenStats]
+    """By row, what is kept token by token."""
+
+
+class RowTables:
+    """Turns candidates and their scores into rows with the same columns from the first chunk to the last.
+
+    Args:
+        layout: what each column of the data is for.
+        metrics: what is scored.
+        schema: of the chunks that an earlier run wrote; None: the first chunk settles it.
+    """
+
+    def __init__(self, layout: Layout, metrics: Sequence[Metric], schema: pa.Schema | None) -> None:
+        self._own = {*OWN_COLUMNS, *columns_of(metrics), *(missing_column(metric.name) for metric in metrics)}
+        self._names = set(self._own)
+        self.renamed: dict[str, str] = {}
+        """Columns of the data that have another name in the scores, because one of ours is called like them."""
+        self.group = self._named(layout.group or "prompt_id")
+        """The column that says which rows answer the same prompt."""
+        self.teacher = self._named(layout.teacher or "teacher")
+        """The column that says who wrote a response."""
+        self._carried: dict[str, pa.Field] | None = None
+        """The user's other columns, by their names in the data."""
+        if schema is not None:
+            ours = {*self._own, self.group, self.teacher}
+            self._carried = {_name_in_data(field): field for field in schema if field.name not in ours}
+            self.renamed |= {name: field.name for name, field in self._carried.items() if name != field.name}
+        self._numbers = pa.schema(
+            [
+                ("num_tokens", pa.int32()),
+                ("length", pa.int32()),
+                ("content_hash", pa.uint64()),
+                ("prompt_hash", pa.uint64()),
+                *((name, pa.float32()) for name in columns_of(metrics)),
+                *((missing_column(metric.name), pa.int8()) for metric in metrics),
+                ("prompt_text", pa.large_string()),
+                ("tokens", pa.list_(pa.large_string())),
+                ("token_ranks", pa.list_(pa.int32())),
+                ("token_surprisals", pa.list_(pa.float32())),
+            ]
+        )
+        assert set(TRACE_COLUMNS) <= set(self._numbers.names)
+
+    @property
+    def score_columns(self) -> list[str]:
+        """The columns that are the same for every row of the same content."""
+        return list(self._numbers.names)
+
+    def _named(self, name: str) -> str:
+        """A name that the scores have no column of yet: `sample_in_data` for the user's `sample`."""
+        free = name
+        while free in self._names:
+            free += "_in_data"
+        if free != name:
+            self.renamed[name] = free
+        self._names.add(free)
+        return free
+
+    def settle(self, candidates: Sequence[Candidate]) -> None:
+        """Let the first chunk decide which columns are carried along, and their kinds."""
+        if self._carried is not None:
+            return
+        self._carried = {}
+        for name in dict.fromkeys(name for candidate in candidates for name in candidate.extra):
+            kind = _kind(candidate.extra.get(name) for candidate in candidates)
+            column = self._named(name)
+            metadata = None if column == name else {_IN_DATA: name.encode()}
+            self._carried[name] = pa.field(column, kind, metadata=metadata)
+
+    def misfit(self, candidate: Candidate) -> str | None:
+        """Why a candidate does not fit the columns that the first chunk settled; None if it does."""
+        for name, column in (self._carried or {}).items():
+            value = candidate.extra.get(name)
+            if value is None or pa.types.is_string(column.type):
+                continue
+            fits: Any = {"bool": bool, "int64": int, "double": (int, float)}[str(column.type)]
+            if not isinstance(value, fits) or isinstance(value, bool) != (str(column.type) == "bool"):
+                return f"'{name}' is {value!r}, while the first rows hold a {column.type} there"
+        return None
+
+    def identity(self, candidates: Sequence[Candidate], begin: int) -> pa.Table:
+        """The identifying columns, then whatever else the rows carry.
+
+        Args:
+            candidates: a chunk's.
+            begin: the number of the first one.
+        """
+        self.settle(candidates)
+        assert self._carried is not None
+        fields = [
+            pa.field("sample", pa.int64()),
+            pa.field(self.group, pa.string()),
+            pa.field(self.teacher, pa.string()),
+            *self._carried.values(),
+        ]
+        columns = [
+            pa.array(range(begin, begin + len(candidates)), pa.int64()),
+            pa.array([candidate.group for candidate in candidates], pa.string()),
+            pa.array([candidate.teacher for candidate in candidates], pa.string()),
+        ]
+        for name, field in self._carried.items():
+            values = [candidate.extra.get(name) for candidate in candidates]
+            if pa.types.is_string(field.type):
+                values = [None if value is None else str(value) for value in values]
+            columns.append(pa.array(values, field.type))
+        return pa.Table.from_arrays(columns, schema=pa.schema(fields))
+
+    def numbers(self, chunk: Chunk, scores: ChunkScores) -> pa.Table:
+        """What belongs to the content of each row: counts, hashes, scores, what is kept token by token."""
+        kept = [scores.traces.get(row) for row in range(len(chunk))]
+        texts = [
+            None if trace is None else [encoded.token_text(token) for token in np.flatnonzero(mask).tolist()]
+            for encoded, trace, mask in zip(chunk.encoded, kept, chunk.masks, strict=True)
+        ]
+        columns: dict[str, Any] = {
+            "num_tokens": chunk.counts,
+            "length": np.diff(chunk.offsets),
+            "content_hash": chunk.hashes,
+            "prompt_hash": np.array([candidate.prompt_hash for candidate in chunk.candidates], np.uint64),
+            **scores.columns,
+            **{missing_column(name): codes for name, codes in scores.missing.items()},
+            "prompt_text": [c.prompt_text if trace else None for c, trace in zip(chunk.candidates, kept, strict=True)],
+            "tokens": texts,
+            "token_ranks": [None if t is None or t.rank is None else t.rank.astype(np.int32) for t in kept],
+            "token_surprisals": [None if t is None else t.surprisal for t in kept],
+        }
+        arrays = [pa.array(columns[field.name], field.type) for field in self._numbers]
+        return pa.Table.from_arrays(arrays, schema=self._numbers)
+
+
+def _name_in_data(field: pa.Field) -> str:
+    name: bytes = (field.metadata or {}).get(_IN_DATA, field.name.encode())
+    return name.decode()
+
+
+def _kind(values: Iterable[Any]) -> pa.DataType:
+    """What holds all of these."""
+    found = {type(value) for value in values if value is not None}
+    for kinds, arrow in (({bool}, pa.bool_()), ({int}, pa.int64()), ({int, float}, pa.float64())):
+        if found and found <= kinds:
+            return arrow
+    return pa.string()

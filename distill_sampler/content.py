@@ -1,0 +1,106 @@
+"""What files hold, as hashes: two files are the same if their content is, whatever they are called.
+
+Contents are read in large pieces by several threads, at about 1 GB/s each where the disk allows it. The hash of a file
+is kept in the user's cache folder with the file's size, times and inode, so that a file that did not change is not read
+twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from distill_sampler.serialize import hash_of, write_atomically
+
+PIECE = 1 << 26
+"""Bytes that one thread hashes at a time. A file's hash is that of its pieces' hashes, so one large file keeps all
+threads busy."""
+_BLOCK = 1 << 20
+_REMEMBERED = 1 << 20
+"""Smaller files are read again: that takes no longer than looking them up."""
+_SETTLED = 2.0
+"""Seconds after which a file's times tell of every later change; one that was written just now may be written again
+within the same tick of the clock."""
+
+
+def cache_folder() -> Path:
+    """The user's folder for what can be made again: `DISTILL_SAMPLER_CACHE`, or `~/.cache/distill_sampler`.
+
+    Raises:
+        RuntimeError: there is no home directory.
+    """
+    return Path(os.environ.get("DISTILL_SAMPLER_CACHE") or Path.home() / ".cache" / "distill_sampler")
+
+
+def content_hashes(files: Sequence[Path]) -> list[str]:
+    """For each file 32 hex digits of its content.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    files = [file.resolve() for file in files]
+    before = {file: file.stat() for file in files}
+    found = {file: known for file, state in before.items() if (known := _recalled(file, state))}
+    unread = [file for file in before if file not in found]
+    pieces = [(file, start) for file in unread for start in range(0, max(before[file].st_size, 1), PIECE)]
+    whole = {file: hashlib.blake2b(digest_size=16) for file in unread}
+    with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 1)) as threads:
+        for (file, _), digest in zip(pieces, threads.map(_piece, pieces), strict=True):
+            whole[file].update(digest)
+    for file in unread:
+        found[file] = whole[file].hexdigest()
+        if _stamp(file.stat()) == _stamp(before[file]):
+            _remember(file, before[file], found[file])
+    return [found[file] for file in files]
+
+
+def _piece(piece: tuple[Path, int]) -> bytes:
+    file, start = piece
+    digest = hashlib.blake2b(digest_size=16)
+    with file.open("rb", buffering=0) as stream:
+        stream.seek(start)
+        left = PIECE
+        while left and (block := stream.read(min(_BLOCK, left))):
+            digest.update(block)
+            left -= len(block)
+    return digest.digest()
+
+
+# ---- What was found before ----
+
+
+def _stamp(state: os.stat_result) -> list[int]:
+    """What changes with a file's content. The time of the last change of its state cannot be set back, as that of its
+    content can (`cp -p`, `rsync -t`)."""
+    return [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_dev]
+
+
+def _entry(file: Path) -> Path:
+    return cache_folder() / "content" / f"{hash_of(os.fsencode(file))}.json"
+
+
+def _recalled(file: Path, state: os.stat_result) -> str | None:
+    if state.st_size < _REMEMBERED:
+        return None
+    try:
+        kept = json.loads(_entry(file).read_text(encoding="utf-8"))
+        return str(kept["content"]) if kept["file"] == os.fspath(file) and kept["stamp"] == _stamp(state) else None
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError):
+        return None  # nothing is kept, or somebody else's file lies there
+
+
+def _remember(file: Path, state: os.stat_result, content: str) -> None:
+    if state.st_size < _REMEMBERED or time.time() - state.st_mtime < _SETTLED:
+        return
+    try:
+        entry = _entry(file)
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        kept = {"file": os.fspath(file), "stamp": _stamp(state), "content": content}
+        write_atomically(entry, json.dumps(kept).encode())
+    except (OSError, RuntimeError, UnicodeError):
+        pass  # no cache folder can be written, or another process was faster: the file is read again
