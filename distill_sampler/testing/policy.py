@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ def check_policy(
     *,
     metrics: Sequence[Metric] = (),
     columns: Mapping[str, Sequence[Any]] | None = None,
-    fixed_length: bool = True,
+    fixed_length: bool | None = None,
     rounds: int = 40,
     seed: int = 0,
 ) -> None:
@@ -30,8 +30,8 @@ def check_policy(
         metrics: the metrics that it reads, if it needs more of them than their scores. Left out: stand-ins, whose
             groups have the mean.
         columns: values of the columns that it reads. Left out: `"a"`, `"b"`, `"c"`.
-        fixed_length: whether the length of its plan does not depend on what the scores are. False for a policy with a
-            bound on scores, whose users give `Curriculum(num_samples=)`.
+        fixed_length: whether the length of its plan does not depend on what the scores are. Left out: what the policy
+            says by `length_depends_on_scores`. False for one that chooses among groups of different sizes.
         rounds: how many pools.
         seed: of everything random.
 
@@ -65,7 +65,9 @@ def check_policy(
             )
         _check_result(result, plan, say)
         _check_permuted(policy, plan, pool, result, say, rng)
-        _check_dry_run(policy, plan, pool, say, fixed_length=fixed_length)
+        fixed = not policy.length_depends_on_scores if fixed_length is None else fixed_length
+        _check_dry_run(policy, plan, pool, say, fixed_length=fixed)
+        _check_samples_to_score(policy, plan, pool, result, say)
         empty = _planned(policy, EpochPlan(indices=np.zeros(0, np.int64)), pool, say)
         say.require(
             not isinstance(empty, str) and len(empty) == 0,
@@ -114,18 +116,11 @@ def _check_permuted(
     """The same samples in other rows give the same plan of the same samples."""
     old_row = rng.permutation(len(pool.lengths))  # [new row] -> old row
     new_row = np.argsort(old_row)
-    assert pool.times_trained is not None
-    assert pool.score_step is not None
-    assert pool.estimated is not None
     permuted = replace(
         pool,
         scores=_Listed({name: values[old_row] for name, values in pool.scores.items()}, "metric", say),
         columns=_Listed({name: _permuted(column, old_row) for name, column in pool.columns.items()}, "column", say),
-        lengths=pool.lengths[old_row],
-        content_hash=pool.content_hash[old_row],
-        times_trained=pool.times_trained[old_row],
-        score_step=pool.score_step[old_row],
-        estimated=pool.estimated[old_row],
+        **{name: values[old_row] for name, values in _arrays(pool).items()},
     )
     other = _planned(policy, EpochPlan(indices=new_row[plan.indices], weights=plan.weights), permuted, say)
     same = (
@@ -165,9 +160,29 @@ def _check_dry_run(policy: Policy, plan: EpochPlan, pool: Pool, say: Verdict, *,
         say.require(
             isinstance(real, str) or len(real) == lengths[0],
             f"a dry run has {lengths[0]} samples and the real plan {len(real)}",
-            "If its length has to depend on the scores, say check_policy(fixed_length=False) and tell users to give "
+            "If its length has to depend on the scores, let length_depends_on_scores be True: its users then give "
             "Curriculum(num_samples=)",
         )
+
+
+def _check_samples_to_score(policy: Policy, plan: EpochPlan, pool: Pool, result: EpochPlan, say: Verdict) -> None:
+    """The plan is the same where nothing else was scored."""
+    constant = {name: np.ones(len(values)) for name, values in pool.scores.items()}
+    read = policy.samples_to_score(plan, replace(pool, scores=_Listed(constant, "metric", say), dry_run=True))
+    if read is None:
+        return
+    say.require(
+        set(read.tolist()) <= set(plan.indices.tolist()),
+        "samples_to_score has samples that the plan does not have",
+        "Build on plan.indices, for instance with plan.indices[positions]",
+    )
+    unread = ~np.isin(np.arange(len(pool.lengths)), read)
+    blind = {name: np.where(unread, np.nan, values) for name, values in pool.scores.items()}
+    say.require(
+        _planned(policy, plan, replace(pool, scores=_Listed(blind, "metric", say)), say) == result,
+        "its plan goes by the scores of samples that samples_to_score does not name",
+        "Name every sample whose score it reads, or return None",
+    )
 
 
 def _planned(policy: Policy, plan: EpochPlan, pool: Pool, say: Verdict) -> EpochPlan | str:
@@ -272,6 +287,7 @@ def _pool(
         times_trained=rng.integers(0, 4, num),
         score_step=rng.integers(-1, 9, num),
         estimated=rng.random(num) < 0.3,
+        cut=rng.random(num) < 0.2,
         step=10,
         num_epochs=5,
     )
@@ -297,10 +313,11 @@ def _permuted(column: Column, old_row: IntArray) -> Column:
 
 def _contents(pool: Pool, plan: EpochPlan) -> list[bytes]:
     """Everything that a policy could change."""
-    arrays = [
-        *pool.scores.values(),
-        *(column.codes for column in pool.columns.values()),
-        *(pool.lengths, pool.content_hash, pool.times_trained, pool.score_step, pool.estimated),
-        *(plan.indices, plan.weights),
-    ]
-    return [array.tobytes() for array in arrays if array is not None]
+    columns = [column.codes for column in pool.columns.values()]
+    arrays = [*pool.scores.values(), *columns, *_arrays(pool).values(), plan.indices, plan.weights]
+    return [array.tobytes() for array in arrays]
+
+
+def _arrays(pool: Pool) -> dict[str, Any]:
+    """The pool's own arrays, `[samples]` each, by field."""
+    return {each.name: value for each in fields(pool) if isinstance(value := getattr(pool, each.name), np.ndarray)}

@@ -15,6 +15,7 @@ from distill_sampler import (
     Pool,
     Shuffle,
 )
+from distill_sampler.policies.keys import best_first_order
 from distill_sampler.testing import check_policy
 
 CALLS: list[int] = []
@@ -28,10 +29,16 @@ class Plans(Policy):
     metrics: Any = ("score",)
     columns: Any = ("teacher",)
     group: str | None = None
+    depends: bool = False
+    read: Callable[[EpochPlan, Pool], Any] | None = None
 
     uses_metrics = property(lambda self: self.metrics)  # type: ignore[assignment]
     uses_columns = property(lambda self: self.columns)  # type: ignore[assignment]
     group_by = property(lambda self: self.group)  # type: ignore[assignment]
+    length_depends_on_scores = property(lambda self: self.depends)  # type: ignore[assignment]
+
+    def samples_to_score(self, plan: EpochPlan, pool: Pool) -> Any:
+        return self.read(plan, pool) if self.read else None
 
     def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> Any:
         return self.do(plan, pool, rng)
@@ -62,7 +69,7 @@ def writes_codes(plan: EpochPlan, pool: Pool, rng: Any) -> EpochPlan:
 
 
 def adds_all(plan: EpochPlan, pool: Pool, rng: Any) -> EpochPlan:
-    return EpochPlan(indices=np.arange(len(pool.lengths))) if len(plan) else plan
+    return EpochPlan(indices=np.argsort(pool.content_hash)) if len(plan) else plan
 
 
 def heavy(plan: EpochPlan, pool: Pool, rng: Any) -> EpochPlan:
@@ -130,6 +137,26 @@ def asks_for_column(plan: EpochPlan, pool: Pool, rng: Any) -> EpochPlan:
     return plan.take(np.arange(len(plan))) if pool.columns.get("domain") is None else plan
 
 
+def by_score(plan: EpochPlan, pool: Pool, rng: Any) -> EpochPlan:
+    return plan.take(best_first_order(pool.goodness("score")[plan.indices], pool.content_hash[plan.indices]))
+
+
+def whole_first(plan: EpochPlan, pool: Pool, rng: Any) -> EpochPlan:
+    return plan.take(np.argsort(pool.cut[plan.indices], kind="stable"))
+
+
+def all_of_it(plan: EpochPlan, pool: Pool) -> Any:
+    return plan.indices
+
+
+def none_of_it(plan: EpochPlan, pool: Pool) -> Any:
+    return plan.indices[:0]
+
+
+def all_there_are(plan: EpochPlan, pool: Pool) -> Any:
+    return np.arange(len(pool.lengths))
+
+
 def as_list(plan: EpochPlan, pool: Pool, rng: Any) -> list[int]:
     return plan.indices.tolist()  # type: ignore[no-any-return]
 
@@ -159,7 +186,12 @@ def fails(plan: EpochPlan, pool: Pool, rng: Any) -> EpochPlan:
         (Plans(by_row), "order of the data set's rows.*content_hash"),
         (Plans(random_by_place), "order of the data set's rows.*random_keys"),
         (Plans(above_two), "dry run.*pool.dry_run"),
-        (Plans(above_two_but_dry), "fixed_length=False"),
+        (Plans(above_two_but_dry), "length_depends_on_scores"),
+        (Plans(above_two_but_dry, depends=True), None),
+        (Plans(whole_first), None),
+        (Plans(by_score, read=all_of_it), None),
+        (Plans(by_score, read=none_of_it), "samples_to_score does not name"),
+        (Plans(by_score, read=all_there_are), "samples_to_score has samples"),
         (Plans(never_empty), "empty plan"),
         (Plans(refuses_empty), "empty plan"),
         (Plans(refuses), r"refuses all of 40 random pools \(the column must hold numbers\).*columns="),
@@ -179,5 +211,5 @@ def test_a_policy_that_breaks_a_promise_is_told_which(policy: Any, told: str | N
         check_policy(policy)
 
 
-def test_a_policy_with_a_bound_passes_if_it_says_so() -> None:
+def test_a_policy_whose_length_may_depend_on_scores_passes_if_that_is_said() -> None:
     check_policy(Plans(above_two_but_dry), fixed_length=False)

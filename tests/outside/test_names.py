@@ -5,14 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bigram_tutor.metrics import RewardPerNat, TutorRatio
 from bigram_tutor.policies import KeepMiddle
 from bigram_tutor.readers import Bigrams
 
-from distill_sampler import LocalNaturalness, Random, RankSurprisalRatio
-from distill_sampler.artifacts.schema import _metrics_from_facts, metric_facts
+from distill_sampler import LocalNaturalness, Metric, Random, RankSurprisalRatio
+from distill_sampler.artifacts.schema import metric_facts, metrics_in_file
 from distill_sampler.metrics.steps import lines
 from distill_sampler.plugins import GROUPS, plugins
 from distill_sampler.specs import known_metrics, parse_metrics, parse_policies
@@ -21,6 +22,11 @@ from tests.outside.conftest import Install
 
 __all__ = ["student_path"]  # a fixture
 METRICS, POLICIES = GROUPS["metric"], GROUPS["policy"]
+
+
+def of_file(*facts: dict[str, Any]) -> dict[str, Metric]:
+    """The metrics of a file that says this of them."""
+    return metrics_in_file({"metrics": list(facts)}, [name for each in facts for name in each["columns"]])
 
 
 def test_what_a_package_offers_is_used_by_name_like_ours(install: Install, tutors: tuple[Path, Path]) -> None:
@@ -135,7 +141,7 @@ def test_a_name_of_ours_that_another_package_takes_is_refused(install: Install, 
         parse_metrics(f"{name}()")
     # the path says which; a file that we wrote means ours
     assert parse_metrics("distill_sampler.metrics:Random") == [Random()]
-    assert _metrics_from_facts(metric_facts([Random(seed=3), RankSurprisalRatio()])) == {
+    assert of_file(*metric_facts([Random(seed=3), RankSurprisalRatio()])) == {
         "random": Random(seed=3),
         "rank_surprisal_ratio": RankSurprisalRatio(),
     }
@@ -183,7 +189,7 @@ def test_plugins_are_listed_with_their_packages(install: Install) -> None:
 def test_text_out_of_a_file_imports_nothing_by_its_path(tmp_path: Path, text: str) -> None:
     folder = tmp_path / "made_by_a_file"
     (facts,) = metric_facts([Random()])
-    (metric,) = _metrics_from_facts([{**facts, "text": text.format(folder)}]).values()
+    (metric,) = of_file({**facts, "text": text.format(folder)}).values()
     assert type(metric).__name__ == "RecordedMetric"
     assert not folder.exists()
 
@@ -191,6 +197,6 @@ def test_text_out_of_a_file_imports_nothing_by_its_path(tmp_path: Path, text: st
 def test_a_file_does_not_take_one_packages_metric_for_anothers(install: Install) -> None:
     install()
     (facts,) = metric_facts([RewardPerNat()])
-    assert _metrics_from_facts([facts]) == {"reward_per_nat": RewardPerNat()}
-    (other,) = _metrics_from_facts([{**facts, "package": "somebody_elses"}]).values()
+    assert of_file(facts) == {"reward_per_nat": RewardPerNat()}
+    (other,) = of_file({**facts, "package": "somebody_elses"}).values()
     assert type(other).__name__ == "RecordedMetric"

@@ -58,5 +58,6 @@ def test_an_installed_package_adds_metrics_a_policy_and_a_reader(
             run(*COMMAND, "report", source, "--output", "report.html", path=path, cwd=tmp_path)
             assert "tutor_ratio" in (tmp_path / "report.html").read_text(encoding="utf-8")
     policy = ("--policy", "KeepMiddle(reward_per_nat)")
-    run(*COMMAND, "select", "scores.parquet", *policy, path=have, cwd=tmp_path)
-    assert (tmp_path / "selected.jsonl").stat().st_size > 0
+    for source in ("scores.parquet", "run"):
+        run(*COMMAND, "select", source, *policy, "--output", f"{source}.jsonl", path=have, cwd=tmp_path)
+        assert '"reward_per_nat"' in (tmp_path / f"{source}.jsonl").read_text(encoding="utf-8")
