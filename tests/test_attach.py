@@ -356,7 +356,7 @@ def test_gradient_checkpointing_goes_on_after_scoring(tmp_path: Path, tokenizer:
 
 
 @pytest.mark.parametrize("kind", TRAINERS)
-@pytest.mark.parametrize("stop", [1, 3, 4, 5])
+@pytest.mark.parametrize("stop", [1, 3, 4, 5, 6])
 def test_a_resumed_run_trains_what_the_uninterrupted_one_does(
     kind: str, stop: int, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -364,14 +364,17 @@ def test_a_resumed_run_trains_what_the_uninterrupted_one_does(
 
     def run(folder: Path, **options: Any) -> tuple[Any, Curriculum]:
         trainer = TRAINERS[kind](folder, tokenizer, model=tiny.model(attention_dropout=0.1), **settings)
+        trainer.batches = []
         attached = curriculum()
         attach(trainer, attached)
         trainer.train(**options)
         return trainer, attached
 
-    whole, _ = run(tmp_path / "whole")
+    whole, uninterrupted = run(tmp_path / "whole")
     rest, attached = run(tmp_path / "rest", resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
     assert trained(rest) == trained(whole)[2 * stop :]
+    assert attached.times_trained().tolist() == uninterrupted.times_trained().tolist()
+    assert attached.times_trained().sum() == 12
     assert len(attached.plans) == (1 if stop <= 3 else 0)  # the plan of a begun epoch is loaded, not made again
     for left, right in zip(whole.model.parameters(), rest.model.parameters(), strict=True):
         assert torch.equal(left, right)
