@@ -260,7 +260,7 @@ def test_parts_of_another_pass_is_not_taken_up(
 def test_a_pass_is_known_by_all_that_decides_its_last_bits(
     dataset: ScoredDataset, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scoring = bound(dataset).cycle.scoring
+    scoring = bound(dataset).cycle.pass_runner
     reader = scoring.scorer.reader(model)
     scoring.store.numerics = {"dtype": "float32"}
 
@@ -282,10 +282,10 @@ def test_a_pass_is_known_by_all_that_decides_its_last_bits(
 def test_what_was_spent_comes_back_with_the_state(dataset: ScoredDataset, model: PreTrainedModel) -> None:
     curriculum = bound(dataset)
     curriculum.start_epoch(0, model)
-    curriculum.cycle.scoring.clock.run, curriculum.cycle.scoring.clock.scoring = 100.0, 7.0
+    curriculum.cycle.pass_runner.clock.run, curriculum.cycle.pass_runner.clock.scoring = 100.0, 7.0
     restored = bound(dataset)
     restored.load_state_dict(json.loads(json.dumps(curriculum.state_dict())))
-    before, after = (each.cycle.scoring.clock.state_dict() for each in (curriculum, restored))
+    before, after = (each.cycle.pass_runner.clock.state_dict() for each in (curriculum, restored))
     assert after == before
     assert after["tokens_per_second"] > 0
 
