@@ -72,6 +72,8 @@ class Curriculum:
         self.seed = seed
         self.scorer = scorer or Scorer()
         self.teacher = teacher
+        self.driven_by: str | None = None
+        """The trainer or loop that it was attached to; None: nothing yet. There can be one only."""
         self._num_samples = num_samples
         self._cycle: Cycle | None = None
         if num_samples is not None and num_samples < 1:

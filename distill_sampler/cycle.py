@@ -38,7 +38,7 @@ from distill_sampler.types import Column, EpochPlan, FloatArray, IntArray
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 4
+STATE_VERSION = 5
 
 
 class Cycle:
@@ -331,6 +331,7 @@ class Cycle:
             "num_samples": self.planner.num_samples,
             "epoch": self.epoch,
             "plan": None if plan is None else {"indices": pack(plan.indices), "weights": pack(plan.weights)},
+            "progress": self._progress,
             "plans": self._num_plans,
             "trained": pack(self._trained_before),
             "clock": self.pass_runner.clock.state_dict(),
@@ -378,6 +379,7 @@ class Cycle:
         if same_data and state["plan"] is not None:
             indices, weights = (unpack(state["plan"][name]) for name in ("indices", "weights"))
             self.sampler.set_plan(EpochPlan(indices=indices, weights=weights))
+            self._progress = state["progress"]
 
 
 def _any_without_score(summary: ScoringSummary) -> bool:

@@ -317,11 +317,8 @@ class Tap(Protocol):
     """Follows the batches of training: loss weights, observed scores, the sample log, a distillation loss.
 
     A host opens its taps when training starts, calls `before` and `after` around the forward and backward pass of each
-    batch, and closes them however training ends.
+    batch, and closes them however training ends. A batch with other tokens than planned stops the run before.
     """
-
-    needs_exact_batches: bool
-    """Whether a batch with other tokens than planned is an error for it. False: it gets the batch with -1 there."""
 
     def open(self, model: Any, *, step: int) -> AbstractContextManager[Any]:
         """Training starts, or goes on, after `step` optimizer steps. The context ends with training.

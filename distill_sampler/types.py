@@ -192,7 +192,7 @@ class Batch:
     """Which samples a batch of training holds, and where their tokens are in its `input_ids`."""
 
     samples: IntArray
-    """`[rows]` indices of the data set; -1 where the batch holds other tokens than the planned sample's."""
+    """`[rows]` indices of the data set. The batch was compared with their tokens."""
     weights: FloatArray
     """`[rows]` the weight of each sample in the loss."""
     starts: IntArray

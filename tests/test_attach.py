@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import (
     DataCollatorForSeq2Seq,
     PreTrainedTokenizerBase,
@@ -20,10 +21,12 @@ from trl import SFTConfig, SFTTrainer
 from distill_sampler import (
     BestOf,
     Curriculum,
+    CurriculumLoop,
     KeepTop,
     LocalNaturalness,
     RankSurprisalRatio,
     RuleQuality,
+    ScoredDataset,
     Scorer,
     Shuffle,
     SortBy,
@@ -353,7 +356,7 @@ def test_gradient_checkpointing_goes_on_after_scoring(tmp_path: Path, tokenizer:
 
 
 @pytest.mark.parametrize("kind", TRAINERS)
-@pytest.mark.parametrize("stop", [1, 3, 4, 5])
+@pytest.mark.parametrize("stop", [1, 3, 4, 5, 6])
 def test_a_resumed_run_trains_what_the_uninterrupted_one_does(
     kind: str, stop: int, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -361,14 +364,17 @@ def test_a_resumed_run_trains_what_the_uninterrupted_one_does(
 
     def run(folder: Path, **options: Any) -> tuple[Any, Curriculum]:
         trainer = TRAINERS[kind](folder, tokenizer, model=tiny.model(attention_dropout=0.1), **settings)
+        trainer.batches = []
         attached = curriculum()
         attach(trainer, attached)
         trainer.train(**options)
         return trainer, attached
 
-    whole, _ = run(tmp_path / "whole")
+    whole, uninterrupted = run(tmp_path / "whole")
     rest, attached = run(tmp_path / "rest", resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
     assert trained(rest) == trained(whole)[2 * stop :]
+    assert attached.times_trained().tolist() == uninterrupted.times_trained().tolist()
+    assert attached.times_trained().sum() == 12
     assert len(attached.plans) == (1 if stop <= 3 else 0)  # the plan of a begun epoch is loaded, not made again
     for left, right in zip(whole.model.parameters(), rest.model.parameters(), strict=True):
         assert torch.equal(left, right)
@@ -436,6 +442,77 @@ def test_a_second_attach_is_refused(tmp_path: Path, tokenizer: PreTrainedTokeniz
     attach(trainer, curriculum())
     with pytest.raises(ValueError, match="already attached"):
         attach(trainer, curriculum())
+
+
+def test_a_curriculum_drives_one_trainer_or_loop(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, dataset: ScoredDataset
+) -> None:
+    attached = curriculum()
+    attach(sft_trainer(tmp_path, tokenizer), attached)
+    plan_length = attached.num_samples
+    with pytest.raises(ValueError, match=r"attached to a RecordedSFTTrainer already.*second Curriculum"):
+        attach(plain_trainer(tmp_path, tokenizer), attached)
+    with pytest.raises(ValueError, match=r"attached to a RecordedSFTTrainer already.*second Curriculum"):
+        CurriculumLoop(attached, dataset, Accelerator(cpu=True))
+    of_a_loop = curriculum()
+    CurriculumLoop(of_a_loop, dataset, Accelerator(cpu=True))
+    with pytest.raises(ValueError, match="attached to a CurriculumLoop already"):
+        attach(plain_trainer(tmp_path, tokenizer), of_a_loop)
+    assert attached.num_samples == plan_length  # the first one is what it was
+
+
+def test_an_attach_that_was_refused_can_be_repeated(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    attached = curriculum(observe=True)
+    with pytest.raises(ValueError, match="torch_compile"):
+        attach(plain_trainer(tmp_path, tokenizer, torch_compile=True), attached)
+    attach(plain_trainer(tmp_path, tokenizer), attached)
+
+
+def test_a_data_set_replaced_after_attach_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    trainer = sft_trainer(tmp_path, tokenizer)
+    attach(trainer, curriculum())
+    trainer.train_dataset = trainer.train_dataset.select(range(17, -1, -1))
+    with pytest.raises(ValueError, match=r"train_dataset was replaced after attach.*before attach"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_a_batch_that_is_not_the_plans_stops_the_run(
+    kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    def trainer(folder: Path, **options: Any) -> Any:
+        made = TRAINERS[kind](folder, tokenizer, num_train_epochs=1)
+        collate = made.data_collator
+
+        def cut(rows: list[dict[str, Any]]) -> Any:
+            return {name: values[:, :40] for name, values in collate(rows).items()}
+
+        made.data_collator = cut
+        attach(made, curriculum(), **options)
+        return made
+
+    with pytest.raises(ValueError, match=r"does not hold the tokens of sample \d+.*at place 0.*collator.*sample_log"):
+        trainer(tmp_path / "a", sample_log=True).train()
+    trainer(tmp_path / "b").train()  # nobody looks at the batches
+
+
+def test_two_trainers_in_one_folder_at_once_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    other = plain_trainer(tmp_path / "run", tokenizer, **saving)
+    attach(other, curriculum())
+
+    class TrainsAnother(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            other.train()
+
+    trainer = plain_trainer(tmp_path / "elsewhere" / ".." / "run", tokenizer, **saving)
+    attach(trainer, curriculum())
+    trainer.add_callback(TrainsAnother())
+    with pytest.raises(ValueError, match=r"Another trainer of this process.*output_dir of its own"):
+        trainer.train()
+    assert len(trainer.batches) == 1
+    other.train()  # once the first has ended, the folder is free
+    assert len(other.batches) == 6
 
 
 def test_a_trainer_with_its_own_sampler_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -30,11 +30,11 @@ from torch import nn
 from distill_sampler.curriculum import Curriculum
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.distributed import Ranks
-from distill_sampler.integrations.batches import batch_of, require_exact
+from distill_sampler.integrations.batches import batch_of
 from distill_sampler.integrations.checkpoints import FOLDER, new_run
 from distill_sampler.integrations.loss_weights import LossWeights
 from distill_sampler.integrations.observed_scores import ObservedScores
-from distill_sampler.integrations.refusals import refuse_parallelism
+from distill_sampler.integrations.refusals import refuse_parallelism, refuse_second_host
 from distill_sampler.integrations.sample_log import SampleLog
 from distill_sampler.planning.sampler import DistillSampler
 from distill_sampler.protocols import Tap
@@ -69,7 +69,8 @@ class CurriculumLoop:
         taps: anything else that rides on the batches.
 
     Raises:
-        ValueError: the accelerator's settings rule out a curriculum, or the data set lacks something.
+        ValueError: the accelerator's settings rule out a curriculum, the data set lacks something, or the curriculum
+            drives another trainer or loop.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class CurriculumLoop:
         taps: Sequence[Tap] = (),
     ) -> None:
         refuse_parallelism(accelerator)
+        refuse_second_host(curriculum)
         for name in ("dispatch_batches", "split_batches"):
             if getattr(accelerator.dataloader_config, name):
                 raise ValueError(
@@ -105,6 +107,7 @@ class CurriculumLoop:
             self._taps.append(LossWeights())
         if curriculum.observe:
             self._taps.append(ObservedScores(curriculum))
+        curriculum.driven_by = type(self).__name__
         self._run = ""
         self._epoch: int | None = None
         self._num_epochs: int | None = None
@@ -163,8 +166,6 @@ class CurriculumLoop:
                     place = (self._batches * world_size + self.accelerator.process_index) * per_batch
                     batch = batch_of(inputs, plan, dataset, place=place, epoch=self._epoch, step=self.step)
                     for tap in self._taps:
-                        if tap.needs_exact_batches:
-                            require_exact(batch, plan)
                         tap.before(batch)
                 self._handed_out = batch, model, per_batch * world_size
                 yield inputs

@@ -10,6 +10,8 @@ import numpy as np
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.types import Batch, EpochPlan, IntArray
 
+_WITHOUT_TAPS = "Leave out sample_log=True, observe=True, policies that weight, and taps of your own."
+
 
 def layout(inputs: Mapping[str, Any]) -> tuple[IntArray, IntArray]:
     """`([rows], [rows])`: where the tokens of each sample begin in the flattened `input_ids`, and how many they are.
@@ -21,8 +23,7 @@ def layout(inputs: Mapping[str, Any]) -> tuple[IntArray, IntArray]:
     """
     if "input_ids" not in inputs:
         raise ValueError(
-            f"The batch has {', '.join(inputs)} but no input_ids, so its samples cannot be recognised. Attach without "
-            "sample_log=True, observe=True and policies that weight."
+            f"The batch has {', '.join(inputs)} but no input_ids, so its samples cannot be recognised. {_WITHOUT_TAPS}"
         )
     rows, width = inputs["input_ids"].shape
     first = np.arange(rows) * width
@@ -49,7 +50,7 @@ def rows_of(inputs: Mapping[str, Any]) -> list[IntArray]:
 def batch_of(
     inputs: Mapping[str, Any], plan: EpochPlan, dataset: ScoredDataset, *, place: int, epoch: int, step: int
 ) -> Batch:
-    """Which samples a host's batch holds, if it is the one that a plan has at `place`; -1 for other tokens.
+    """Which samples a host's batch holds: those that the plan has from `place` on, made sure of by their tokens.
 
     Args:
         inputs: the host's batch.
@@ -60,15 +61,20 @@ def batch_of(
         step: optimizer steps taken so far.
 
     Raises:
-        ValueError: the batch has no token ids.
+        ValueError: the batch has no token ids, or holds other tokens than the planned samples'.
     """
     starts, lengths = layout(inputs)
     # where the batches do not come out even, accelerate fills the last ones from the epoch's start
     places = (place + np.arange(len(starts))) % len(plan)
-    samples = plan.indices[places].copy()
+    samples = plan.indices[places]
     for row, (tokens, sample) in enumerate(zip(rows_of(inputs), dataset.samples(samples), strict=True)):
         if not np.array_equal(tokens, sample.input_ids):
-            samples[row] = -1
+            raise ValueError(
+                f"The batch does not hold the tokens of sample {sample.index}, which the plan of epoch {epoch} has at "
+                f"place {places[row]}, so what is trained on is not what was planned. Is there a collator or a data "
+                "loader of your own that changes, cuts or reorders? Do that in the data set, before attach. "
+                + _WITHOUT_TAPS
+            )
     return Batch(
         samples=samples,
         weights=plan.weights[places],
@@ -79,19 +85,3 @@ def batch_of(
         epoch=epoch,
         step=step,
     )
-
-
-def require_exact(batch: Batch, plan: EpochPlan) -> None:
-    """Refuse a batch that is not the plan's.
-
-    Raises:
-        ValueError: it holds other tokens than the planned samples'.
-    """
-    wrong = np.flatnonzero(batch.samples < 0)
-    if len(wrong):
-        planned = plan.indices[(batch.place + wrong[0]) % len(plan)]
-        raise ValueError(
-            f"The batch does not hold the tokens of sample {planned}, which the plan has there, so its weights and "
-            "scores cannot be assigned. Is there a collator that changes or cuts tokens? Do that in the data set, or "
-            "leave out observe=True and policies that weight."
-        )

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from distill_sampler.curriculum import Curriculum
-from distill_sampler.integrations.batches import batch_of, require_exact
+from distill_sampler.integrations.batches import batch_of
 from distill_sampler.integrations.checkpoints import STATE_ENTRY, TRAINER_STATE, new_run
 from distill_sampler.integrations.refusals import check_position, samples_per_step
 from distill_sampler.integrations.seams import output_of
@@ -163,8 +163,6 @@ class CurriculumCallback(TrainerCallback):
         self._batches += 1
         batch = batch_of(inputs, plan, self.curriculum.dataset, place=place, epoch=self._epoch, step=state.global_step)
         for tap in self.taps:
-            if tap.needs_exact_batches:
-                require_exact(batch, plan)
             tap.before(batch)
         yield
         for tap in self.taps:

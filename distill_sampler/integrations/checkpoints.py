@@ -172,6 +172,10 @@ def new_run() -> str:
     return uuid.uuid4().hex[:16]
 
 
+_CLAIMED_HERE: set[Path] = set()
+"""Output folders that this process holds. The lock of the operating system keeps out other processes only."""
+
+
 @contextmanager
 def claimed(output: Path, *, write: bool) -> Iterator[Claim]:
     """Keep other processes from writing to an output folder while this one does.
@@ -183,8 +187,24 @@ def claimed(output: Path, *, write: bool) -> Iterator[Claim]:
         write: whether this process is the one of its run that writes; the others only read whose folder it is.
 
     Raises:
-        ValueError: another run is writing there.
+        ValueError: another run is writing there, in this process or another one.
     """
+    here = output.resolve()
+    if here in _CLAIMED_HERE:
+        raise ValueError(
+            f"Another trainer of this process is training into {output}. Give each an output_dir of its own."
+        )
+    _CLAIMED_HERE.add(here)
+    try:
+        with _locked(output, write=write) as claim:
+            yield claim
+    finally:
+        _CLAIMED_HERE.remove(here)
+
+
+@contextmanager
+def _locked(output: Path, *, write: bool) -> Iterator[Claim]:
+    """What other processes see of a claim."""
     path = output / FOLDER / "run.json"
     if not write or sys.platform == "win32":
         yield Claim(None, _owner(path.read_bytes()).get("run") if path.is_file() else None)

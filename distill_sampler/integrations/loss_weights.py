@@ -28,8 +28,6 @@ from distill_sampler.types import Batch
 class LossWeights(Tap):
     """Multiplies what a batch's samples contribute to the gradient."""
 
-    needs_exact_batches = True
-
     def __init__(self) -> None:
         self._student: Any = None
         self._weights: Tensor | None = None

@@ -21,8 +21,6 @@ class ObservedScores(Tap):
         curriculum: whose metrics, and where the scores go.
     """
 
-    needs_exact_batches = True
-
     def __init__(self, curriculum: Curriculum) -> None:
         self._curriculum = curriculum
         self._observer: Observer | None = None

@@ -70,6 +70,19 @@ def refuse_settings(trainer: Trainer) -> None:
         refuse_sft_settings(trainer)
 
 
+def refuse_second_host(curriculum: Curriculum) -> None:
+    """A curriculum holds the scores and the plan of one student in one run.
+
+    Raises:
+        ValueError: it drives another trainer or loop already.
+    """
+    if curriculum.driven_by is not None:
+        raise ValueError(
+            f"This curriculum is attached to a {curriculum.driven_by} already, and holds its scores and plans. Make a "
+            "second Curriculum(…) for this one, with the same metrics and policies."
+        )
+
+
 def refuse_for(curriculum: Curriculum, args: TrainingArguments) -> None:
     """One sentence for each setting under which this curriculum could not do what it is asked for."""
     for asked, what in ((curriculum.planner.gives_weights, "loss weights"), (curriculum.observe, "observe=True")):

@@ -5,7 +5,7 @@ One file for each process, `samples-R.jsonl`, a line for each batch that went th
     {"step": 7, "epoch": 1, "start": 4, "samples": [12, 3]}
 
 the optimizer step it was for (from 1), the epoch, the place of its first sample in the epoch's plan, and the samples,
-recognised by their tokens. -1: the batch held other tokens than the planned sample's.
+recognised by their tokens.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ class SampleLog(Tap):
     Args:
         path: the file. Lines of steps after the one that training goes on from are removed; they will come again.
     """
-
-    needs_exact_batches = False
 
     def __init__(self, path: Path) -> None:
         self._path = path

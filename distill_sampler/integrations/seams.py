@@ -33,9 +33,20 @@ class Follower(Protocol):
 
 
 def sample_through(trainer: Trainer, sampler: torch.utils.data.Sampler[int]) -> None:
-    """Have the trainer draw its samples from this sampler."""
+    """Have the trainer draw its samples from this sampler, out of the data set that it has now.
+
+    Raises:
+        ValueError: when training starts, if the trainer has another data set by then.
+    """
+    planned = trainer.train_dataset
 
     def get_train_sampler(train_dataset: object = None) -> torch.utils.data.Sampler[int]:
+        if trainer.train_dataset is not planned:
+            raise ValueError(
+                "trainer.train_dataset was replaced after attach. The curriculum plans the data set that it was "
+                "attached to, so other samples would be trained on. Give the trainer its data set before attach, or "
+                "make a new trainer and a new curriculum for this one."
+            )
         return sampler
 
     trainer._get_train_sampler = get_train_sampler  # type: ignore[method-assign]

@@ -21,7 +21,7 @@ from distill_sampler.integrations.callback import CurriculumCallback
 from distill_sampler.integrations.checkpoints import FOLDER
 from distill_sampler.integrations.loss_weights import LossWeights
 from distill_sampler.integrations.observed_scores import ObservedScores
-from distill_sampler.integrations.refusals import refuse_for, refuse_settings
+from distill_sampler.integrations.refusals import refuse_for, refuse_second_host, refuse_settings
 from distill_sampler.integrations.responses import with_response_labels
 from distill_sampler.integrations.sample_log import SampleLog
 from distill_sampler.integrations.seams import (
@@ -89,6 +89,7 @@ def attach(
             message names the argument and the cure.
     """
     refuse_settings(trainer)
+    refuse_second_host(curriculum)
     args = trainer.args
     rows: Any = trainer.train_dataset
     rows, labels = with_response_labels(trainer, rows, labels, score_whole_text=score_whole_text)
@@ -134,6 +135,7 @@ def attach(
         step_through(trainer, callback)
     if curriculum.observe:
         save_through(trainer, callback)
+    curriculum.driven_by = type(trainer).__name__
 
 
 def end_token_ids(tokenizer: Any, model: nn.Module | None) -> tuple[int, ...]:

@@ -28,7 +28,18 @@ from tests import tiny
 from tests.contracts.test_one_why import LISTS
 
 RSR = "rank_surprisal_ratio"
-BEFORE_BIND = {"use_tokenizer", "bind", "metrics", "policies", "rescore", "observe", "seed", "scorer", "teacher"}
+BEFORE_BIND = {
+    "use_tokenizer",
+    "bind",
+    "driven_by",
+    "metrics",
+    "policies",
+    "rescore",
+    "observe",
+    "seed",
+    "scorer",
+    "teacher",
+}
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "start_epoch": (0, None),
     "replan": (None,),

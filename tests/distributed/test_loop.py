@@ -1,5 +1,6 @@
 """A loop of one's own: weights, observed scores and re-planning as in a trainer, and an exact resume at any step."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,22 +63,28 @@ def make(
     return loop, model, optimizer, loader
 
 
+def trained_batches(parts: tuple[CurriculumLoop, Any, Any, Any]) -> Iterator[Any]:
+    """The batches of an epoch, each trained on."""
+    loop, model, optimizer, loader = parts
+    for batch in loop.batches(model, loader):
+        with loop.accelerator.accumulate(model):
+            loop.accelerator.backward(model(**batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        yield batch
+
+
 def train(parts: tuple[CurriculumLoop, Any, Any, Any], *, save: Path | None = None, stop: int | None = None) -> None:
     """Two epochs; a checkpoint after every batch into `save`; ends after `stop` batches."""
-    loop, model, optimizer, loader = parts
     batches = 0
-    for _ in loop.epochs(2):
-        for batch in loop.batches(model, loader):
-            with loop.accelerator.accumulate(model):
-                loop.accelerator.backward(model(**batch).loss)
-                optimizer.step()
-                optimizer.zero_grad()
+    for _ in parts[0].epochs(2):
+        for _ in trained_batches(parts):
             batches += 1
             if save is not None:
-                loop.accelerator.save_state(str(save / str(batches)))
+                parts[0].accelerator.save_state(str(save / str(batches)))
             if batches == stop:
                 return
-    loop.finish()
+    parts[0].finish()
 
 
 def test_a_checkpoint_within_an_accumulation_is_said_to_lack_its_gradients(
@@ -101,7 +108,7 @@ def parameters(model: Any) -> torch.Tensor:
     ],
     ids=["plain", "observing and planning anew", "weights", "accumulation"],
 )
-@pytest.mark.parametrize("place", [4, 6, 8])
+@pytest.mark.parametrize("place", [4, 6, 8, 12])
 def test_a_loop_resumed_at_any_batch_goes_on_as_if_nothing_had_happened(
     place: int, changes: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -116,6 +123,24 @@ def test_a_loop_resumed_at_any_batch_goes_on_as_if_nothing_had_happened(
     assert first.samples() == second.samples()
     assert first.sampler.plan == second.sampler.plan
     assert whole[0].step == rest[0].step
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_loop_resumed_between_epochs_knows_what_was_trained(
+    epoch: int, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    torch.manual_seed(1)
+    whole = make(tokenizer, None)
+    for _ in whole[0].epochs(2):
+        for _ in trained_batches(whole):
+            pass
+        whole[0].accelerator.save_state(str(tmp_path / str(whole[0].curriculum.epoch)))
+    rest = make(tokenizer, None)
+    rest[0].accelerator.load_state(str(tmp_path / str(epoch)))
+    train(rest)
+    assert torch.equal(parameters(whole[1]), parameters(rest[1]))
+    assert rest[0].curriculum.times_trained().tolist() == whole[0].curriculum.times_trained().tolist()
+    assert rest[0].curriculum.times_trained().sum() == 24
 
 
 @pytest.mark.parametrize("observe", [False, True])
