@@ -21,7 +21,7 @@ from distill_sampler.policies.keys import (
 from distill_sampler.protocols import Policy, Pool
 from distill_sampler.types import EpochPlan, FloatArray, HashArray, IntArray
 
-_MOST_DRAWS = 10**9
+_MOST_DRAWS = 10**8
 """More draws than that are a slip, and would take more memory than there is."""
 
 
