@@ -15,7 +15,7 @@ from distill_sampler.policies import effective_sample_size
 from distill_sampler.types import Column, EpochPlan, FloatArray, IntArray, Metric
 
 PREFIX = "curriculum/"
-"""Start of the name of every number in a trainer's log."""
+"""Prefix of every name in a trainer's log."""
 
 
 @dataclass(frozen=True, kw_only=True)
