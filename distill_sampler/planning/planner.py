@@ -108,7 +108,7 @@ class Planner:
         policy_plan, left_out_by = plan_with_reasons(self.policies, self.candidates, pool, self.seed)
         if len(policy_plan) != self.num_samples and not self._length_given and not tolerate:
             raise ValueError(
-                f"The policies gave {len(policy_plan)} samples, but the trainer expects {self.num_samples} in each epoch. "
+                f"The policies gave {len(policy_plan)} samples, but the trainer expects {self.num_samples} per epoch. "
                 "If the number of samples depends on the scores, set the length of an epoch: "
                 f"Curriculum(num_samples={len(policy_plan)}) completes shorter plans from their start and cuts longer "
                 "ones at their end."
