@@ -138,7 +138,7 @@ def test_an_unknown_metric_is_reported_with_the_scored_ones() -> None:
 
 
 def test_metrics_with_the_same_columns_are_refused_unless_renamed() -> None:
-    with pytest.raises(ValueError, match=r"metrics= .*rank_surprisal_ratio.*name="):
+    with pytest.raises(ValueError, match=r"Two metrics .*rank_surprisal_ratio.*name="):
         Curriculum(metrics=[RankSurprisalRatio(), RankSurprisalRatio(rank_clip=50)], policies=[])
     variants = [RankSurprisalRatio(), RankSurprisalRatio(rank_clip=50, name="rsr_50"), GlobalNaturalness()]
     assert set(Curriculum(metrics=variants, policies=[]).metrics) == {RSR, "rsr_50", "global_naturalness"}
