@@ -25,7 +25,7 @@ def checked_metrics(metrics: Any) -> dict[str, Metric]:
     if len(set(names)) < len(names) or len({metric.name for metric in found}) < len(found):
         duplicates = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(
-            f"metrics= has two metrics with the same columns ({', '.join(duplicates)}). Remove one, or give it a name="
+            f"Two metrics give the same numbers ({', '.join(duplicates)}). Remove one, or give it another name="
         )
     return {metric.name: metric for metric in found}
 

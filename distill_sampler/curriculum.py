@@ -30,7 +30,7 @@ from distill_sampler.types import EpochPlan, IntArray
 
 
 class Curriculum:
-    """Decides which samples each epoch trains on, and in which order: the current student scores, policies plan.
+    """Decides what each epoch trains on, and in which order: the current student scores samples, policies plan.
 
     Args:
         metrics: what to score, for example `[RankSurprisalRatio()]`. May be empty if no policy needs a score.
@@ -43,7 +43,7 @@ class Curriculum:
         observe: also take scores from the forward passes of training, at the cost of one more product with the output
             head. Not possible for metrics that read other sequences than the samples (Local Naturalness) or use other
             readers than the student.
-        seed: of all random choices in the plans.
+        seed: seed of all random choices in the plans.
         scorer: how the student reads.
         teacher: column that names the teacher, for reports. If the data set has no such column, reports do not list
             teachers.
@@ -88,7 +88,7 @@ class Curriculum:
     def bind(self, dataset: ScoredDataset, *, applies_weights: bool = False, observes: bool = False) -> DistillSampler:
         """Start a run on a data set. Returns the sampler for its data loader.
 
-        `attach` and `CurriculumLoop` call this. In a loop of your own, say what the loop does itself.
+        `attach` and `CurriculumLoop` call this. In a loop of your own, say what it supports.
 
         Args:
             dataset: the prepared data set.
@@ -115,8 +115,8 @@ class Curriculum:
             examples = dataset.samples(candidates[:: max(1, len(candidates) // 64)])
             if names := not_observable(list(self.metrics.values()), examples):
                 raise ValueError(
-                    f"observe=True: {', '.join(names)} cannot be observed in training: it reads other sequences than "
-                    "training does, or uses another reader. Set observe=False, or use only metrics of whole samples."
+                    f"observe=True: {', '.join(names)} cannot be observed in training, because such metrics read other "
+                    "sequences or use another reader. Set observe=False, or use only metrics of whole samples."
                 )
             if not observes:
                 raise ValueError(
@@ -127,7 +127,7 @@ class Curriculum:
             raise ValueError(
                 "The policies set loss weights, but this loop does not apply them. Use attach with a trainer or "
                 "CurriculumLoop with accelerate. If your loop multiplies each sample's loss by its weight in "
-                "curriculum.sampler.plan.weights, say bind(dataset, applies_weights=True)."
+                "curriculum.sampler.plan.weights, call bind(dataset, applies_weights=True)."
             )
         self._cycle = cycle
         return cycle.sampler

@@ -348,8 +348,8 @@ class Cycle:
             sentence = f"The checkpoint's plan and scores belong to another configuration ({differing}). "
             if not same_data and not epoch_over:
                 raise ValueError(
-                    sentence + "In the middle of an epoch, another data set cannot be accepted, because the plan "
-                    "refers to the rows of its own. Resume with that data set, or start a new run from the "
+                    sentence + "In the middle of an epoch, another data set cannot be accepted, because a plan "
+                    "refers to the rows of its own data set. Resume with that data set, or start a new run from the "
                     "checkpoint's weights."
                 )
             if not accept_changes:

@@ -35,7 +35,7 @@ class Measurements:
     missing: Mapping[str, IntArray] = field(default_factory=dict)
     """By metric, `[n]` why a sample has no score (`Missing`); 0 where it has one."""
     observed: bool = False
-    """Whether the numbers were observed in training, instead of measured by a scoring pass."""
+    """Whether the numbers were measured in training, instead of in a scoring pass."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

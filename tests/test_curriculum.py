@@ -68,7 +68,7 @@ def test_an_epoch_that_has_a_plan_keeps_it(dataset: ScoredDataset, model: PreTra
     assert curriculum.start_epoch(1, model).fingerprint != plan.fingerprint
 
 
-def test_plans_depend_on_the_seed_and_the_epoch_alone(dataset: ScoredDataset, model: PreTrainedModel) -> None:
+def test_plans_depend_only_on_the_seed_and_the_epoch(dataset: ScoredDataset, model: PreTrainedModel) -> None:
     first, again, other = (bound(dataset, seed=seed) for seed in (3, 3, 4))
     plans = [[curriculum.start_epoch(epoch, model) for epoch in (0, 1)] for curriculum in (first, again, other)]
     assert plans[0] == plans[1]
@@ -76,7 +76,7 @@ def test_plans_depend_on_the_seed_and_the_epoch_alone(dataset: ScoredDataset, mo
     assert plans[0][0] != plans[0][1]
 
 
-def test_the_state_is_plain_json_and_comes_back_whole(dataset: ScoredDataset, model: PreTrainedModel) -> None:
+def test_the_state_survives_a_round_trip_through_json(dataset: ScoredDataset, model: PreTrainedModel) -> None:
     curriculum = bound(dataset)
     plan = curriculum.start_epoch(1, model, step=9)
     restored = bound(dataset)
@@ -132,23 +132,21 @@ def test_rows_that_cannot_be_scored_are_never_planned() -> None:
     assert sorted(curriculum.start_epoch(0, tiny.model()).indices.tolist()) == [0, 2, 3]
 
 
-def test_an_unknown_metric_is_answered_with_those_that_are_scored() -> None:
+def test_an_unknown_metric_is_reported_with_the_scored_ones() -> None:
     with pytest.raises(
         ValueError, match=r"BestOf: There is no metric 'rsr'; those in metrics=: 'rank_surprisal_ratio'"
     ):
         Curriculum(metrics=[RankSurprisalRatio()], policies=[BestOf("rsr", per="prompt_id")])
 
 
-def test_two_metrics_of_one_name_are_refused_and_variants_can_have_another() -> None:
-    with pytest.raises(ValueError, match=r"metrics= .*rank_surprisal_ratio.*name="):
+def test_metrics_with_the_same_columns_are_refused_unless_renamed() -> None:
+    with pytest.raises(ValueError, match=r"Two metrics .*rank_surprisal_ratio.*name="):
         Curriculum(metrics=[RankSurprisalRatio(), RankSurprisalRatio(rank_clip=50)], policies=[])
     variants = [RankSurprisalRatio(), RankSurprisalRatio(rank_clip=50, name="rsr_50"), GlobalNaturalness()]
     assert set(Curriculum(metrics=variants, policies=[]).metrics) == {RSR, "rsr_50", "global_naturalness"}
 
 
-def test_scores_come_out_as_a_table_with_their_origin(
-    dataset: ScoredDataset, model: PreTrainedModel, tmp_path: Path
-) -> None:
+def test_saved_scores_carry_their_origin(dataset: ScoredDataset, model: PreTrainedModel, tmp_path: Path) -> None:
     curriculum = bound(dataset)
     curriculum.start_epoch(0, model)
     curriculum.start_epoch(1, model, step=3)
@@ -201,7 +199,7 @@ def test_a_sample_left_out_is_explained_by_the_policy_and_its_numbers(
     assert f"the best, sample {chosen}, has {scores[chosen]:.4g}" in said
 
 
-def test_explanations_go_by_the_scores_of_their_epoch(dataset: ScoredDataset, model: PreTrainedModel) -> None:
+def test_explanations_use_the_scores_of_their_epoch(dataset: ScoredDataset, model: PreTrainedModel) -> None:
     curriculum = bound(dataset)
     curriculum.start_epoch(0, model)
     said = [curriculum.explain(index, 0) for index in range(18)]
@@ -211,7 +209,7 @@ def test_explanations_go_by_the_scores_of_their_epoch(dataset: ScoredDataset, mo
         assert (" was in epoch 1" in curriculum.explain(index, 1)) == (index in curriculum.plans[1].indices)
 
 
-def test_what_cannot_be_explained_is_said(dataset: ScoredDataset, model: PreTrainedModel) -> None:
+def test_explaining_an_unknown_sample_or_epoch_is_refused(dataset: ScoredDataset, model: PreTrainedModel) -> None:
     curriculum = bound(dataset)
     curriculum.start_epoch(0, model)
     with pytest.raises(ValueError, match=r"no sample 18.* 18 rows"):
@@ -220,7 +218,7 @@ def test_what_cannot_be_explained_is_said(dataset: ScoredDataset, model: PreTrai
         curriculum.explain(0, 3)
 
 
-def test_a_sample_that_is_too_long_is_explained_by_that(dataset: ScoredDataset) -> None:
+def test_the_explanation_of_a_sample_without_a_score_says_why_it_has_none(dataset: ScoredDataset) -> None:
     curriculum = bound(dataset)
     plan = curriculum.start_epoch(0, tiny.model(max_position_embeddings=int(np.median(dataset.lengths))))
     (summary,) = curriculum.summaries

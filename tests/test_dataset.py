@@ -42,7 +42,7 @@ rows_of_tokens = st.lists(
 
 @settings(max_examples=200, deadline=None)
 @given(rows=rows_of_tokens, with_marker=st.booleans())
-def test_the_mask_of_many_rows_is_that_of_each(rows: list[list[tuple[int, bool]]], with_marker: bool) -> None:
+def test_masking_many_rows_equals_masking_each_row(rows: list[list[tuple[int, bool]]], with_marker: bool) -> None:
     input_ids = [[token for token, _ in row] for row in rows]
     labels = [[token if kept else -100 for token, kept in row] for row in rows]
     ends = set() if with_marker else {END}
@@ -70,7 +70,7 @@ def test_a_turn_counts_up_to_its_end_marker(labelled: list[int], counted: list[b
     assert sample.scored.tolist() == [False] * 3 + counted, why
 
 
-def test_all_assistant_turns_count_each_without_its_marker() -> None:
+def test_every_assistant_turn_counts_without_its_end_marker() -> None:
     row = {
         "input_ids": [1, 5, 6, END, NEWLINE, 2, 3, 7, END, NEWLINE],
         "labels": [-100, 5, 6, END, NEWLINE, -100, -100, 7, END, NEWLINE],
@@ -83,7 +83,7 @@ def toy(num: int = 5) -> list[dict[str, Any]]:
     return [{"input_ids": [1, 2, 3 + n], "labels": [-100, 2, 3 + n], "prompt_id": f"p{n % 2}"} for n in range(num)]
 
 
-def test_a_list_of_rows_and_an_arrow_table_have_one_identity() -> None:
+def test_a_list_of_rows_and_an_arrow_table_have_the_same_identity() -> None:
     rows = toy()
     plain, arrow = ScoredDataset(rows), ScoredDataset(datasets.Dataset.from_list(rows))
     assert plain.fingerprint == arrow.fingerprint
@@ -94,7 +94,7 @@ def test_a_list_of_rows_and_an_arrow_table_have_one_identity() -> None:
     assert arrow[3] == rows[3]
 
 
-def test_the_identity_follows_rows_that_were_filtered_and_shuffled() -> None:
+def test_filtered_and_shuffled_rows_are_read_in_their_new_order() -> None:
     rows = datasets.Dataset.from_list(toy(9)).filter(lambda row: row["prompt_id"] == "p0").shuffle(seed=1)
     scored = ScoredDataset(rows)
     assert scored.content_hash.tolist() == ScoredDataset(rows.to_list()).content_hash.tolist()
@@ -110,11 +110,11 @@ def test_the_identity_follows_rows_that_were_filtered_and_shuffled() -> None:
         lambda rows: [{**rows[0], "labels": [-100, -100, 3]}, *rows[1:]],
     ],
 )
-def test_the_fingerprint_tells_every_change_of_content(change: Any) -> None:
+def test_every_change_of_content_changes_the_fingerprint(change: Any) -> None:
     assert ScoredDataset(change(toy())).fingerprint != ScoredDataset(toy()).fingerprint
 
 
-def test_the_content_hash_tells_order_of_tokens_and_which_count() -> None:
+def test_the_content_hash_depends_on_token_order_and_on_which_tokens_count() -> None:
     rows = [
         {"input_ids": ids, "labels": labels} for ids in ([1, 2, 3], [1, 3, 2]) for labels in ([0, 0, 0], [0, 0, -100])
     ]
@@ -135,7 +135,7 @@ def test_without_a_labels_column_every_token_but_the_first_counts() -> None:
     assert ScoredDataset([{"input_ids": [4, 5, 6]}], labels=None).num_scored.tolist() == [2]
 
 
-def test_rows_with_nothing_to_score_are_counted_named_and_can_be_dropped() -> None:
+def test_rows_with_nothing_to_score_are_refused_or_dropped() -> None:
     rows = [*toy(3), {"input_ids": [1, 2], "labels": [-100, -100], "prompt_id": "p0"}]
     with pytest.raises(ValueError, match=r"1 of 4 rows have no response token.*row 3.*unscorable='drop'"):
         ScoredDataset(rows)
@@ -144,7 +144,7 @@ def test_rows_with_nothing_to_score_are_counted_named_and_can_be_dropped() -> No
         ScoredDataset(rows[3:] * 2, unscorable="drop")
 
 
-def test_missing_columns_are_named_with_the_closest() -> None:
+def test_a_missing_column_is_reported_with_the_closest_name() -> None:
     with pytest.raises(ValueError, match=r"no column 'promt_id'.*'prompt_id'\. Did you mean 'prompt_id'\?"):
         ScoredDataset(toy()).column("promt_id")
     with pytest.raises(ValueError, match=r"no column 'labels'.*labels=None"):

@@ -34,7 +34,7 @@ TRACE_COLUMNS = ("prompt_text", "tokens", "token_ranks", "token_surprisals")
 RUN_COLUMNS = ("pass", "epoch", "step", "observed")
 FACT_COLUMNS = ("num_tokens", "length", "content_hash", "prompt_hash")
 OWN_COLUMNS = ("sample", *RUN_COLUMNS, *FACT_COLUMNS, *TRACE_COLUMNS)
-"""Names of our columns, which no column of the data set may have."""
+"""Names of our columns. A column of the data set with such a name is renamed."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -380,7 +380,7 @@ class Scores:
         return {epoch: samples[epochs == epoch] for epoch in sorted(set(epochs.tolist()))}
 
     def about(self) -> dict[str, Any]:
-        """Where the scores come from, for people."""
+        """The origin of the scores, for people to read."""
         about = {name: self.facts.get(name) or None for name in ("model", "revision", "lora", "dtype", "dataset")}
         model = about["model"]
         if model and model.startswith((".", "/", "~")):  # reports are shared, so show only the name of a local folder

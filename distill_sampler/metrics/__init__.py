@@ -1,4 +1,4 @@
-"""Metrics, one published metric per file: the views it needs, how it computes a score from them, what is better.
+"""Metrics, one published metric per file: the views it needs, how it scores them, and which direction is better.
 
 To add one, add a file here with a frozen dataclass that satisfies `distill_sampler.types.Metric`; the contract tests
 find it by listing this folder.

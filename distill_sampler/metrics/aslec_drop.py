@@ -1,4 +1,4 @@
-"""ASLEC-drop, arXiv:2604.06834: Local Naturalness without the expensive first token of each step."""
+"""ASLEC-drop, arXiv:2604.06834: Local Naturalness without the first token of each step, which is hard to predict."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class ResponseLength(Metric):
 class Random(Metric):
     """A uniform number in [0, 1), computed from the sample's content and a seed: the same in every pass.
 
-    It is the basic control for any selection, for example in arXiv:2510.03988. `Shuffle` draws anew each epoch instead.
+    It is the basic control for any selection, for example in arXiv:2510.03988. `Shuffle` redraws each epoch instead.
     """
 
     seed: int = 0
@@ -82,7 +82,7 @@ class RuleQuality(Metric):
     def reduce(self, sample: Sample, stats: Sequence[TokenStats]) -> Mapping[str, float]:
         if self.tokenizer is None:
             raise ValueError(
-                "RuleQuality reads text, so it needs a tokenizer: pass RuleQuality(tokenizer=…). attach does it."
+                "RuleQuality reads text, so it needs a tokenizer: pass RuleQuality(tokenizer=…). attach does this."
             )
         text = self.tokenizer.decode(sample.input_ids[sample.scored].tolist())
         found = len(re.findall(self.pattern, text, flags=re.IGNORECASE))

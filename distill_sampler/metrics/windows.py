@@ -123,7 +123,7 @@ class WindowMetric(Metric):
             return cached[key]
         kind = type(self).__name__
         if self.tokenizer is None:
-            raise ValueError(f"{kind} reads text, so it needs a tokenizer: pass {kind}(tokenizer=…). attach does it.")
+            raise ValueError(f"{kind} reads text, so it needs a tokenizer: pass {kind}(tokenizer=…). attach does this.")
         scored = np.flatnonzero(sample.scored)
         steps: Steps = []
         for stretch in np.split(scored, np.flatnonzero(np.diff(scored) > 1) + 1):

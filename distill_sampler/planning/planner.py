@@ -41,7 +41,7 @@ class Planner:
         dataset: the data set to plan.
         metrics: the scored metrics, by name.
         policies: applied in order, starting from "every candidate once, in the data set's order".
-        seed: of all random choices.
+        seed: seed of all random choices.
         num_samples: length of every epoch. None: the length that the policies give if no sample lacks a score.
         plans_rest: whether epochs will be replanned midway. All policies must then have the same groups.
 
@@ -118,18 +118,19 @@ class Planner:
         Raises:
             ValueError: the policies give another length than the epochs have.
         """
-        made, left_out_by = plan_with_reasons(self.policies, self.candidates, pool, self.seed)
-        if len(made) != self.num_samples and not self._length_given and not tolerate:
+        policy_plan, left_out_by = plan_with_reasons(self.policies, self.candidates, pool, self.seed)
+        if len(policy_plan) != self.num_samples and not self._length_given and not tolerate:
             raise ValueError(
-                f"The policies gave {len(made)} samples, but the trainer expects {self.num_samples} in each epoch. If "
-                "the number of samples depends on the scores, set the length of an epoch: "
-                f"Curriculum(num_samples={len(made)}) completes shorter plans from their start and cuts longer ones."
+                f"The policies gave {len(policy_plan)} samples, but the trainer expects {self.num_samples} per epoch. "
+                "If the number of samples depends on the scores, set the length of an epoch: "
+                f"Curriculum(num_samples={len(policy_plan)}) completes shorter plans from their start and cuts longer "
+                "ones at their end."
             )
-        plan = fit_length(made, self.num_samples)
+        plan = fit_length(policy_plan, self.num_samples)
         notes = []
-        if len(made) != len(plan):
-            action = "cut at its end" if len(made) > len(plan) else "completed from its start"
-            notes.append(f"the policies gave {len(made)} samples; the plan was {action} to have {len(plan)}.")
+        if len(policy_plan) != len(plan):
+            action = "cut at its end" if len(policy_plan) > len(plan) else "completed from its start"
+            notes.append(f"the policies gave {len(policy_plan)} samples; the plan was {action} to have {len(plan)}.")
         return PlannedEpoch(epoch=pool.epoch, step=pool.step, plan=plan, left_out_by=left_out_by), notes
 
     def plan_rest(

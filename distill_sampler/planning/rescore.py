@@ -26,7 +26,7 @@ class Clock:
     run: float = 0.0
     """Seconds of the run since its first scoring pass."""
     scoring: float = 0.0
-    """How many of these seconds scoring took."""
+    """How many of these seconds were spent on scoring."""
     tokens_per_second: float = 0.0
     """Tokens of samples scored per second in the last pass."""
     _last: float = field(default_factory=lambda: time.perf_counter(), repr=False, compare=False)
@@ -43,7 +43,7 @@ class Clock:
 
         Args:
             seconds: how long it took.
-            tokens: of the samples that it scored; 0 if it only collected observed scores.
+            tokens: number of tokens in the samples that it scored; 0 if it only collected observed scores.
             first: whether it was the run's first pass, whose time does not count.
         """
         if tokens:
@@ -97,7 +97,7 @@ class Rescore:
     max_share: float | None = None
     """Largest share of the run's time that scoring may take, not counting the first pass. Each time, as many candidates
     are scored as fit into it. This depends on the clock, so two runs, or a run and its continuation after an
-    interruption, may score different samples. A resumed epoch keeps its plan all the same."""
+    interruption, may score different samples. A resumed epoch keeps its plan in any case."""
     lag: int = 8
     """Optimizer steps between scoring inside an epoch and the first step that the new plan changes. Data loaders read
     ahead, and what they have read cannot change any more: `attach` refuses a lag that is too short for the trainer's
@@ -136,14 +136,14 @@ def candidates_to_score(
 ) -> IntArray:
     """`[n]` the candidates to score, the most urgent first.
 
-    Candidates that were never scored come first, and all of them, however small the fraction.
+    All candidates that were never scored come first, even if they are more than the fraction.
 
     Args:
         rescore: the budget.
         store: the scores so far. Scores observed since the last pass count as measured.
         candidates: the samples to choose from.
         content_hash: `[samples]` breaks ties, so that the choice does not depend on the order of the rows.
-        seed: of the random choices; a different one for each pass.
+        seed: seed of the random choices; a different one for each pass.
     """
     measured_at = np.maximum(store.step, store.observed.step)[candidates]
     noise = splitmix64(content_hash[candidates] ^ np.uint64(seed))

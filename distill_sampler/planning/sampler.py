@@ -74,7 +74,7 @@ def fit_length(plan: EpochPlan, num_samples: int) -> EpochPlan:
     """The plan at the length that the trainer expects.
 
     A longer plan is cut at its end. A shorter one is repeated from its start, `[a, b, c] -> [a, b, c, a, b]` for 5, so
-    that no entry appears more than once more often than another.
+    the numbers of copies differ by at most one.
     """
     if len(plan) == num_samples:
         return plan

@@ -16,7 +16,7 @@ from distill_sampler.protocols import Metric
 from distill_sampler.types import Column, EpochPlan, FloatArray, IntArray
 
 PREFIX = "curriculum/"
-"""Start of the name of every number in a trainer's log."""
+"""Prefix of every name in a trainer's log."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from distill_sampler.types import BoolArray, Column, EpochPlan, FloatArray, IntA
 KEPT = -1
 """Value in `left_out_by`: every policy kept the sample."""
 NO_CANDIDATE = -2
-"""Value in `left_out_by`: the sample has no token to score, so it was no candidate."""
+"""Value in `left_out_by`: the sample has no token to score, so it is not a candidate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ def plan_with_reasons(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ExplainedPlan:
-    """A plan with the reason for each sample: why the plan has it, or does not."""
+    """A plan with the reason why it has each sample, or does not."""
 
     policies: Sequence[PolicyFacts]
     plan: EpochPlan

@@ -20,9 +20,9 @@ class CompetencePacing(Policy):
     """Train each epoch on the best share c of the scored samples, repeated to the plan's length.
 
     c = min(1, sqrt(epoch (1 - initial²) / epochs + initial²)), with epochs counted from 0 (Platanios et al. 2019,
-    arXiv:1903.09848; epochs replace their steps, and a better score replaces an easier sample). Each chosen sample
-    appears ⌊1/c⌋ or ⌈1/c⌉ times; which ones get the extra copy is drawn anew each epoch. The samples stay in the plan's
-    order with copies side by side, so put an ordering policy after this one. Trade-off: early epochs repeat samples.
+    arXiv:1903.09848, who count steps and start with easy samples instead of the best ones). Each chosen sample appears
+    ⌊1/c⌋ or ⌈1/c⌉ times; which ones get the extra copy is redrawn each epoch. The samples stay in the plan's order
+    with copies side by side, so put an ordering policy after this one. Trade-off: early epochs repeat samples.
     """
 
     metric: str | MetricExpression

@@ -34,9 +34,9 @@ class Interleave(Policy):
             return plan
         values = pool.column(self.column).codes[plan.indices]
         content = pool.content_hash[plan.indices]
-        place = (occurrence(values) + 0.5) / np.bincount(values)[values]
-        # Ties between values are broken by their smallest content hash: their codes depend on the order of the rows.
+        position = (occurrence(values) + 0.5) / np.bincount(values)[values]
+        # break ties between values by their smallest content hash, because codes depend on the order of the rows
         smallest = np.full(values.max() + 1, 2**64 - 1, np.uint64)
         np.minimum.at(smallest, values, content)
         tie_break = smallest[values]
-        return plan.take(sort_by(descending_bits(-place), (tie_break, 32), (tie_break, 0)))
+        return plan.take(sort_by(descending_bits(-position), (tie_break, 32), (tie_break, 0)))

@@ -20,8 +20,8 @@ class KeepCorrect(Policy):
     """Keep the correct samples, in the plan's order. `if_none` decides about prompts that have none.
 
     This is the correctness filter of DeepSeek-R1's distillation recipe (arXiv:2501.12948). Correct samples are kept
-    with or without a score. Trade-off: hard prompts lose most samples, because few teachers solve them; and on top of
-    RSR the filter gained nothing (50.7 against 51.3, arXiv:2601.14249).
+    with or without a score. Trade-off: hard prompts lose the most samples, because few teachers solve them; and on top
+    of RSR the filter gained nothing (50.7 against 51.3, arXiv:2601.14249).
     """
 
     column: str

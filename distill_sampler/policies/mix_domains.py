@@ -22,7 +22,7 @@ class MixDomains(Policy):
     """Give each domain its share of the plan, exact to one sample, in the plan's order.
 
     DeepSeek-R1's recipe is `{"reasoning": 3, "general": 1}` (arXiv:2501.12948). Which samples of a domain are left out
-    or repeated is drawn anew each epoch. Without `num` no sample is repeated, so the domain with the fewest samples for
+    or repeated is redrawn each epoch. Without `num` no sample is repeated, so the domain with the fewest samples for
     its share sets the length. Trade-off: a rare domain with a large share makes a short epoch.
     """
 

@@ -20,7 +20,7 @@ class MixTeachers(Policy):
     """Drop samples of the most frequent teachers until none has more than `max_share`. The order of the plan stays.
 
     In the RSR paper (arXiv:2601.14249) one teacher supplies 45-77 % of each selected set. As few samples as possible
-    are dropped; which ones is drawn anew each epoch. Trade-off: prompts that only these teachers answered are lost.
+    are dropped; which ones is redrawn each epoch. Trade-off: prompts that only these teachers answered are lost.
     """
 
     max_share: float

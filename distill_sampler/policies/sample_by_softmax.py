@@ -28,13 +28,13 @@ _MOST_DRAWS = 10**8
 @documents_fields
 @dataclass(frozen=True)
 class SampleBySoftmax(Policy):
-    """Draw samples with probability proportional to exp(goodness / temperature), anew each epoch.
+    """Draw samples with probability proportional to exp(goodness / temperature), again each epoch.
 
     `goodness` is the score, negated if lower is better. A temperature near 0 approaches `BestOf` or `KeepTop`, a high
     one a uniform draw. Without replacement, samples are drawn one after the other, by Gumbel top-k (Kool et al.,
-    arXiv:1903.06059). Samples without a score are never drawn. They stay in the plan's order with copies side by side,
-    so put an ordering policy after this one. Loss weights do not change: drawing a sample often already emphasises it.
-    Trade-off: more variety than a hard cut, but some samples score worse.
+    arXiv:1903.06059). The drawn samples stay in the plan's order with copies side by side, so put an ordering policy
+    after this one. Samples without a score are never drawn. Loss weights do not change: drawing a sample often already
+    emphasises it. Trade-off: more variety than a hard cut, but some samples score worse.
     """
 
     metric: str | MetricExpression

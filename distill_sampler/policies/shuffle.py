@@ -15,7 +15,7 @@ from distill_sampler.types import EpochPlan
 @documents_fields
 @dataclass(frozen=True)
 class Shuffle(Policy):
-    """Shuffle the plan, anew each epoch, the same on every rank. Every order of distinct samples is equally likely.
+    """Shuffle the plan, anew each epoch, the same on every rank. All orders of distinct samples are equally likely.
 
     With `bucket`, samples move only within their bucket: batches get mixed while a curriculum stays in order at the
     larger scale. Small buckets keep more of the order, large ones mix better.

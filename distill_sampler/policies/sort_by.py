@@ -28,7 +28,7 @@ class SortBy(Policy):
     best_first: bool = True
     """Whether the best come first. False: the worst first, for an anti-curriculum control."""
     jitter: float = 0.0
-    """How far a sample may move from its sorted position, as a share of the epoch. Drawn anew each epoch."""
+    """How far a sample may move from its sorted position, as a share of the epoch. Redrawn each epoch."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.jitter < math.inf:

@@ -21,13 +21,13 @@ from distill_sampler.report.verdict import Estimate, TeacherLine, verdict_of, wa
 from distill_sampler.types import BoolArray, Column, FloatArray, HashArray, IntArray
 
 MAX_DOMAINS = 8
-"""Most domains that get a leaderboard of their own: the largest ones."""
+"""At most this many domains get their own leaderboard: the largest ones."""
 DOMAIN_PROMPTS = 10
-"""Fewest prompts for a domain to get a leaderboard of its own."""
+"""A domain needs this many prompts to get its own leaderboard."""
 _DRAWS = 1000
 _DOMAIN_DRAWS = 200
 _WORK = 300_000_000
-"""Most samples to read in all draws together. Very large data gets fewer draws, and needs fewer."""
+"""At most this many samples are read in all draws together. Very large data gets fewer draws, and needs fewer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ def leaderboard(
         among: `[samples]` True for the samples to compare. By default all.
         shared_only: compare only on the prompts that every teacher answered.
         draws: number of bootstrap draws. None: 1000, fewer for very large data. 0: no intervals.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Raises:
         ValueError: no sample has a score, or no prompt is shared.

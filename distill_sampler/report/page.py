@@ -43,7 +43,7 @@ def write_report(
         output: the HTML file to write.
         title: title of the page. By default it names the student and what it scored.
         policies: the policies whose choice is shown. By default the run's own, or the best response of each prompt.
-        seed: of the policies.
+        seed: seed of the policies.
         metric: the metric that ranks teachers. By default the Rank-Surprisal Ratio if it was scored.
         columns: names of the columns (`teacher=`, `group=`, `domain=`, `correct=`), as for `Scores.open`.
 

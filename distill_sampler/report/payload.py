@@ -26,14 +26,14 @@ from distill_sampler.report.verdict import Estimate
 from distill_sampler.types import Column, FloatArray, IntArray
 
 MAX_POINTS = 4000
-"""Most samples in the pictures. Of larger data, a random sample is shown; figures in tables use all data."""
+"""At most this many samples are in the pictures, drawn at random; figures in tables use all samples."""
 MAX_TRACES = 300
 MAX_TRACE_TOKENS = 2000
 MAX_TOKENS = 200_000
-"""Most tokens in all traces together: what a phone can hold."""
+"""At most this many tokens in all traces together: what a phone can hold."""
 MAX_TEXT = 4000
 MAX_NAMES = 60
-"""Most teachers or domains that are shown by name. The others are merged into one."""
+"""At most this many teachers or domains are shown by name. The others are merged into one."""
 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff]")
 

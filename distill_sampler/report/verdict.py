@@ -69,8 +69,8 @@ def verdict_of(
         lines: the leaderboard, best teacher first.
         metric: the metric that ranks.
         parts: columns that the metric is made of (rank and surprisal).
-        drawn: `[draws, teachers]` group scores of the bootstrap, with lower better.
-        values: `[teachers]` group scores, with lower better.
+        drawn: `[draws, teachers]` group scores of the bootstrap, negated if higher is better.
+        values: `[teachers]` group scores, negated if higher is better.
         ranked: `[teachers]` numbers of the teachers, best first.
         num_prompts: number of prompts.
     """

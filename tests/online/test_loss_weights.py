@@ -122,7 +122,7 @@ def test_training_descends_the_weighted_loss(
 
 
 @pytest.mark.parametrize("kind", ["Trainer", "SFTTrainer"])
-def test_the_split_into_batches_and_accumulation_makes_no_difference(
+def test_the_weighted_step_does_not_depend_on_batch_size_and_accumulation(
     kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     found = []
@@ -170,7 +170,7 @@ def test_weights_of_one_change_no_bit(kind: str, tmp_path: Path, tokenizer: PreT
         assert torch.equal(left, right)
 
 
-def test_adapters_learn_by_weight_too(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_loss_weights_work_with_adapters(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """One step on one sample: the update is the weight's multiple."""
     order = SortBy("global_naturalness")
     moves = []
@@ -198,7 +198,7 @@ def test_adapters_learn_by_weight_too(tmp_path: Path, tokenizer: PreTrainedToken
         torch.testing.assert_close(moved, weight * stock[name], rtol=2e-2, atol=1e-8)
 
 
-def test_the_first_token_of_a_sample_weighs_what_its_sample_does() -> None:
+def test_the_first_token_of_a_sample_has_the_weight_of_its_sample() -> None:
     """Padded on the left, it is predicted from a place that is nobody's."""
     model = tiny.model()
     rows, weights = [[5, 6, 7, 8], [9, 10]], [0.5, 1.5]
@@ -233,7 +233,7 @@ def test_the_first_token_of_a_sample_weighs_what_its_sample_does() -> None:
 
 
 @pytest.mark.parametrize("changes", [{"torch_compile": True}, {"use_liger_kernel": True}])
-def test_settings_that_leave_no_place_for_weights_are_refused(
+def test_settings_under_which_weights_cannot_be_applied_are_refused(
     changes: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     trainer = trainer_of("Trainer", tmp_path, tokenizer)
@@ -243,9 +243,7 @@ def test_settings_that_leave_no_place_for_weights_are_refused(
         attach(trainer, weighted())
 
 
-def test_a_loss_that_does_not_come_through_the_logits_is_found_out(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_a_loss_that_bypasses_the_logits_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     class PullsOnTheWeightsAlone(Trainer):
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             return sum(parameter.square().sum() for parameter in model.parameters())
@@ -257,7 +255,7 @@ def test_a_loss_that_does_not_come_through_the_logits_is_found_out(
         trainer.train()
 
 
-def test_a_collator_that_changes_tokens_is_found_out(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_collator_that_changes_tokens_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     trainer = trainer_of("Trainer", tmp_path, tokenizer)
     collate = trainer.data_collator
 

@@ -79,7 +79,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_training_shows_is_what_scoring_gives(
+def test_observed_scores_equal_those_of_a_scoring_pass(
     case: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     kind, changes = CASES[case]
@@ -112,7 +112,7 @@ def test_observing_changes_no_bit_of_training(kind: str, tmp_path: Path, tokeniz
         assert torch.equal(left, right)
 
 
-def test_the_next_plan_goes_by_what_was_seen(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_next_plan_uses_observed_scores(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     trainer = trainer_of("SFTTrainer", tmp_path, tokenizer, num_train_epochs=3, per_device_train_batch_size=1)
     curriculum = observing(policies=[BestOf(RSR, per="prompt_id"), Shuffle()])
     attach(trainer, curriculum)
@@ -131,7 +131,9 @@ def test_the_next_plan_goes_by_what_was_seen(tmp_path: Path, tokenizer: PreTrain
     assert not np.isclose(shift, 0)
 
 
-def test_in_bfloat16_what_is_seen_is_near_what_is_scored(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_in_bfloat16_observed_scores_are_close_to_those_of_a_pass(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """bfloat16: the forward of training rounds as that of scoring, and the head's product is in float32 for both."""
     trainer = trainer_of("SFTTrainer", tmp_path, tokenizer, bf16=True, learning_rate=0.0)
     curriculum = observing()
@@ -143,7 +145,7 @@ def test_in_bfloat16_what_is_seen_is_near_what_is_scored(tmp_path: Path, tokeniz
     assert curriculum.store.numerics["dtype"] == "bfloat16"
 
 
-def test_ties_count_by_the_scorers_rule(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_observing_uses_the_tie_rule_of_the_scorer(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     model = tiny.model()
     head = model.get_output_embeddings()
     with torch.no_grad():
@@ -158,7 +160,7 @@ def test_ties_count_by_the_scorers_rule(tmp_path: Path, tokenizer: PreTrainedTok
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_architectures_are_observed_as_they_are_scored(
+def test_every_architecture_is_observed_as_it_is_scored(
     name: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     model = build(ARCHITECTURES[name])

@@ -1,4 +1,4 @@
-"""Inside an epoch: the rest is planned anew at fixed steps, whatever reads ahead, and comes back after a restart."""
+"""Replanning: at fixed steps inside an epoch, with data loaders that read ahead, and after a restart."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +101,7 @@ def test_the_order_trained_is_the_order_of_the_last_plan(
     assert len({plan.fingerprint for plan in curriculum.plans}) > len(per_epoch)  # it did change
 
 
-def test_what_was_handed_out_stays_and_counts(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_samples_that_were_handed_out_stay_and_count(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     trainer, curriculum = run("SFTTrainer", tmp_path, tokenizer, save_strategy="no")
     prompts = np.array(trainer.train_dataset["prompt_id"])
     for before, after in ((0, 1), (2, 3)):
@@ -112,7 +112,7 @@ def test_what_was_handed_out_stays_and_counts(tmp_path: Path, tokenizer: PreTrai
 
 @pytest.mark.parametrize("observe", [False, True], ids=["", "observing"])
 @pytest.mark.parametrize("place", [1, 2, 3, 5, 6, 9])
-def test_a_resume_anywhere_goes_on_as_if_nothing_had_happened(
+def test_a_resume_at_any_step_continues_as_if_never_interrupted(
     place: int, observe: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     settings: dict[str, Any] = {"observe": observe, "rescore": Rescore(every_steps=2, lag=2, fraction=0.4)}
@@ -126,7 +126,7 @@ def test_a_resume_anywhere_goes_on_as_if_nothing_had_happened(
         assert torch.equal(left, right)
 
 
-def test_weights_of_the_rest_keep_the_epochs_mean(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_weights_of_a_replanned_epoch_have_mean_one(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     policies = [WeightBySoftmax(RSR, temperature=2.0), Shuffle()]
     _, curriculum = run("SFTTrainer", tmp_path, tokenizer, policies=policies, save_strategy="no")
     for plan in curriculum.plans:
@@ -135,8 +135,8 @@ def test_weights_of_the_rest_keep_the_epochs_mean(tmp_path: Path, tokenizer: Pre
 
 
 @given(data=st.data())
-def test_the_rest_of_a_plan(data: st.DataObject) -> None:
-    """By definition: of each group, as many as the new plan has, less those handed out, in the new plan's order."""
+def test_each_group_has_what_the_new_plan_wants_less_what_was_handed_out(data: st.DataObject) -> None:
+    """The definition: per group, the samples of the new plan minus those handed out, in the new plan's order."""
     size = data.draw(st.integers(1, 12), label="samples")
     length = data.draw(st.integers(1, 15), label="length")
     groups = np.array(data.draw(st.lists(st.integers(0, 4), min_size=size, max_size=size), label="groups"))
@@ -162,12 +162,12 @@ def test_the_rest_of_a_plan(data: st.DataObject) -> None:
         assert sorted(result.indices.tolist()) == sorted(begun.indices.tolist())
 
 
-def test_what_was_handed_out_is_taken_off_before_others_of_its_group() -> None:
+def test_a_sample_that_was_handed_out_is_removed_before_others_of_its_group() -> None:
     begun, new = EpochPlan(indices=np.array([0, 2, 1])), EpochPlan(indices=np.array([0, 1, 2]))
     assert replace_rest(begun, new, 1, groups=np.array([0, 0, 1])).indices.tolist() == [0, 1, 2]
 
 
-def test_a_loader_that_has_read_too_far_is_found_out() -> None:
+def test_replanning_what_a_loader_has_read_is_refused() -> None:
     sampler = DistillSampler(6)
     sampler.set_plan(EpochPlan(indices=np.arange(6)))
     iterator = iter(sampler)
@@ -183,7 +183,7 @@ def test_a_lag_shorter_than_the_read_ahead_is_refused(tmp_path: Path, tokenizer:
         run("SFTTrainer", tmp_path, tokenizer, rescore=Rescore(every_steps=5), dataloader_num_workers=4)
 
 
-def test_the_reason_is_that_of_the_last_plan(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_explanations_use_the_last_plan_of_an_epoch(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     _, curriculum = run("SFTTrainer", tmp_path, tokenizer, save_strategy="no")
     for epoch in (0, 1):
         plan = curriculum.plans[2 * epoch + 1]

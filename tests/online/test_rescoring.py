@@ -1,4 +1,4 @@
-"""Budgets: who is scored again, and what becomes of the others."""
+"""Budgets: which samples are scored again, and how the scores of the others change."""
 
 import itertools
 import json
@@ -46,7 +46,7 @@ def scored_in(curriculum: Curriculum) -> list[int]:
         (Rescore(fraction=0.5, every_epochs=3), [18, 0, 0, 9]),
     ],
 )
-def test_a_budget_says_how_many_are_scored_in_each_epoch(
+def test_a_budget_sets_how_many_samples_each_epoch_scores(
     rescore: Rescore, expected: list[int], dataset: ScoredDataset, model: PreTrainedModel
 ) -> None:
     curriculum = bound(dataset, rescore)
@@ -55,7 +55,7 @@ def test_a_budget_says_how_many_are_scored_in_each_epoch(
     assert scored_in(curriculum) == expected
 
 
-def test_the_stalest_come_round_before_any_comes_twice(dataset: ScoredDataset, model: PreTrainedModel) -> None:
+def test_stalest_scores_every_sample_before_any_sample_twice(dataset: ScoredDataset, model: PreTrainedModel) -> None:
     curriculum = bound(dataset, Rescore(fraction=1 / 3))
     for epoch in range(4):
         curriculum.start_epoch(epoch, model, step=epoch)
@@ -65,7 +65,7 @@ def test_the_stalest_come_round_before_any_comes_twice(dataset: ScoredDataset, m
     assert curriculum.store.times_scored.tolist() == [2] * 18
 
 
-def test_the_uncertain_are_those_that_surprised() -> None:
+def test_uncertain_picks_samples_that_were_furthest_from_their_estimate() -> None:
     store = ScoreStore(6, ["score"], {})
     for step, moved in ((0, [0, 0, 0, 0, 0, 0]), (1, [0.1, 3, 0, -5, 0.2, 0])):
         store.begin(epoch=0, step=step)
@@ -95,7 +95,7 @@ def test_the_choice_does_not_depend_on_the_order_of_the_rows(seed: int, fraction
     assert found[0] == found[1]
 
 
-def test_what_is_not_scored_moves_with_those_that_are() -> None:
+def test_unmeasured_scores_move_with_the_measured_ones() -> None:
     rng = np.random.default_rng(0)
     store = ScoreStore(100, ["score"], {})
     old = rng.normal(3, 1, 100).astype(np.float32)
@@ -116,7 +116,7 @@ def test_what_is_not_scored_moves_with_those_that_are() -> None:
     np.testing.assert_array_equal(known["score"], store.latest["score"])
 
 
-def test_the_drift_comes_from_samples_that_were_scored_on_purpose_where_there_are_any() -> None:
+def test_observed_scores_set_the_drift_only_if_nothing_else_was_measured() -> None:
     store = ScoreStore(6, ["score"], {})
     for step, asked in ((0, range(6)), (1, []), (2, [2, 3])):
         if step:
@@ -132,7 +132,7 @@ def test_the_drift_comes_from_samples_that_were_scored_on_purpose_where_there_ar
     assert [some.observed for some in taken.measured] == [True, False]
 
 
-def test_an_estimate_keeps_who_is_better() -> None:
+def test_estimates_keep_their_order() -> None:
     """Scores that are turned upside down where they are measured leave the order of the others as it is."""
     store = ScoreStore(30, ["score"], {})
     store.begin(epoch=0, step=0)
@@ -144,7 +144,7 @@ def test_an_estimate_keeps_who_is_better() -> None:
     assert (np.diff(store.latest["score"][10:]) > 0).all()
 
 
-def test_scores_without_a_new_pass_are_those_of_the_last(dataset: ScoredDataset, model: PreTrainedModel) -> None:
+def test_without_a_new_pass_the_last_scores_stay(dataset: ScoredDataset, model: PreTrainedModel) -> None:
     curriculum = bound(dataset, Rescore.never(), policies=[BestOf(RSR, per="prompt_id")])
     first = curriculum.start_epoch(0, model)
     assert curriculum.start_epoch(1, tiny.model(seed=1), step=7) == first
@@ -153,7 +153,7 @@ def test_scores_without_a_new_pass_are_those_of_the_last(dataset: ScoredDataset,
     assert summary.logs()["curriculum/score_age_max"] == 7
 
 
-def test_a_share_of_the_time_is_kept() -> None:
+def test_affordable_tokens_keep_scoring_within_its_share() -> None:
     spent = Clock(run=100.0, scoring=2.0, tokens_per_second=1000.0)
     tokens = spent.affordable_tokens(0.05)
     seconds = tokens / 1000
@@ -161,7 +161,7 @@ def test_a_share_of_the_time_is_kept() -> None:
     assert Clock(run=100.0, scoring=20.0, tokens_per_second=10.0).affordable_tokens(0.05) == 0
 
 
-def test_a_share_of_the_time_is_obeyed(
+def test_max_share_limits_the_time_of_scoring(
     dataset: ScoredDataset, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = itertools.count(0, 0.1)  # each look at the clock takes a tenth of a second, so each pass does
@@ -177,7 +177,7 @@ def test_a_share_of_the_time_is_obeyed(
     assert 18 > max(scored_in(curriculum)[1:]) > 0
 
 
-def test_half_an_epoch_of_everything_survives_a_restart(dataset: ScoredDataset, model: PreTrainedModel) -> None:
+def test_a_restart_restores_everything_that_budgets_depend_on(dataset: ScoredDataset, model: PreTrainedModel) -> None:
     """Ages, estimates, changes and counts come back, so the next budgets choose as if nothing had happened."""
     rescore = Rescore(fraction=0.3, choose="uncertain")
     whole, first = bound(dataset, rescore), bound(dataset, rescore)
@@ -234,6 +234,6 @@ def test_the_history_is_a_learning_curve_of_each_sample(dataset: ScoredDataset) 
         ({"choose": "oldest"}, "choose one of 'stalest'"),
     ],
 )
-def test_a_budget_that_makes_no_sense_is_refused(arguments: dict[str, Any], message: str) -> None:
+def test_a_bad_budget_is_refused_by_its_argument(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Rescore(**arguments)

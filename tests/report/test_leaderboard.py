@@ -71,7 +71,7 @@ def test_a_group_score_is_a_ratio_of_sums_not_a_mean_of_ratios() -> None:
     assert ranked.lines[0].scores[RSR].value == pytest.approx(10 / 4)
 
 
-def test_teachers_far_apart_are_told_apart_and_close_ones_are_not() -> None:
+def test_distant_teachers_are_told_apart_and_close_ones_are_tied() -> None:
     far, close = simulated(0.5, 300), simulated(0.005, 300)
     assert not far.lines[1].tied
     assert "more than chance explains" in " ".join(far.verdict)
@@ -79,7 +79,7 @@ def test_teachers_far_apart_are_told_apart_and_close_ones_are_not() -> None:
     assert "but cannot be told apart from t" in " ".join(close.verdict)
 
 
-def test_the_prompts_that_are_said_to_be_needed_are_enough() -> None:
+def test_the_estimated_number_of_prompts_is_enough_to_tell_teachers_apart() -> None:
     """Differences near 0.03 with spread 0.42 need about (1.96 · 0.42 / 0.03)² = 770 prompts."""
     few = simulated(0.03, 100, seed=7)
     assert few.lines[1].tied
@@ -88,7 +88,7 @@ def test_the_prompts_that_are_said_to_be_needed_are_enough() -> None:
     assert needed >= 0.7
 
 
-def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+def test_intervals_have_about_their_nominal_coverage() -> None:
     held = []
     for seed in range(60):
         score = next(line for line in simulated(0.5, 80, seed=seed, draws=200).lines if line.teacher == "t0").scores[
@@ -98,19 +98,19 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     assert 0.85 <= np.mean(held) <= 1.0
 
 
-def test_a_large_common_hardness_does_not_blur_paired_teachers() -> None:
+def test_common_difficulty_of_prompts_does_not_hide_a_difference_between_teachers() -> None:
     """Prompts vary far more than teachers differ; the same draw for both cancels it."""
     assert not simulated(0.15, 150).lines[1].tied
 
 
-def test_the_first_is_explained_by_rank_or_by_surprisal() -> None:
+def test_the_verdict_explains_the_first_teacher_by_rank_or_surprisal() -> None:
     by_rank = board([2, 3] * 200, [1, 1] * 200, [0, 1] * 200, np.repeat(range(200), 2), draws=50)
     assert "the student ranks its tokens higher (mean rank 2.00" in by_rank.verdict[1]
     by_surprisal = board([2, 2] * 200, [1.2, 1] * 200, [0, 1] * 200, np.repeat(range(200), 2), draws=50)
     assert "its tokens surprise the student more (1.200 nats a token" in by_surprisal.verdict[1]
 
 
-def test_few_prompts_different_prompts_and_length_are_warned_of() -> None:
+def test_few_prompts_different_prompts_and_length_confounds_cause_warnings() -> None:
     rng = np.random.default_rng(0)
     rank = rng.uniform(1, 5, 90)
     ranked = board(
@@ -124,14 +124,14 @@ def test_few_prompts_different_prompts_and_length_are_warned_of() -> None:
     assert [line.prompts for line in shared_only.lines] == [30, 30]
 
 
-def test_samples_without_a_score_do_not_count_and_shares_chosen_add_up() -> None:
+def test_samples_without_a_score_are_left_out_and_shares_add_up_to_one() -> None:
     ranked = board([2, 3, np.nan, 2], [1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 1, 1], draws=20)
     assert {line.teacher: line.samples for line in ranked.lines} == {"t0": 1, "t1": 2}
     assert sum(line.chosen.value for line in ranked.lines) == pytest.approx(1)
     assert "1 responses have no rank surprisal ratio" in " ".join(ranked.warnings)
 
 
-def test_a_metric_that_some_samples_lack_does_not_keep_them_from_being_ranked_by_another() -> None:
+def test_samples_that_lack_one_metric_can_be_ranked_by_another() -> None:
     nan = np.nan
     ratio, local = RankSurprisalRatio(), LocalNaturalness()
     ranked = leaderboard(
@@ -152,13 +152,13 @@ def test_a_metric_that_some_samples_lack_does_not_keep_them_from_being_ranked_by
     assert ranked.lines[1].scores[RSR].value == 1  # of the one that has it
 
 
-def test_spearman_shares_ranks_among_ties() -> None:
+def test_spearman_gives_ties_their_mean_rank() -> None:
     assert spearman([1, 2, 2, 3], [1, 2, 2, 3]) == pytest.approx(1)
     assert spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
     assert np.isnan(spearman([1, 1], [1, 2]))
 
 
-def test_one_teacher_and_no_score_are_said() -> None:
+def test_a_single_teacher_is_reported_and_missing_scores_are_refused() -> None:
     assert "one teacher" in board([2, 3], [1, 1], [0, 0], [0, 1]).verdict[0]
     with pytest.raises(ValueError, match="No sample has a rank_surprisal_ratio"):
         board([np.nan], [1], [0], [0])

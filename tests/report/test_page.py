@@ -72,7 +72,7 @@ class Outline(HTMLParser):
         self.tags.append((tag, dict(attrs)))
 
 
-def test_hostile_text_adds_no_tag_no_script_and_no_address(hostile: Path, tmp_path: Path) -> None:
+def test_hostile_text_adds_no_tag_no_script_and_no_url(hostile: Path, tmp_path: Path) -> None:
     page = write_report(hostile, tmp_path / "report.html").read_text(encoding="utf-8")
     outline = Outline()
     outline.feed(page)
@@ -89,7 +89,7 @@ def test_hostile_text_adds_no_tag_no_script_and_no_address(hostile: Path, tmp_pa
     assert "unsafe-inline" not in policy.split("script-src")[1].split(";")[0]
 
 
-def test_text_shows_what_it_is() -> None:
+def test_hidden_characters_become_visible() -> None:
     assert visible("a\x00b\u202ec") == "a␀b⟦U+202E⟧c"
     assert visible("line\nand\ttab") == "line\nand\ttab"
     assert visible("x" * 10, 4) == "xxxx… (6 more characters)"
@@ -103,7 +103,7 @@ def test_long_traces_are_cut_and_say_so(hostile: Path) -> None:
     assert len(json.dumps(data)) < 2_000_000
 
 
-def test_large_data_is_drawn_from_and_the_page_stays_small(tmp_path: Path) -> None:
+def test_large_data_is_sampled_and_the_page_stays_small(tmp_path: Path) -> None:
     size = 3 * MAX_POINTS
     rng = np.random.default_rng(0)
     rank, surprisal = rng.uniform(1, 9, size), rng.uniform(0.1, 3, size)
@@ -234,7 +234,7 @@ addEventListener("load", () => {
 
 
 @pytest.mark.slow
-def test_nothing_of_the_data_runs_and_the_page_works(hostile: Path, tmp_path: Path) -> None:
+def test_no_code_from_the_data_runs_and_the_page_works(hostile: Path, tmp_path: Path) -> None:
     page = write_report(hostile, tmp_path / "report.html")
     document = opened(page, tmp_path / "profile")
     head = document[: document.index("<head")]

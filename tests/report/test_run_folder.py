@@ -80,7 +80,9 @@ def test_the_report_shows_each_epochs_plan_and_how_the_scores_moved(run: tuple[P
         assert ended.code == 0, ended.said
 
 
-def test_a_resumed_runs_folder_is_the_uninterrupted_ones(run: tuple[Path, Curriculum], tmp_path: Path) -> None:
+def test_a_resumed_run_leaves_the_same_folder_as_an_uninterrupted_one(
+    run: tuple[Path, Curriculum], tmp_path: Path
+) -> None:
     train(tmp_path, stop=3)
     train(tmp_path, resume=True)
     for name in ("scores.parquet", "plans.parquet"):

@@ -110,7 +110,7 @@ def test_a_damaged_checkpoint_is_recognised_and_the_one_before_is_whole(name: st
     assert reason in passed_over[0]
 
 
-def test_a_resume_passes_over_broken_checkpoints_and_says_so(
+def test_a_resume_skips_broken_checkpoints_with_a_warning(
     output: Path,
     whole_run: tuple[Path, list[int]],
     tokenizer: PreTrainedTokenizerBase,
@@ -124,7 +124,7 @@ def test_a_resume_passes_over_broken_checkpoints_and_says_so(
     assert "Resuming from checkpoint-4" in caplog.text
 
 
-def test_a_broken_checkpoint_that_was_named_is_refused_and_another_is_offered(
+def test_naming_a_broken_checkpoint_is_refused_and_a_whole_one_is_offered(
     output: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     DAMAGE["state cut off"][0](output / "checkpoint-5")
@@ -140,7 +140,7 @@ def test_a_broken_checkpoint_that_was_named_is_refused_and_another_is_offered(
         resumed(output, tokenizer)
 
 
-def test_a_run_that_began_anew_does_not_go_on_from_the_old_ones_checkpoints(
+def test_a_new_run_does_not_resume_from_an_old_runs_checkpoints(
     output: Path, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = plain_trainer(output, tokenizer, **SAVING)
@@ -209,7 +209,7 @@ def test_two_runs_cannot_write_to_one_folder_until_one_is_dead(
         ({"dataloader_drop_last": True, "per_device_train_batch_size": 2}, None),
     ],
 )  # fmt: skip
-def test_the_place_in_the_plan_does_not_move(
+def test_a_resume_with_another_number_of_samples_per_step_is_refused(
     changes: dict[str, Any], sentence: str | None, output: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     if sentence is None:
@@ -239,7 +239,7 @@ def test_an_epoch_that_was_ended_early_is_not_resumed_at_the_wrong_place(
         resumed(output, tokenizer, str(output / "checkpoint-4"))
 
 
-def test_another_configuration_is_an_error_that_names_the_option(
+def test_another_configuration_is_refused_and_the_option_is_named(
     output: Path, whole_run: tuple[Path, list[int]], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     other = {"policies": [BestOf(RSR, per="prompt_id"), Shuffle()], "seed": 7}
@@ -261,7 +261,7 @@ def test_another_configuration_is_an_error_that_names_the_option(
     ],
     ids=lambda settings: ",".join(settings),
 )
-def test_the_trainers_settings_for_checkpoints_keep_the_order(
+def test_checkpoint_settings_of_the_trainer_do_not_change_the_order(
     settings: dict[str, Any],
     tmp_path: Path,
     tokenizer: PreTrainedTokenizerBase,
@@ -329,7 +329,7 @@ def test_verify_agrees_after_a_resume(output: Path, tokenizer: PreTrainedTokeniz
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
-def test_verify_finds_what_was_trained_otherwise(output: Path) -> None:
+def test_verify_finds_samples_that_were_not_trained_as_planned(output: Path) -> None:
     log = output / "distill_sampler" / "samples-0.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
     fifth = json.loads(lines[4])

@@ -25,7 +25,7 @@ STORM = Path(__file__).parents[2] / "recipes" / "benchmarks" / "kill_storm.py"
     [(12, ["--seed", "1"]), (6, ["--processes", "2", "--seed", "2"]), (6, ["--elastic", "--seed", "3"])],
     ids=["one process", "two processes", "one or two by turns"],
 )
-def test_a_run_that_is_killed_again_and_again_trains_what_it_would_have(
+def test_a_run_that_is_killed_many_times_trains_the_same_as_without_kills(
     kills: int, options: list[str], tmp_path: Path
 ) -> None:
     command = [sys.executable, str(STORM), "--kills", str(kills), "--folder", str(tmp_path), *options]
@@ -63,7 +63,7 @@ def run(output: Path, tokenizer: PreTrainedTokenizerBase, resume: Any = None) ->
     return trained(trainer)
 
 
-def test_a_full_disk_ends_the_run_and_the_last_whole_checkpoint_goes_on(
+def test_a_full_disk_ends_the_run_and_the_last_whole_checkpoint_resumes(
     small_disk: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     whole = run(tmp_path / "whole", tokenizer)

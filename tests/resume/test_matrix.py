@@ -54,7 +54,9 @@ def matrix(kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, places
             assert torch.equal(left, right)
 
 
-def test_a_resume_trains_what_is_left_and_the_epochs_after(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_resume_trains_the_rest_of_the_epoch_and_the_epochs_after(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     matrix("Trainer", tmp_path, tokenizer, [PLACES["middle of epoch 0"], PLACES["end of epoch 0"]])
 
 
@@ -75,7 +77,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TRAINERS)
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=list(SETTINGS))
-def test_the_whole_matrix(
+def test_a_resume_from_any_place_under_any_setting_trains_the_same(
     settings: dict[str, Any], kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     matrix(kind, tmp_path, tokenizer, PLACES.values(), **settings)

@@ -90,7 +90,7 @@ def test_a_damaged_state_is_refused_wherever_it_is_damaged(dataset: ScoredDatase
             bound(dataset).load_state_dict({**state, **damage})
 
 
-def test_the_history_of_passes_goes_on_after_a_resume(dataset: ScoredDataset, model: PreTrainedModel) -> None:
+def test_the_history_of_passes_continues_after_a_resume(dataset: ScoredDataset, model: PreTrainedModel) -> None:
     curriculum = bound(dataset)
     curriculum.start_epoch(0, model, step=0)
     curriculum.start_epoch(1, model, step=3)
@@ -162,7 +162,7 @@ def test_an_accepted_change_takes_effect_from_the_next_epoch(
     assert changed.start_epoch(1, model, step=3) == bound(dataset, **change).start_epoch(1, model, step=3)
 
 
-def test_other_data_are_accepted_between_epochs_only(
+def test_another_data_set_is_accepted_only_between_epochs(
     dataset: ScoredDataset, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     curriculum = bound(dataset)
@@ -213,7 +213,7 @@ def interrupted(dataset: ScoredDataset, folder: Path, limit: int = 18, **changes
         bound(dataset, folder, **changes).start_epoch(0, model)
 
 
-def test_an_interrupted_pass_does_only_the_rest_and_ends_with_the_same_scores(
+def test_an_interrupted_pass_scores_only_the_rest_with_the_same_result(
     dataset: ScoredDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "run"
@@ -243,7 +243,7 @@ def test_an_interrupted_pass_does_only_the_rest_and_ends_with_the_same_scores(
         {"metrics": [RankSurprisalRatio(rank_clip=7)]},
     ],
 )
-def test_parts_of_another_pass_is_not_taken_up(
+def test_parts_of_another_pass_are_not_used(
     change: dict[str, Any], dataset: ScoredDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     interrupted(dataset, tmp_path)
@@ -348,7 +348,7 @@ def test_damaged_parts_are_scored_again_and_give_the_same_scores(
     assert "is damaged. This part and all that follow it are computed again" in caplog.text
 
 
-def test_where_nothing_can_be_written_scoring_goes_on_and_says_so(
+def test_scoring_continues_with_a_warning_if_parts_cannot_be_written(
     dataset: ScoredDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = bound(dataset).start_epoch(0, tiny.model())
