@@ -232,7 +232,7 @@ def test_every_architecture_of_transformers_scores_as_its_own_logits() -> None:
             continue
         built.append(model_type)
         try:
-            assert_own_logits(model, VIEWS, batch_tokens=1, share_prompts=False)
+            assert_own_logits(model, VIEWS[::4], batch_tokens=1, share_prompts=False)
             assert_own_logits(model, VIEWS, batch_tokens=300, share_prompts=False)
             if assert_own_logits(model, VIEWS, batch_tokens=300)._sharing:
                 shared.append(model_type)
@@ -343,7 +343,7 @@ def test_more_logits_than_tokens_are_refused(model: PreTrainedModel) -> None:
             return output
 
     model.__class__ = Longer
-    with pytest.raises(ValueError, match=r"shape \(1, 3, .*for two tokens"), reading(model):
+    with pytest.raises(ValueError, match=r"shape \(3, 5, .*for \(3, 4\) tokens"), reading(model):
         pass
 
 

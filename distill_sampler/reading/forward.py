@@ -5,7 +5,7 @@ Three things make a forward for scoring cheap and safe:
 1. *Only scored positions reach the output head.* For the length of a forward the head's `forward` is one that reduces
    the hidden states to statistics (`token_stats`) and returns an empty row of logits. The model is called through its
    root, as the trainer calls it, so wrappers and adapters work as they do in training. That this gives the model's own
-   logits is made sure of at the start of each pass (`Forward._agrees`).
+   logits is made sure of at the start of each pass (`Forward._probe`).
 2. *A prompt that several sequences begin with is read once* (`Forward.prefix`); the sequences go on from its keys and
    values. Whether that is exact for this model is found out by trying (`sharing.py`).
 3. *The student is left as it was* (`reading`): mode of every module, random state, gradients, the head itself.
@@ -185,20 +185,19 @@ class Forward:
         if self.transform is None:  # the model's own logits; the head is the original
             return stats(self._model(input_ids=tokens, **inputs).logits, _own_logits)
         result: list[dict[str, Tensor]] = []
-        original = self._head.forward
+        original, transform = self._head.forward, self.transform
 
         def reduce(hidden: Tensor) -> Tensor:
             with torch.autocast(hidden.device.type, enabled=False):
-                result.append(stats(hidden, self._project(original, self.transform)))
+                result.append(stats(hidden, self._project(original, transform)))
             return hidden.new_zeros(*hidden.shape[:-1], 1)
 
         with forward_of(self._head, reduce):
             self._model(input_ids=tokens, **inputs)
         return result[0]
 
-    def _project(self, original: Callable[[Tensor], Tensor], transform: LogitTransform | None) -> Project:
+    def _project(self, original: Callable[[Tensor], Tensor], transform: LogitTransform) -> Project:
         """The head, to be called inside a forward: only there a sharded weight is whole."""
-        assert transform is not None
         if not self._is_plain:
             return module(original, transform)
         weight: Tensor = self._head.weight  # type: ignore[assignment]
@@ -206,77 +205,60 @@ class Forward:
         return linear(weight, bias, transform, operands=self.operands, kept=self._kept, room=self._room)
 
     def _probe(self, name: str) -> LogitTransform | None:
-        """Find out what the model does to its logits after the head, by showing it logits of our own.
+        """Find out what the model does to its logits after the head. One forward of three rows of four tokens.
 
-        Nothing is read from names in a configuration: the answer is fitted to what comes out, and checked against the
-        model's own logits. None if it is nothing that `LogitTransform` describes; then those are used.
+        In the last row the head gives logits of ours; what comes out tells the transform. Nothing is read from names in
+        a configuration. In the other rows it gives the model's, which must be what the head's product and the transform
+        make in every column: a model may change single columns.
+
+        These two rows differ in their last token only, of which a causal model knows nothing before. Encoders such as
+        BERT load as "causal" without a word; their numbers would mean nothing.
+
+        Returns:
+            The transform; None if it is nothing that `LogitTransform` describes. Then the model's own logits are used.
 
         Raises:
-            ValueError: the model is not causal, or gives other than one row of logits for each token.
+            ValueError: what the model says about a token depends on tokens after it, or it gives other than one row of
+                logits for each token.
         """
         shown = torch.tensor([-1e6, -60.0, -5.0, -1e-3, 0.0, 1e-3, 0.5, 20.0, 1e6], device=self.device)
-        shapes: list[torch.Size] = []
+        columns = unwrap(self._model).config.get_text_config().vocab_size
+        tokens = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9], [0, 0, 0, 0]], device=self.device) % columns
+        whole = self._weight_is_whole()
+        seen: list[tuple[torch.Size, Tensor]] = []
+        original: Callable[[Tensor], Tensor] = self._head.forward
 
-        def show(hidden: Tensor) -> Tensor:
+        def look(hidden: Tensor) -> Tensor:
+            logits = original(hidden)
             self.operands = autocast_dtype(hidden.device)
             self.dtype = self.operands or hidden.dtype
             if self._is_plain:
                 weight: Tensor = self._head.weight  # type: ignore[assignment]
                 factors = (self.operands or hidden.dtype, self.operands or weight.dtype)
                 self._factors = " × ".join(str(dtype).removeprefix("torch.") for dtype in factors)
-            shapes.append(hidden.shape)
-            return shown.expand(*hidden.shape[:-1], -1)
-
-        with forward_of(self._head, show):
-            # two tokens, because a model may drop or treat the last position specially
-            tokens = torch.zeros(1, 2, dtype=torch.long, device=self.device)
-            seen = self._model(input_ids=tokens, use_cache=False).logits
-        self.lead = seen.shape[-2] - tokens.shape[1]
-        if seen.shape[:-2] != (1,) or self.lead not in (0, self.virtual):
-            raise ValueError(
-                f"{name} gives logits of shape {tuple(seen.shape)} for two tokens, so it is not known which of them "
-                "belong to which token. Score with the model without its adapter, or merge the adapter into it."
-            )
-        weight: Any = self._head.weight if self._is_plain else None
-        # a weight that is sharded outside of a forward is so to save memory: a whole copy would undo that
-        if isinstance(weight, Tensor) and type(weight.data) is Tensor and weight.ndim == 2 and len(weight):
-            self._kept = operand_copy(weight, self.operands)
-        fitted: LogitTransform | None = None
-        if [shape[:-1] for shape in shapes] == [seen.shape[:-1]] and seen.shape[-1:] == shown.shape:
-            fitted = _fitted(shown, seen[0, self.lead].float())
-        if self._agrees(fitted, name) and fitted is not None:
-            return fitted
-        logger.warning(
-            "%s changes its logits in a way that is not a scale or a soft cap; scoring goes through its full logits "
-            "and needs more memory.",
-            name,
-        )
-        return None
-
-    def _agrees(self, transform: LogitTransform | None, name: str) -> bool:
-        """Whether the head and `transform` give the model's own logits, in all columns. One forward of eight tokens.
-
-        A model may change single columns, which what `_probe` shows it does not reveal. The two rows differ in their
-        last token only, of which a causal model knows nothing before. Encoders such as BERT load as "causal" without a
-        word; their numbers would mean nothing.
-
-        Raises:
-            ValueError: what the model says about a token depends on tokens after it.
-        """
-        columns = unwrap(self._model).config.get_text_config().vocab_size
-        tokens = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]], device=self.device) % columns
-        ours: list[Tensor] = []
-        original: Callable[[Tensor], Tensor] = self._head.forward
-
-        def look(hidden: Tensor) -> Tensor:
-            if transform is not None:
-                with torch.autocast(hidden.device.type, enabled=False):
-                    states = hidden[:, self.lead :].flatten(0, 1)
-                    ours.append(self._project(original, transform)(states).clone())
-            return original(hidden)
+                if whole:
+                    self._kept = operand_copy(weight, self.operands)
+            if hidden.ndim != 3 or len(hidden) != len(tokens) or logits.shape[-1] < len(shown):
+                return logits
+            with torch.autocast(hidden.device.type, enabled=False):
+                project = self._project(original, LogitTransform())
+                ours = project(hidden[:2, -tokens.shape[1] :].flatten(0, 1)).clone()
+            seen.append((hidden.shape[:-1], ours))
+            logits = logits.to(torch.float32, copy=True)
+            logits[2, :, : len(shown)] = shown
+            return logits
 
         with forward_of(self._head, look):
-            own = self._model(input_ids=tokens, use_cache=False).logits[:, self.lead :].float()
+            own = self._model(input_ids=tokens, use_cache=False).logits
+        self.lead = own.shape[-2] - tokens.shape[1]
+        if own.shape[:-2] != tokens.shape[:1] or self.lead not in (0, self.virtual):
+            raise ValueError(
+                f"{name} gives logits of shape {tuple(own.shape)} for {tuple(tokens.shape)} tokens, so it is not known "
+                "which of them belong to which token. Score with the model without its adapter, or merge it."
+            )
+        if not seen:
+            self.dtype = own.dtype
+        shape, own = own.shape[:-1], own[:, self.lead :].float()
         limit = _EXACT if self.exact else _EXACT_LOW_PRECISION
         before = _same(own[0, :-1], own[1, :-1], limit)
         # rounding may send a token of one row to another expert, but not all of them
@@ -285,7 +267,22 @@ class Forward:
                 f"{name} is not a causal language model: what it says about a token depends on the tokens after it. "
                 "Give a decoder such as Llama, Qwen or SmolLM."
             )
-        return len(ours) == 1 and bool(_same(ours[0], own.flatten(0, 1), limit).all())
+        if [states for states, _ in seen] == [shape] and seen[0][1].shape[-1] == own.shape[-1]:
+            fitted = _fitted(shown, own[2, 0, : len(shown)])
+            if fitted is not None and _same(fitted.apply_(seen[0][1]), own[:2].flatten(0, 1), limit).all():
+                return fitted
+        logger.warning(
+            "%s changes its logits in a way that is not a scale or a soft cap; scoring goes through its full logits "
+            "and needs more memory.",
+            name,
+        )
+        return None
+
+    def _weight_is_whole(self) -> bool:
+        """Whether the head's weight is here outside of a forward too. One that is sharded is so to save memory: keeping
+        a whole copy would undo that."""
+        weight = self._head.weight if self._is_plain else None
+        return isinstance(weight, Tensor) and type(weight.data) is Tensor and weight.ndim == 2 and len(weight) > 0
 
 
 def _same(left: Tensor, right: Tensor, limit: float) -> Tensor:

@@ -123,7 +123,7 @@ class ModelReader(Reader):
     def numerics(self) -> dict[str, str]:
         """What, besides the weights, decides the numbers beyond rounding in the last bits.
 
-        Found with two small forward passes: with several processes all must ask.
+        Found with one small forward pass: with several processes all must ask.
 
         Returns:
             `dtype` (what the model computes in, autocast included), `head` (how the product with the output head is
