@@ -383,7 +383,7 @@ def test_text_without_markers_is_refused_on_the_command_line_or_scored_whole(
     np.testing.assert_allclose(table[RSR].to_numpy(), scores(curriculum, model), rtol=1e-5)
     # and without the option, those scores are another matter
     ended = call("score", path, "--model", student_path, "--output", output)
-    assert (ended.code, "whole text" in ended.said) == (1, True), ended.said
+    assert (ended.code, "was made with whole_text = True" in ended.said) == (1, True), ended.said
 
 
 def test_what_is_chosen_of_text_is_written_as_text(

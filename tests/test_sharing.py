@@ -262,7 +262,7 @@ class Others:
     def __init__(self, *said: int) -> None:
         self.said = list(said)
 
-    def most(self, number: int) -> int:
+    def max_over_ranks(self, number: int) -> int:
         return max(number, self.said.pop(0))
 
 

@@ -19,12 +19,12 @@ from distill_sampler.types import EpochPlan, IntArray
 class BestTeacher(Policy):
     """Keep all samples of the teacher with the best *group* score, in the plan's order.
 
-        A teacher's group score is the metric's `aggregate` (for RSR a ratio of sums) over at most `num_samples` of its
-        samples. Only these are scored. The draw depends on the samples' content alone, so it is the same in every epoch;
-        with `per`, all teachers are compared on the same prompts, those that most teachers answered first. With RSR and 200
-        samples this is the teacher selection of arXiv:2601.14249: average accuracy 48.3, against 48.7 for the oracle. The
-        winner's samples are kept with or without a score. Trade-off: the plan has one teacher's style and blind spots;
-        `BestOf` mixes teachers prompt by prompt.
+    A teacher's group score is the metric's `aggregate` (for RSR a ratio of sums) over at most `num_samples` of its
+    samples. Only these are scored. The draw depends on the samples' content alone, so it is the same in every epoch;
+    with `per`, all teachers are compared on the same prompts, those that most teachers answered first. With RSR and 200
+    samples this is the teacher selection of arXiv:2601.14249: average accuracy 48.3, against 48.7 for the oracle. The
+    winner's samples are kept with or without a score. Trade-off: the plan has one teacher's style and blind spots;
+    `BestOf` mixes teachers prompt by prompt.
     """
 
     metric: str

@@ -266,7 +266,7 @@ def test_a_metric_with_another_reader_cannot_be_observed(dataset: ScoredDataset)
 @pytest.mark.parametrize(
     ("metrics", "message"),
     [
-        ([RankSurprisalRatio], r"the class RankSurprisalRatio; write RankSurprisalRatio\(\)"),
+        ([RankSurprisalRatio], r"the class RankSurprisalRatio\. Write RankSurprisalRatio\(\)"),
         (["rank_surprisal_ratio"], r"the text 'rank_surprisal_ratio'"),
         (RankSurprisalRatio(), r"metrics= takes a list"),
         ([len], r"metrics= was given len\(\).*Subclass distill_sampler\.Metric"),
@@ -281,7 +281,7 @@ def test_what_is_no_metric_is_refused_with_the_cure(metrics: Any, message: str) 
 @pytest.mark.parametrize(
     ("policies", "message"),
     [
-        ([Shuffle], r"the class Shuffle; write Shuffle\(\)"),
+        ([Shuffle], r"the class Shuffle\. Write Shuffle\(\)"),
         (Shuffle(), r"policies= takes a list"),
         (["Shuffle"], r"the text 'Shuffle'"),
         ([lambda plan, pool, rng: plan], r"Subclass distill_sampler\.Policy"),

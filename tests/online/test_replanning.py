@@ -258,5 +258,5 @@ def test_a_replanned_epoch_trains_no_prompt_twice_whatever_the_policy_calls_its_
 def test_policies_that_disagree_about_groups_are_refused_where_the_rest_is_planned_anew() -> None:
     other = [f"half {n % 2}" for n in range(18)]
     policies: list[Policy] = [BestOf(RSR, per="prompt_id", k=2), BestOf(RSR, per="half", k=6)]
-    with pytest.raises(ValueError, match=r"equal 'prompt_id', BestOf within groups of equal 'half'.*every_steps"):
+    with pytest.raises(ValueError, match=r"equal 'prompt_id', but BestOf within groups of equal 'half'.*every_steps"):
         replanned(policies, half=other)

@@ -134,7 +134,7 @@ def test_the_record_of_another_run_is_moved_aside(
     first.start_epoch(0, model)
     second = bound(dataset)
     second.keep(tmp_path, run="two")
-    assert "held the record of another run; it was moved to record-one" in caplog.text
+    assert "held the record of another run. It was moved to record-one" in caplog.text
     second.start_epoch(0, tiny.model(seed=3))
     assert len(second.plans) == 1
     assert first.plans != second.plans  # each still reads its own
