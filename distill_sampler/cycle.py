@@ -157,7 +157,7 @@ class Cycle:
             return self.sampler.plan
         ranks.require_equal(self.dataset.fingerprint, "data set")
         if self.sampler.plan is not None:
-            self._trained_before = self.times_trained(assumed_progress=self.planner.num_samples)
+            self._trained_before = self.times_trained(assumed_progress=len(self.sampler))
             self.sampler.plan = None
         summary = self.score(model, epoch=epoch, step=step, indices=self.pass_runner.due(ranks, epoch=epoch))
         planned, notes = self.planner.plan(self._pool(epoch, step), tolerate=_any_without_score(summary))
@@ -219,6 +219,8 @@ class Cycle:
             )
         if not self.summaries and self.dataset.cut.any():
             all_notes.append(cut_sentence(self.dataset.cut, self.teachers))
+        if not self.summaries and (note := self.sampler.whole_steps_note()):
+            all_notes.append(note)
         self.summaries.append(
             summarise(
                 epoch=planned.epoch,
@@ -246,7 +248,8 @@ class Cycle:
 
     def progress(self, places: int) -> None:
         """See `Curriculum.progress`."""
-        self._progress = min(places, self.planner.num_samples)
+        # of what completes the last step, at most a step less one sample
+        self._progress = min(places, self.planner.num_samples + self.sampler.per_step - 1)
 
     def times_trained(self, *, assumed_progress: int = 0) -> IntArray:
         """`[samples]` how often each sample was trained on.
@@ -257,7 +260,8 @@ class Cycle:
         if self.sampler.plan is None:
             return self._trained_before
         progress = assumed_progress if self._progress is None else self._progress
-        now = np.bincount(self.sampler.plan.indices[:progress], minlength=len(self.dataset))
+        indices = self.sampler.plan.indices
+        now = np.bincount(indices[np.arange(progress) % len(indices)], minlength=len(self.dataset))
         return self._trained_before + now
 
     def explained(self, planned: PlannedEpoch) -> ExplainedPlan:

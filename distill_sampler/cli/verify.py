@@ -32,9 +32,13 @@ def run(checkpoints: Sequence[Path], log: Path | None) -> bool:
         saved, progress = entry["curriculum"], entry["progress"]
         plan = EpochPlan(**{name: unpack(packed) for name, packed in saved["plan"].items()})
         epoch = saved["epoch"]
-        trained = min(progress["into_epoch"] * entry["samples_per_step"], len(plan))
+        trained, of_epoch = progress["places"], entry["places_per_epoch"]
         differing = compare(lines, plan, epoch=epoch, trained=trained)
-        where = f"{checkpoint}: epoch {epoch}, plan {plan.fingerprint}, {trained} of {len(plan)} samples trained"
+        where = f"{checkpoint}: epoch {epoch}, plan {plan.fingerprint}, {trained} of {of_epoch} samples trained"
+        if of_epoch > len(plan):
+            where += f" ({of_epoch - len(plan)} of them complete the last step from the plan's start)"
+        if of_epoch < len(plan):
+            where += f" (drop_last=True leaves out the last {len(plan) - of_epoch} of the plan)"
         if differing:
             agree = False
             typer.secho(f"{where}: the log DISAGREES in {len(differing)} places", fg="red")

@@ -132,7 +132,10 @@ class CurriculumLoop:
             yield epoch
 
     def batches(self, model: nn.Module, loader: Any) -> Iterator[Any]:
-        """Score and plan the epoch, then give its batches.
+        """Score and plan the epoch, then give its batches: a whole number of optimizer steps.
+
+        What the plan lacks for that is taken from its start, and with `drop_last=True` what is too much is left out, so
+        that one process and several train on the same samples in each step.
 
         Train on each batch before you take the next one: a whole forward and backward pass, and the optimizer step if
         it is time for one.
@@ -149,6 +152,8 @@ class CurriculumLoop:
         if not self._run:
             self._begin(new_run())
         planned = len(self.curriculum.summaries)
+        cut = bool(getattr(loader.batch_sampler, "drop_last", False))
+        self.sampler.in_whole_steps(loader.total_batch_size * self.accelerator.gradient_accumulation_steps, cut=cut)
         self.curriculum.start_epoch(self._epoch, model, step=self.step, num_epochs=self._num_epochs)
         self._report(planned)
         dataset, world_size = self.curriculum.dataset, self.accelerator.num_processes

@@ -64,7 +64,7 @@ def batch_of(
         ValueError: the batch has no token ids, or holds other tokens than the planned samples'.
     """
     starts, lengths = layout(inputs)
-    # where the batches do not come out even, accelerate fills the last ones from the epoch's start
+    # the last step of an epoch is completed from the plan's start
     places = (place + np.arange(len(starts))) % len(plan)
     samples = plan.indices[places]
     for row, (tokens, sample) in enumerate(zip(rows_of(inputs), dataset.samples(samples), strict=True)):

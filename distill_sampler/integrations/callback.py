@@ -79,7 +79,7 @@ class CurriculumCallback(TrainerCallback):
             self.curriculum.load_state_dict(
                 entry["curriculum"], accept_changes=self._accept_changes, epoch_over=into_epoch == 0
             )
-            self.curriculum.progress(entry["progress"]["into_epoch"] * samples_per_step(args))
+            self.curriculum.progress(entry["progress"]["places"])
         for tap in self.taps:
             self._open.enter_context(tap.open(_as_called(self.trainer), step=state.global_step))
 
@@ -97,6 +97,7 @@ class CurriculumCallback(TrainerCallback):
             "run": self.run,
             "world_size": args.world_size,
             "samples_per_step": samples_per_step(args),
+            "places_per_epoch": len(self.curriculum.sampler),
             "files": _files_of_a_checkpoint(self.trainer),
         }
         self.note_state(state)
@@ -171,11 +172,13 @@ class CurriculumCallback(TrainerCallback):
     def _note_progress(self, state: TrainerState) -> None:
         """Where in the plan the trainer is: what a resume checks the trainer's own count against."""
         into_epoch = state.global_step - self._steps_before
-        self.curriculum.progress(into_epoch * samples_per_step(self.trainer.args))
+        places = into_epoch * samples_per_step(self.trainer.args)
+        self.curriculum.progress(places)
         _entries(state)[STATE_ENTRY]["progress"] = {
             "step": state.global_step,
             "epoch": self._epoch,
             "into_epoch": into_epoch,
+            "places": places,
         }
 
     def _discard_stale(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:

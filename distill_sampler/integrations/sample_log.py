@@ -83,21 +83,22 @@ def compare(log: list[dict[str, Any]], plan: EpochPlan, *, epoch: int, trained: 
         plan: the epoch's.
         epoch: which.
         trained: places of the plan that were trained on when the checkpoint was written; the log must have them all.
+            Places behind the plan's end are its start once more, where that completes the last step.
     """
     found = []
-    seen = np.zeros(len(plan), bool)
+    seen = np.zeros(trained, bool)
     for line in log:
         if line["epoch"] != epoch:
             continue
-        places = (line["start"] + np.arange(len(line["samples"]))) % len(plan)
-        planned = plan.indices[places]
-        seen[places] = True
+        places = line["start"] + np.arange(len(line["samples"]))
+        planned = plan.indices[places % len(plan)]
+        seen[places[places < trained]] = True
         if planned.tolist() != line["samples"]:
             found.append(
                 f"step {line['step']}, place {line['start']} of the plan: planned {planned.tolist()}, trained "
                 f"{line['samples']}"
             )
-    missing = np.flatnonzero(~seen[:trained])
+    missing = np.flatnonzero(~seen)
     if len(missing):
         found.append(
             f"{len(missing)} of {trained} samples trained are not in the log; the first is at place {missing[0]}"

@@ -21,7 +21,12 @@ from distill_sampler.integrations.callback import CurriculumCallback
 from distill_sampler.integrations.checkpoints import FOLDER
 from distill_sampler.integrations.loss_weights import LossWeights
 from distill_sampler.integrations.observed_scores import ObservedScores
-from distill_sampler.integrations.refusals import refuse_for, refuse_second_host, refuse_settings
+from distill_sampler.integrations.refusals import (
+    refuse_for,
+    refuse_second_host,
+    refuse_settings,
+    samples_per_step,
+)
 from distill_sampler.integrations.responses import with_response_labels
 from distill_sampler.integrations.sample_log import SampleLog
 from distill_sampler.integrations.seams import (
@@ -66,6 +71,11 @@ def attach(
     `SFTTrainer` applies no chat template to a prompt and completion that are text, and what it trains on is scored;
     `distill-sampler score` wraps them as a conversation unless `--plain` is given.
 
+    Each epoch is a whole number of optimizer steps, so that every number of processes trains on the same samples in
+    each step, if a step has equally many of them (`per_device_train_batch_size` × `gradient_accumulation_steps` ×
+    processes). What a plan lacks is taken from its start; with `dataloader_drop_last=True`, its end is cut off instead.
+    The first table says how many samples that concerns.
+
     Every scoring pass and every plan is kept in the output folder as it happens (`distill_sampler/record/`), and when
     training ends they are there as tables (`scores.parquet`, `plans.parquet`). `distill-sampler report OUTPUT` draws
     them at any time.
@@ -108,16 +118,7 @@ def attach(
         )
     curriculum.use_tokenizer(trainer.processing_class)
     sampler = curriculum.bind(dataset, applies_weights=True, observes=True)
-    per_step = args.train_batch_size * args.world_size
-    if args.world_size > 1 and curriculum.num_samples % per_step:
-        logger.warning(
-            "%d samples are no multiple of the %d that %d processes take at a time: accelerate completes the last "
-            "batch with the first samples of the epoch. Curriculum(num_samples=%d) has that in the plan.",
-            curriculum.num_samples,
-            per_step,
-            args.world_size,
-            -(-curriculum.num_samples // per_step) * per_step,
-        )
+    sampler.in_whole_steps(samples_per_step(args), cut=args.dataloader_drop_last)
     refuse_for(curriculum, args)
     taps: list[Tap] = []
     if sample_log:

@@ -17,15 +17,51 @@ class DistillSampler(Sampler[int]):
     rely on `set_epoch`, which does not reach every sampler on a resume. Its length never changes, because trainers
     count their steps once, before the first epoch.
 
+    A plan that is not a whole number of optimizer steps is completed from its start, once the host says what a step
+    takes (`in_whole_steps`). Otherwise the host would do it, in one way for one process and in another for several.
+
     Args:
-        num_samples: length of every epoch.
+        num_samples: length of every plan.
     """
 
     def __init__(self, num_samples: int) -> None:
         self.num_samples = num_samples
+        self.per_step = 1
+        """Samples that all processes together train on in one optimizer step; 1: the host has not said."""
+        self._cut = False
         self.plan: EpochPlan | None = None
         self.handed_out = 0
         """How many samples of the plan a data loader has taken, including those it read ahead."""
+
+    def in_whole_steps(self, per_step: int, *, cut: bool = False) -> None:
+        """Make every epoch a whole number of optimizer steps: `[a, b, c, d, e] -> [a, b, c, d, e, a]` for steps of 2.
+
+        Args:
+            per_step: samples that all processes together train on in one optimizer step.
+            cut: leave out what is too much for whole steps (`[a, b, c, d]`) instead of completing the last one.
+
+        Raises:
+            ValueError: nothing would be left.
+        """
+        if cut and self.num_samples < per_step:
+            raise ValueError(
+                f"An epoch of {self.num_samples} samples has no whole optimizer step of {per_step}, and drop_last=True "
+                "leaves out the rest. Leave drop_last (dataloader_drop_last) at False, or make the batches smaller."
+            )
+        self.per_step = per_step
+        self._cut = cut
+
+    def whole_steps_note(self) -> str:
+        """A sentence on what `in_whole_steps` changes; empty if nothing."""
+        extra = len(self) - self.num_samples
+        if extra < 0:
+            return f"drop_last=True leaves out the last {-extra} of {self.num_samples} samples of each epoch's plan."
+        if extra > 0:
+            return (
+                f"the plan of {self.num_samples} samples is completed by {extra} from its start, to whole optimizer "
+                f"steps of {self.per_step}."
+            )
+        return ""
 
     def set_plan(self, plan: EpochPlan) -> None:
         """Set the plan that the next iteration yields. A running iteration does not change."""
@@ -53,7 +89,12 @@ class DistillSampler(Sampler[int]):
         self._order[start:] = plan.indices[start:]
 
     def __len__(self) -> int:
-        return self.num_samples
+        return self._whole(self.num_samples)
+
+    def _whole(self, samples: int) -> int:
+        """So many samples in whole steps."""
+        steps = samples // self.per_step if self._cut else -(-samples // self.per_step)
+        return steps * self.per_step
 
     def __iter__(self) -> Iterator[int]:
         if self.plan is None:
@@ -64,10 +105,10 @@ class DistillSampler(Sampler[int]):
         return self._iterate(self._order)
 
     def _iterate(self, order: IntArray) -> Iterator[int]:
-        for position in range(len(order)):
+        for position in range(len(self)):
             if order is self._order:
                 self.handed_out = max(self.handed_out, position + 1)
-            yield int(order[position])
+            yield int(order[position % len(order)])
 
 
 def fit_length(plan: EpochPlan, num_samples: int) -> EpochPlan:

@@ -95,6 +95,16 @@ def test_two_processes_score_plan_train_and_resume_as_one_does(way: str, stage: 
     np.testing.assert_allclose(rest[0]["losses"][-3:], one["losses"][-3:], rtol=1e-3)
 
 
+def test_two_processes_train_the_same_whole_steps_as_one(stage: Path) -> None:
+    """Seven prompts in steps of four: the last step of each epoch is completed from its plan's start."""
+    both = reports(stage, "seven", WAYS["ddp"][0], "--rows", "21")
+    (one,) = reports(stage, "seven-alone", None, "--rows", "21", "--batch-size", "4")
+    assert [len(plan) for plan in one["plans"]] == [7, 7]
+    assert trained(both) == trained([one])
+    assert trained([one]) == [step for plan in one["plans"] for step in (plan[:4], [*plan[4:], plan[0]])]
+    np.testing.assert_allclose(both[0]["losses"], one["losses"], rtol=1e-3)
+
+
 @pytest.mark.parametrize("options", [["--lora"], ["--checkpointing"]])
 def test_a_sharded_student_with_an_adapter_or_checkpointing_scores_as_one_process_does(
     options: list[str], stage: Path

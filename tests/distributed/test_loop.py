@@ -16,6 +16,7 @@ from distill_sampler import (
     BestOf,
     Curriculum,
     CurriculumLoop,
+    KeepTop,
     RankSurprisalRatio,
     Rescore,
     ScoredDataset,
@@ -141,6 +142,21 @@ def test_a_loop_resumed_between_epochs_knows_what_was_trained(
     assert torch.equal(parameters(whole[1]), parameters(rest[1]))
     assert rest[0].curriculum.times_trained().tolist() == whole[0].curriculum.times_trained().tolist()
     assert rest[0].curriculum.times_trained().sum() == 24
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_loops_epoch_is_whole_steps(accumulation: int, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    policies = [KeepTop(RSR, num=7), Shuffle()]
+    parts = make(tokenizer, tmp_path, accumulation=accumulation, policies=policies)
+    train(parts)
+    loop = parts[0]
+    first, second = loop.curriculum.plans
+    lines = read_log(tmp_path / "distill_sampler")
+    expected = [index for plan in (first, second) for index in [*plan.indices.tolist(), plan.indices[0]]]
+    assert [sample for line in lines for sample in line["samples"]] == expected
+    assert loop.curriculum.times_trained().tolist() == np.bincount(expected, minlength=18).tolist()
+    assert loop.step == 2 * (4 // accumulation)
+    assert "completed by 1 from its start" in loop.curriculum.summaries[0].notes[-1]
 
 
 @pytest.mark.parametrize("observe", [False, True])

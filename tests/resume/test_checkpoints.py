@@ -344,6 +344,22 @@ def test_verify_finds_samples_that_were_not_trained_as_planned(output: Path) -> 
         assert verified(output / "checkpoint-2")[0] == 0
 
 
+def test_verify_knows_what_completes_the_last_step(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    trainer = plain_trainer(tmp_path / "run", tokenizer, **SAVING, per_device_train_batch_size=4)
+    attach(trainer, curriculum(), sample_log=True)
+    trainer.train()
+    code, said = verified(tmp_path / "run" / "checkpoint-4")
+    assert code == 0, said
+    assert "8 of 8 samples trained (2 of them complete the last step from the plan's start)" in said
+    log = tmp_path / "run" / "distill_sampler" / "samples-0.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+    last = json.loads(lines[-1])
+    log.write_text("".join([*lines[:-1], json.dumps({**last, "samples": last["samples"][:2]})]), encoding="utf-8")
+    code, said = verified(tmp_path / "run" / "checkpoint-4")
+    assert code == 1
+    assert "2 of 8 samples trained are not in the log; the first is at place 6" in said
+
+
 def test_verify_says_what_it_cannot_read(output: Path) -> None:
     for path, sentence in (
         (output / "checkpoint-70", "there is no such folder"),
