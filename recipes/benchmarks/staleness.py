@@ -52,9 +52,9 @@ from transformers import (
 
 from distill_sampler import BestOf, Curriculum, RankSurprisalRatio, Rescore, ScoredDataset, Scorer, Shuffle, attach
 from distill_sampler.cli import demo_parts
+from distill_sampler.correlation import spearman
 from distill_sampler.protocols import Metric
 from distill_sampler.reading.observer import Observer
-from distill_sampler.report.leaderboard import spearman
 from distill_sampler.specs import parse_metrics
 from distill_sampler.types import FloatArray, Sample, TokenStats, View
 
@@ -429,7 +429,7 @@ SVG = """\
 
 
 @dataclass(frozen=True, kw_only=True)
-class OfPrefixes:
+class OfPrefixes(Metric):
     """RSR of the first n response tokens for several n, and of all tokens, from one forward pass."""
 
     tokens: tuple[int, ...]
