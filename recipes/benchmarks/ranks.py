@@ -39,8 +39,8 @@ def main() -> None:
                 counts.append(len(list(token_batches(share, options.batch_tokens))))
             forwards += counts
             most += max(counts)
-        # a block's sum has a float64 for each number, two for each metric (its tokens, and whether they were too many), and
-        # one for all tokens; a ring sends each byte about twice
+        # a block's sum has a float64 for each number, two for each metric (its tokens, and whether they were too many),
+        # and one for all tokens; a ring sends each byte about twice
         numbers = options.columns + 2 * options.metrics + 1
         sent = 0 if world_size == 1 else 8 * numbers * 2 * (world_size - 1) / world_size
         table.add_row(
