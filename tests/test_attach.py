@@ -1,5 +1,6 @@
 """The drop-in, through real trainers: what is trained is what was planned, and the trainer stays what it was."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -566,10 +567,15 @@ def test_a_sample_with_nan_logits_is_never_chosen_and_said(
     assert "NaN or infinite for 1 samples (first: sample 4)" in " ".join(capsys.readouterr().err.split())
 
 
-def test_the_extension_point_of_the_trainer_is_where_we_expect_it() -> None:
-    """If a release of transformers renames it, this fails, and only this needs to be read."""
+def test_the_extension_points_of_the_trainer_are_where_we_expect_them() -> None:
+    """If a release of transformers renames one, this fails, and only this needs to be read."""
     assert callable(Trainer._get_train_sampler)
     assert SFTTrainer._get_train_sampler is Trainer._get_train_sampler
+    assert SFTTrainer._init_training_state is Trainer._init_training_state
+    assert list(inspect.signature(Trainer._init_training_state).parameters)[1:3] == [
+        "max_steps",
+        "num_update_steps_per_epoch",
+    ]
 
 
 def test_policies_that_need_no_scores_score_nothing(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -113,8 +113,12 @@ class CurriculumLoop:
         self._num_epochs: int | None = None
         self._into_epoch = 0
         """Optimizer steps taken in this epoch."""
-        self._batches = 0
-        """Batches of this epoch that this process has trained on."""
+        self._position = 0
+        """Samples of this epoch's plan that all processes together have trained on."""
+        self._into_step = 0
+        """Samples of them since the last optimizer step."""
+        self._per_step = 0
+        """Samples in an optimizer step; 0: nothing was trained yet."""
         self._handed_out: tuple[Batch | None, nn.Module, int] | None = None
         """The batch that the loop body has, the student, and the samples that all processes train on with it."""
 
@@ -128,7 +132,7 @@ class CurriculumLoop:
         first = 0 if self._epoch is None else self._epoch
         for epoch in range(first, num_epochs):
             if epoch != self._epoch:
-                self._epoch, self._into_epoch, self._batches = epoch, 0, 0
+                self._begin_epoch(epoch)
             yield epoch
 
     def batches(self, model: nn.Module, loader: Any) -> Iterator[Any]:
@@ -152,14 +156,16 @@ class CurriculumLoop:
         if not self._run:
             self._begin(new_run())
         planned = len(self.curriculum.summaries)
-        cut = bool(getattr(loader.batch_sampler, "drop_last", False))
-        self.sampler.in_whole_steps(loader.total_batch_size * self.accelerator.gradient_accumulation_steps, cut=cut)
+        samples_per_batch = loader.total_batch_size
+        per_step = samples_per_batch * self.accelerator.gradient_accumulation_steps
+        self.sampler.in_whole_steps(per_step, cut=bool(getattr(loader.batch_sampler, "drop_last", False)))
         self.curriculum.start_epoch(self._epoch, model, step=self.step, num_epochs=self._num_epochs)
         self._report(planned)
-        dataset, world_size = self.curriculum.dataset, self.accelerator.num_processes
-        per_batch = loader.total_batch_size // world_size
-        if self._batches:
-            loader = _without_randomness(self.accelerator.skip_first_batches(loader, self._batches))
+        dataset = self.curriculum.dataset
+        per_batch = samples_per_batch // self.accelerator.num_processes
+        if self._position:
+            loader = _without_randomness(self._continued(loader, per_step))
+        self._per_step = per_step
         with ExitStack() as opened:
             for tap in self._taps:
                 opened.enter_context(tap.open(model, step=self.step))
@@ -168,14 +174,14 @@ class CurriculumLoop:
                 assert plan is not None
                 batch: Batch | None = None
                 if self._taps:
-                    place = (self._batches * world_size + self.accelerator.process_index) * per_batch
+                    place = self._position + self.accelerator.process_index * per_batch
                     batch = batch_of(inputs, plan, dataset, place=place, epoch=self._epoch, step=self.step)
                     for tap in self._taps:
                         tap.before(batch)
-                self._handed_out = batch, model, per_batch * world_size
+                self._handed_out = batch, model, samples_per_batch
                 yield inputs
                 self._trained()
-        self._epoch, self._into_epoch, self._batches = self._epoch + 1, 0, 0
+        self._begin_epoch(self._epoch + 1)
 
     def finish(self) -> None:
         """Training is over: write `scores.parquet` and `plans.parquet` into the output folder."""
@@ -189,7 +195,7 @@ class CurriculumLoop:
         All processes call it. A batch that was handed out counts as trained, so inside the loop save after the step.
         """
         self._trained()
-        if self._batches and not self.accelerator.sync_gradients:
+        if self._into_step:
             logger.warning(
                 "This checkpoint is written between two batches of one optimizer step. accelerate does not save the "
                 "accumulated gradients, so a resume from it differs. Save when accelerator.sync_gradients is True."
@@ -201,26 +207,47 @@ class CurriculumLoop:
             "step": self.step,
             "epoch": self._epoch,
             "into_epoch": self._into_epoch,
-            "batches": self._batches,
-            "world_size": self.accelerator.num_processes,
+            "position": self._position,
+            "into_step": self._into_step,
+            "per_step": self._per_step,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` gave: the loop goes on with the batch after the last one that was trained on.
+        """Take back what `state_dict` gave: the loop continues the plan behind the last sample that was trained on.
+
+        Batches may have another size now, and processes another number: the rest of the plan is trained in steps as
+        long as they are now. A schedule of the learning rate is the loop's own, and counts the steps that it counts.
 
         Raises:
-            ValueError: the state belongs to another data set or configuration, or to another number of processes in the
-                middle of an epoch.
+            ValueError: the state belongs to another data set or configuration.
         """
-        if state["batches"] and state["world_size"] != self.accelerator.num_processes:
-            raise ValueError(
-                f"The checkpoint was written in the middle of an epoch by {state['world_size']} processes, here are "
-                f"{self.accelerator.num_processes}. Resume with as many, or from a checkpoint between epochs."
-            )
         self._begin(str(state["run"]))
-        self.curriculum.load_state_dict(state["curriculum"], epoch_over=state["batches"] == 0)
+        self.curriculum.load_state_dict(state["curriculum"], epoch_over=state["position"] == 0)
         self.step, self._epoch = state["step"], state["epoch"]
-        self._into_epoch, self._batches = state["into_epoch"], state["batches"]
+        self._into_epoch, self._position = state["into_epoch"], state["position"]
+        self._into_step, self._per_step = state["into_step"], state["per_step"]
+
+    def _begin_epoch(self, epoch: int) -> None:
+        self._epoch, self._into_epoch, self._position, self._into_step = epoch, 0, 0, 0
+
+    def _continued(self, loader: Any, per_step: int) -> Any:
+        """The loader's batches from the position on that the epoch has come to."""
+        into_step = self._into_step // loader.total_batch_size  # batches, whose gradients are lost
+        skip = self.sampler.resume_at(self._position - self._into_step) // loader.total_batch_size + into_step
+        self._position = self.sampler.shift + skip * loader.total_batch_size
+        self._into_step = into_step * loader.total_batch_size
+        self.accelerator.step = into_step  # accelerate counts batches, and has counted others
+        if self._per_step != per_step:
+            logger.warning(
+                "Until this checkpoint, optimizer steps had %d samples, now they have %d. Training continues at sample "
+                "%d of %d of the plan of epoch %d.",
+                self._per_step,
+                per_step,
+                self._position,
+                self.sampler.num_samples,
+                self._epoch,
+            )
+        return self.accelerator.skip_first_batches(loader, skip)
 
     def _begin(self, run: str) -> None:
         self._run = run
@@ -234,15 +261,16 @@ class CurriculumLoop:
         if batch is not None:
             for tap in self._taps:
                 tap.after(batch)
-        self._batches += 1
+        self._position += samples_per_batch
+        self._into_step += samples_per_batch
         if not self.accelerator.sync_gradients:
             return
         self.step += 1
         self._into_epoch += 1
-        self.curriculum.progress(self._batches * samples_per_batch)
-        per_step = samples_per_batch * self.accelerator.gradient_accumulation_steps
+        self._into_step = 0
+        self.curriculum.progress(self._position)
         planned = len(self.curriculum.summaries)
-        start = (self._into_epoch + self.curriculum.rescore.lag) * per_step
+        start = self._position + self.curriculum.rescore.lag * self._per_step
         self.curriculum.replan(model, step=self.step, into_epoch=self._into_epoch, start=start)
         self._report(planned)
 

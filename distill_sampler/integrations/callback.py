@@ -8,7 +8,6 @@ The state goes into `state.stateful_callbacks`, which is saved with `trainer_sta
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,7 +20,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from distill_sampler.curriculum import Curriculum
 from distill_sampler.integrations.batches import batch_of
 from distill_sampler.integrations.checkpoints import STATE_ENTRY, TRAINER_STATE, new_run
-from distill_sampler.integrations.refusals import check_position, samples_per_step
+from distill_sampler.integrations.refusals import samples_per_step
+from distill_sampler.integrations.resuming import Place, continue_schedule, place_in, say_what_is_lost
 from distill_sampler.integrations.seams import output_of
 from distill_sampler.planning.summary import PREFIX
 from distill_sampler.protocols import Tap
@@ -48,6 +48,8 @@ class CurriculumCallback(TrainerCallback):
         """What taps have opened: hooks and files."""
         self._epoch = 0
         self._num_epochs: int | None = None
+        self._steps_per_epoch = 0
+        self._resumed = Place()
         self._steps_before = 0
         """Optimizer steps of the epochs before this one."""
         self._batches = 0
@@ -56,30 +58,57 @@ class CurriculumCallback(TrainerCallback):
         self._planned = 0
         """Plans made before this epoch."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        entry = _entries(state).get(STATE_ENTRY)
-        steps_per_epoch = max(1, -(-len(kwargs["train_dataloader"]) // args.gradient_accumulation_steps))
-        # what the trainer makes of it; on_epoch_begin counts on from here
-        self._epoch, into_epoch = divmod(state.global_step, steps_per_epoch)
-        self._steps_before = state.global_step - into_epoch
-        self._batches = into_epoch * args.gradient_accumulation_steps
-        self._num_epochs = math.ceil(state.max_steps / steps_per_epoch) if state.max_steps > 0 else None
+    def begin(self, state: TrainerState, *, max_steps: int, steps_per_epoch: int) -> tuple[int, int]:
+        """Start the run, or continue the one that the checkpoint is of.
+
+        Args:
+            state: the trainer's, with the checkpoint's entry if there is one.
+            max_steps: of the whole run, as the trainer counts them now.
+            steps_per_epoch: the same.
+
+        Returns:
+            The first epoch to train, and how many of its batches each process must skip.
+
+        Raises:
+            ValueError: the checkpoint has no entry of a curriculum, or one of another run.
+        """
+        args = self.trainer.args
+        self._steps_per_epoch = steps_per_epoch
+        self._resumed = Place()
         self.curriculum.keep(output_of(args), run=self.run, write=state.is_world_process_zero)
         if state.global_step == 0:
             self.curriculum.reset()
-        elif entry is None:
-            raise ValueError(
-                "This checkpoint was written without a curriculum, so the order of its epoch is not known. Start a new "
-                "run from its weights (model=<checkpoint folder>, without resume_from_checkpoint)."
-            )
         else:
-            check_position(entry, args, self._epoch, into_epoch)
+            entry = _entries(state).get(STATE_ENTRY)
+            if entry is None:
+                raise ValueError(
+                    "This checkpoint was written without a curriculum, so the order of its epoch is not known. Start a "
+                    "new run from its weights (model=<checkpoint folder>, without resume_from_checkpoint)."
+                )
+            progress = entry["progress"]
             self.curriculum.load_state_dict(
-                entry["curriculum"], accept_changes=self._accept_changes, epoch_over=into_epoch == 0
+                entry["curriculum"], accept_changes=self._accept_changes, epoch_over=progress.get("over", False)
             )
-            self.curriculum.progress(entry["progress"]["places"])
+            self.curriculum.progress(progress["places"])
+            self._resumed = place = place_in(
+                entry, self.curriculum.sampler, args, max_steps=max_steps, steps_per_epoch=steps_per_epoch
+            )
+            if state.is_world_process_zero:
+                say_what_is_lost(entry, args)
+            if args.max_steps <= 0:
+                state.max_steps = state.global_step + max_steps - place.epoch * steps_per_epoch - place.into_epoch
+        self._epoch = self._resumed.epoch
+        self._steps_before = state.global_step - self._resumed.into_epoch
+        self._batches = self._resumed.into_epoch * args.gradient_accumulation_steps
+        return self._epoch, self._batches
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._num_epochs = state.num_train_epochs
+        step = self._resumed.schedule_step
+        if step is not None and _entries(state)[STATE_ENTRY]["files"]:  # else the schedule starts anew
+            continue_schedule(kwargs["lr_scheduler"], step)
         for tap in self.taps:
             self._open.enter_context(tap.open(_as_called(self.trainer), step=state.global_step))
 
@@ -117,6 +146,8 @@ class CurriculumCallback(TrainerCallback):
         if self.curriculum.summaries:
             seconds = sum(summary.scoring.seconds for summary in self.curriculum.summaries[self._planned :])
             self.pending[f"{PREFIX}scoring_share"] = round(seconds / (time.perf_counter() - self._epoch_started), 4)
+        if control.should_epoch_stop and not control.should_training_stop:
+            _entries(state)[STATE_ENTRY]["progress"]["over"] = True
         self._discard_stale(args, state, control)
         self._epoch += 1
         self._steps_before = state.global_step
@@ -124,7 +155,7 @@ class CurriculumCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         into_epoch = state.global_step - self._steps_before
-        start = (into_epoch + self.curriculum.rescore.lag) * samples_per_step(args)
+        start = self._position(into_epoch + self.curriculum.rescore.lag)
         self._note_progress(state)
         if self.curriculum.replan(_as_called(self.trainer), step=state.global_step, into_epoch=into_epoch, start=start):
             self.note_state(state)
@@ -161,6 +192,7 @@ class CurriculumCallback(TrainerCallback):
         assert plan is not None
         # accelerate deals the batches out to the processes one by one
         place = (self._batches * args.world_size + args.process_index) * args.train_batch_size
+        place += self.curriculum.sampler.shift
         self._batches += 1
         batch = batch_of(inputs, plan, self.curriculum.dataset, place=place, epoch=self._epoch, step=state.global_step)
         for tap in self.taps:
@@ -169,16 +201,20 @@ class CurriculumCallback(TrainerCallback):
         for tap in self.taps:
             tap.after(batch)
 
+    def _position(self, into_epoch: int) -> int:
+        """How many samples of the plan are trained on after so many optimizer steps of the epoch."""
+        return self.curriculum.sampler.shift + into_epoch * samples_per_step(self.trainer.args)
+
     def _note_progress(self, state: TrainerState) -> None:
-        """Where in the plan the trainer is: what a resume checks the trainer's own count against."""
+        """Where in the plan the trainer is, and a resume continues."""
         into_epoch = state.global_step - self._steps_before
-        places = into_epoch * samples_per_step(self.trainer.args)
+        places = self._position(into_epoch)
         self.curriculum.progress(places)
         _entries(state)[STATE_ENTRY]["progress"] = {
             "step": state.global_step,
             "epoch": self._epoch,
-            "into_epoch": into_epoch,
             "places": places,
+            "over": into_epoch == self._steps_per_epoch,
         }
 
     def _discard_stale(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:

@@ -8,9 +8,6 @@ all.
 
 from __future__ import annotations
 
-import logging
-from typing import Any
-
 import torch.utils.data
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from transformers import Trainer, TrainingArguments
@@ -18,8 +15,6 @@ from transformers.training_args import ParallelMode
 
 from distill_sampler.curriculum import Curriculum
 from distill_sampler.integrations.trl import is_sft_trainer, refuse_sft_settings
-
-logger = logging.getLogger(__name__)
 
 
 def refuse_settings(trainer: Trainer) -> None:
@@ -107,43 +102,6 @@ def refuse_for(curriculum: Curriculum, args: TrainingArguments) -> None:
                 f"{args.dataloader_num_workers}), more than the lag of {curriculum.rescore.lag} from a scoring to the "
                 f"steps that it changes. Declare it: Rescore(lag={steps})."
             )
-
-
-def check_position(entry: dict[str, Any], args: TrainingArguments, epoch: int, into_epoch: int) -> None:
-    """The trainer will go on at the place of the plan where the checkpoint was written.
-
-    Raises:
-        ValueError: it counts other steps to an epoch than the run that wrote the checkpoint.
-    """
-    here = samples_per_step(args)
-    if entry["samples_per_step"] != here:
-        raise ValueError(
-            f"The checkpoint was written by a run that trained {entry['samples_per_step']} samples in each optimizer "
-            f"step; here it would be {here}, and the trainer would go on at another place of the plan. Choose "
-            "per_device_train_batch_size × gradient_accumulation_steps × processes to give the same number."
-        )
-    progress = entry["progress"]
-    # the last step of an epoch is also the zeroth of the next
-    last = into_epoch == 0 and progress["epoch"] == epoch - 1
-    if not last and (progress["epoch"], progress["into_epoch"]) != (epoch, into_epoch):
-        raise ValueError(
-            f"The checkpoint was written at step {progress['into_epoch']} of epoch {progress['epoch']}, but the "
-            f"trainer would go on at step {into_epoch} of epoch {epoch}: an epoch was ended early (should_epoch_stop), "
-            "or has another number of steps now. Resume with the settings of the run that wrote it; after an epoch "
-            "that was ended early the trainer cannot resume, so start a new run from the checkpoint's weights."
-        )
-    if entry["world_size"] != args.world_size:
-        logger.warning(
-            "The checkpoint was written by %d processes, now there are %d: the order of samples goes on as planned, "
-            "but random states (dropout) were saved for each process and start anew.",
-            entry["world_size"],
-            args.world_size,
-        )
-    if not entry["files"]:
-        logger.warning(
-            "The checkpoint has no optimizer (save_only_model=True): the order of samples goes on as planned, but the "
-            "optimizer, its schedule and random states start anew."
-        )
 
 
 def samples_per_step(args: TrainingArguments) -> int:

@@ -5,6 +5,7 @@
 3. `trainer.train`: a checkpoint is known to be whole before anything is loaded, and two runs never write to one folder.
 4. `trainer.training_step`: taps hear of every batch, before its forward and after its backward pass.
 5. `trainer._save_checkpoint`: what training has shown so far is in every checkpoint.
+6. `trainer._init_training_state`: training continues at the place of the plan that the checkpoint names.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Follower(Protocol):
     run: str
 
     def finish(self) -> None: ...
+    def begin(self, state: TrainerState, *, max_steps: int, steps_per_epoch: int) -> tuple[int, int]: ...
     def note_state(self, state: TrainerState) -> None: ...
     def batch(self, inputs: Any, args: TrainingArguments, state: TrainerState) -> AbstractContextManager[None]: ...
 
@@ -95,6 +97,17 @@ def train_through(trainer: Trainer, callback: Follower) -> None:
             callback.finish()
 
     trainer.train = train_from_whole_checkpoint  # type: ignore[method-assign]
+
+
+def begin_through(trainer: Trainer, callback: Follower) -> None:
+    """Have the callback say where training begins: after how many epochs, and batches of the next one."""
+    init_training_state = trainer._init_training_state
+
+    def init_at_the_plans_place(max_steps: int, num_update_steps_per_epoch: int, *args: Any, **kwargs: Any) -> Any:
+        init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)
+        return callback.begin(trainer.state, max_steps=max_steps, steps_per_epoch=num_update_steps_per_epoch)
+
+    trainer._init_training_state = init_at_the_plans_place  # type: ignore[method-assign]
 
 
 def step_through(trainer: Trainer, callback: Follower) -> None:

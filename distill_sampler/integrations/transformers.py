@@ -30,6 +30,7 @@ from distill_sampler.integrations.refusals import (
 from distill_sampler.integrations.responses import with_response_labels
 from distill_sampler.integrations.sample_log import SampleLog
 from distill_sampler.integrations.seams import (
+    begin_through,
     log_through,
     output_of,
     sample_through,
@@ -132,6 +133,7 @@ def attach(
     trainer.add_callback(callback)
     log_through(trainer, callback)
     train_through(trainer, callback)
+    begin_through(trainer, callback)
     if taps:
         step_through(trainer, callback)
     if curriculum.observe:

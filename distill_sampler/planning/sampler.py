@@ -28,6 +28,8 @@ class DistillSampler(Sampler[int]):
         self.num_samples = num_samples
         self.per_step = 1
         """Samples that all processes together train on in one optimizer step; 1: the host has not said."""
+        self.shift = 0
+        """Position in the plan of the current epoch's first sample: not 0 after `resume_at` with other steps."""
         self._cut = False
         self.plan: EpochPlan | None = None
         self.handed_out = 0
@@ -68,7 +70,26 @@ class DistillSampler(Sampler[int]):
         assert len(plan) == self.num_samples, "a plan has the constant length of an epoch"
         self.plan = plan
         self.handed_out = 0
+        self.shift = 0
         self._order: IntArray = plan.indices.copy()  # shared with the running iteration, for `set_rest`
+
+    def resume_at(self, position: int) -> int:
+        """Continue the plan at this position once the host has skipped a whole number of steps.
+
+        Hosts count an epoch in steps of one size. If the steps that were trained had another size, the position may
+        lie between two of today's. The next iteration is shifted to meet it. What is left of the plan fills the
+        epoch's last steps, and the very last one is completed as in every epoch. For a plan of 12 and steps of 4, at
+        position 6: skip 4, then `[6, 7, 8, 9], [10, 11, 0, 1]`.
+
+        Args:
+            position: how many samples of the plan were trained on.
+
+        Returns:
+            How many samples the host must skip: a whole number of steps.
+        """
+        skipped = len(self) - self._whole(max(0, self.num_samples - position))
+        self.shift = position - skipped
+        return skipped
 
     def set_rest(self, plan: EpochPlan, start: int) -> None:
         """Replace the plan from position `start` on, in a running iteration too.
@@ -102,10 +123,10 @@ class DistillSampler(Sampler[int]):
                 "There is no plan yet: call curriculum.start_epoch(epoch, model) before you iterate over the data "
                 "loader in each epoch (attach does this in the trainer)."
             )
-        return self._iterate(self._order)
+        return self._iterate(self._order, self.shift)
 
-    def _iterate(self, order: IntArray) -> Iterator[int]:
-        for position in range(len(self)):
+    def _iterate(self, order: IntArray, shift: int) -> Iterator[int]:
+        for position in range(shift, shift + len(self)):
             if order is self._order:
                 self.handed_out = max(self.handed_out, position + 1)
             yield int(order[position % len(order)])

@@ -105,6 +105,24 @@ def test_two_processes_train_the_same_whole_steps_as_one(stage: Path) -> None:
     np.testing.assert_allclose(both[0]["losses"], one["losses"], rtol=1e-3)
 
 
+@pytest.mark.parametrize(("size", "steps"), [(1, (2, 4)), (3, (1, 2))])
+def test_two_processes_continue_with_other_batches_what_one_began(
+    size: int, steps: tuple[int, int], stage: Path
+) -> None:
+    """Steps of four until the first checkpoint, then of two and of six samples."""
+    one = alone(stage)
+    both = reports(
+        stage, f"size-{size}", WAYS["ddp"][0], "--batch-size", str(size), "--resume", str(stage / "alone/checkpoint-1")
+    )
+    (second,) = both[0]["plans"]
+    filled = [[*one["plans"][0][4:], *one["plans"][0]], [*second, *second]]
+    expected = [
+        rest[2 * size * n : 2 * size * (n + 1)] for rest, of in zip(filled, steps, strict=True) for n in range(of)
+    ]
+    assert trained(both) == expected
+    assert both[0]["plans"] == both[1]["plans"]
+
+
 @pytest.mark.parametrize("options", [["--lora"], ["--checkpointing"]])
 def test_a_sharded_student_with_an_adapter_or_checkpointing_scores_as_one_process_does(
     options: list[str], stage: Path

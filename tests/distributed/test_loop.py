@@ -34,7 +34,12 @@ REPLANNED = Rescore(every_steps=2, lag=2, fraction=0.5)
 
 
 def make(
-    tokenizer: PreTrainedTokenizerBase, folder: Path | None, accumulation: int = 1, **changes: Any
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path | None,
+    accumulation: int = 1,
+    batch_size: int = 2,
+    drop_last: bool = False,
+    **changes: Any,
 ) -> tuple[CurriculumLoop, Any, Any, Any]:
     rows = tiny.tokenised(tiny.candidates(6), tokenizer)
     settings: dict[str, Any] = {
@@ -54,7 +59,8 @@ def make(
     model = tiny.model(attention_dropout=0.1)
     loader = DataLoader(
         rows.select_columns(["input_ids", "labels"]),  # type: ignore[arg-type]
-        batch_size=2,
+        batch_size=batch_size,
+        drop_last=drop_last,
         sampler=loop.sampler,
         collate_fn=DataCollatorForSeq2Seq(tokenizer),
     )
@@ -124,6 +130,45 @@ def test_a_loop_resumed_at_any_batch_goes_on_as_if_nothing_had_happened(
     assert first.samples() == second.samples()
     assert first.sampler.plan == second.sampler.plan
     assert whole[0].step == rest[0].step
+
+
+@pytest.mark.parametrize("online", [{}, {"observe": True, "rescore": Rescore(every_steps=1, lag=2, fraction=0.5)}])
+@pytest.mark.parametrize("batches", [(1, 1), (3, 1), (5, 1), (1, 4), (12, 1)], ids=str)
+@pytest.mark.parametrize("place", [2, 5, 6])
+def test_a_loop_resumed_with_other_batches_trains_the_rest_of_the_plan(
+    place: int,
+    batches: tuple[int, int],
+    online: dict[str, Any],
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    output, per_step = tmp_path / "run", batches[0] * batches[1]
+    train(make(tokenizer, output, **online), save=tmp_path / "saved", stop=place)
+    parts = make(tokenizer, output, batch_size=batches[0], accumulation=batches[1], **online)
+    parts[0].accelerator.load_state(str(tmp_path / "saved" / str(place)))
+    train(parts)
+    assert f"had 2 samples, now they have {per_step}" in caplog.text
+    lines = read_log(output / "distill_sampler")
+    last = {planned.epoch: planned.plan for planned in parts[0].curriculum.cycle.record.plans}
+    first_epoch = 2 * place + -(-(12 - 2 * place) // per_step) * per_step
+    for (epoch, plan), length in zip(last.items(), (first_epoch, -(-12 // per_step) * per_step), strict=True):
+        assert compare(lines, plan, epoch=epoch, trained=length) == []
+        assert sum(len(line["samples"]) for line in lines if line["epoch"] == epoch) == length
+    trained_on = [sample for line in lines for sample in line["samples"]]
+    assert parts[0].curriculum.times_trained().tolist() == np.bincount(trained_on, minlength=18).tolist()
+    assert parts[0].step == place + (len(trained_on) - 2 * place) // per_step
+
+
+def test_a_rest_of_the_epoch_without_a_whole_step_is_left_out_where_they_are_cut(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    train(make(tokenizer, tmp_path / "run"), save=tmp_path / "saved", stop=4)
+    parts = make(tokenizer, tmp_path / "run", batch_size=5, drop_last=True)
+    parts[0].accelerator.load_state(str(tmp_path / "saved" / "4"))
+    train(parts)
+    lines = read_log(tmp_path / "run" / "distill_sampler")
+    assert [(line["epoch"], line["start"]) for line in lines] == [(0, 0), (0, 2), (0, 4), (0, 6), (1, 0), (1, 5)]
 
 
 @pytest.mark.parametrize("epoch", [0, 1])

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, TrainingArguments
+import torch
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from typer.testing import CliRunner
 
 from distill_sampler import BestOf, Shuffle, attach
@@ -201,24 +202,6 @@ def test_two_runs_cannot_write_to_one_folder_until_one_is_dead(
 # ---- Settings ----
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"per_device_train_batch_size": 3}, r"trained 2 samples in each optimizer step; here it would be 3"),
-        ({"gradient_accumulation_steps": 2}, r"trained 2 samples in each optimizer step; here it would be 4"),
-        ({"dataloader_drop_last": True, "per_device_train_batch_size": 2}, None),
-    ],
-)  # fmt: skip
-def test_a_resume_with_another_number_of_samples_per_step_is_refused(
-    changes: dict[str, Any], sentence: str | None, output: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    if sentence is None:
-        assert len(resumed(output, tokenizer, str(output / "checkpoint-5"), **changes)) == 2
-        return
-    with pytest.raises(ValueError, match=sentence):
-        resumed(output, tokenizer, str(output / "checkpoint-5"), **changes)
-
-
 def test_half_the_batch_and_twice_the_accumulation_train_the_same_order(
     output: Path, whole_run: tuple[Path, list[int]], tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -226,17 +209,28 @@ def test_half_the_batch_and_twice_the_accumulation_train_the_same_order(
     assert resumed(output, tokenizer, str(output / "checkpoint-4"), **changes) == whole_run[1][8:]
 
 
-def test_an_epoch_that_was_ended_early_is_not_resumed_at_the_wrong_place(
-    output: Path, tokenizer: PreTrainedTokenizerBase
+@pytest.mark.parametrize("saving", [SAVING, {"save_strategy": "epoch"}], ids=["steps", "epochs"])
+def test_a_run_whose_epochs_were_ended_early_is_resumed_at_its_place(
+    saving: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    rewrite(
-        output / "checkpoint-4",
-        lambda s: s["stateful_callbacks"][STATE_ENTRY].update(progress={"step": 4, "epoch": 1, "into_epoch": 2}),
-    )
-    with pytest.raises(
-        ValueError, match=r"written at step 2 of epoch 1, but .* go on at step 1 of epoch 1.*ended early"
-    ):
-        resumed(output, tokenizer, str(output / "checkpoint-4"))
+    class EndsFirstEpochEarly(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_epoch_stop = state.global_step == 2
+
+    def run(folder: Path, resume: Path | None = None) -> tuple[Any, list[int]]:
+        trainer = plain_trainer(folder, tokenizer, **saving, num_train_epochs=3, lr_scheduler_type="linear")
+        attach(trainer, curriculum())
+        trainer.add_callback(EndsFirstEpochEarly())
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        return trainer, trained(trainer)
+
+    whole, order = run(tmp_path / "whole")
+    assert len(order) == 4 + 6 + 6
+    for step in (1, 3, 5, 6) if saving is SAVING else (2, 5):
+        rest, rest_order = run(tmp_path / f"rest-{step}", tmp_path / "whole" / f"checkpoint-{step}")
+        assert rest_order == order[2 * step :]
+        for left, right in zip(whole.model.parameters(), rest.model.parameters(), strict=True):
+            assert torch.equal(left, right)
 
 
 def test_another_configuration_is_refused_and_the_option_is_named(
