@@ -18,8 +18,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-
 from distill_sampler.planning.why import facts_of
 from distill_sampler.protocols import Metric, Policy
 from distill_sampler.serialize import as_typed, described
@@ -144,11 +142,6 @@ def run_facts(
         "columns": {"group": group, "teacher": teacher},
         **more,
     }
-
-
-def with_facts(table: pa.Table, facts: Mapping[str, Any]) -> pa.Table:
-    """A table with these facts in its metadata, each as JSON."""
-    return table.replace_schema_metadata(encode_facts(facts))
 
 
 def encode_facts(facts: Mapping[str, Any]) -> dict[bytes, bytes]:

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from distill_sampler.field_docs import documents_fields
+from distill_sampler.metrics.response import response_view
 from distill_sampler.metrics.steps import Splitter, sentences, token_steps
 from distill_sampler.protocols import Metric
 from distill_sampler.serialize import described
@@ -89,7 +90,7 @@ class WindowMetric(Metric):
         steps = self.steps(sample)
         starts = [start for start, _ in steps]
         not_scored = np.flatnonzero(~sample.scored)
-        prompt = View(input_ids=sample.input_ids, scored=sample.scored).shareable
+        prompt = response_view(sample).shareable
         views = []
         for first, last in self._steps_of_views(len(steps)):
             window_start = starts[first - self._context(first)] if first else 0

@@ -44,9 +44,11 @@ class MixTeachers(Policy):
         share = Fraction(self.max_share).limit_denominator(10**9)
         num_teachers = int(np.count_nonzero(counts))
         if share * num_teachers < 1:
+            digits = 2 + len(str(num_teachers))
+            least = math.ceil(10**digits / num_teachers) / 10**digits  # rounded up: 1 / 3 -> 0.334
             raise ValueError(
                 f"MixTeachers(max_share={self.max_share}): the plan has {num_teachers} teachers, and they cannot all "
-                f"have so small a share. Use {math.ceil(1 / share)} teachers, or max_share={1 / num_teachers:.3g}."
+                f"have so small a share. Use {math.ceil(1 / share)} teachers, or max_share={least}."
             )
         # find the largest number of samples per teacher that respects the share: `low` does, `high` does not
         low, high = 1, int(counts.max()) + 1

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from distill_sampler.dataset import ScoredDataset
+from distill_sampler.metrics.response import response_view
 from distill_sampler.reading.batching import WORTH_SHARING
-from distill_sampler.types import IntArray, View
+from distill_sampler.types import IntArray
 
 
 def units_of(dataset: ScoredDataset, indices: IntArray, unit_tokens: int) -> IntArray:
@@ -39,7 +40,7 @@ def _prompts(dataset: ScoredDataset, indices: IntArray) -> tuple[IntArray, IntAr
     group, length = np.empty((2, len(indices)), np.int64)
     for start in range(0, len(indices), 1024):
         for place, sample in enumerate(dataset.samples(indices[start : start + 1024]), start):
-            prompt = View(input_ids=sample.input_ids, scored=sample.scored).shareable
+            prompt = response_view(sample).shareable
             key = hashlib.blake2b(prompt.tobytes(), digest_size=16).digest()
             group[place], length[place] = numbers.setdefault(key, len(numbers)), len(prompt)
     return group, length

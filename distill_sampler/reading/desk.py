@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
+from distill_sampler.metrics.response import response_view
 from distill_sampler.protocols import Metric, Read, Reader
 from distill_sampler.reading.model_reader import ModelReader
 from distill_sampler.reading.readings import Key, Readings
@@ -12,11 +13,6 @@ from distill_sampler.types import STUDENT, Missing, Sample, TokenStats, View
 
 Place = tuple[str, int]
 """Where a view lies: its reader's identity, and a number among that reader's views."""
-
-
-def whole_view(sample: Sample) -> View:
-    """The sample as it is trained on; every response token counts."""
-    return View(input_ids=sample.input_ids, scored=sample.scored)
 
 
 class Desk:
@@ -55,7 +51,7 @@ class Desk:
         """The place of the student's view of the whole sample; None if that is too long."""
         if len(sample.input_ids) > self._student.positions:
             return None
-        return self._place(self._student, sample, whole_view(sample))
+        return self._place(self._student, sample, response_view(sample))
 
     @property
     def tokens(self) -> int:

@@ -24,9 +24,10 @@ from distill_sampler.correlation import spearman
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.distributed import Ranks
 from distill_sampler.field_docs import documents_fields
+from distill_sampler.metrics.response import response_view
 from distill_sampler.protocols import Metric, PassInfo, Read, Reader
 from distill_sampler.reading.blocks import blocks_of, units_of
-from distill_sampler.reading.desk import Desk, whole_view
+from distill_sampler.reading.desk import Desk
 from distill_sampler.reading.model_reader import ModelReader
 from distill_sampler.reading.readings import Readings
 from distill_sampler.reading.reduce import columns_of, data_columns_of, extras_of, reduced
@@ -154,7 +155,7 @@ class Scorer:
                 info=PassInfo(
                     statistics=extras_of(metrics),
                     tokens=int(dataset.num_scored[indices].sum()),
-                    examples=[whole_view(sample) for sample in reversed(dataset.samples(indices[-_EXAMPLES:]))],
+                    examples=[response_view(sample) for sample in reversed(dataset.samples(indices[-_EXAMPLES:]))],
                 ),
             )
             for block in blocks_of(dataset.lengths[indices], units, block_tokens):

@@ -208,8 +208,9 @@ def rank_teachers(
         draws=draws,
     )
     if mixed := scores.mixed_prompts(epoch=epoch):
+        values = "1 value" if len(mixed) == 1 else f"{len(mixed):,} values"
         sentence = (
-            f"{len(mixed):,} values of '{scores.group}' are used by different prompts (for example '{mixed[0]}'). "
+            f"Different prompts share {values} of '{scores.group}' (for example '{mixed[0]}'). "
             "Their responses are compared as if they answered the same prompt. Give every prompt its own id, or score "
             "again with another --group-column."
         )

@@ -389,7 +389,7 @@ def test_an_id_that_stands_for_two_prompts_and_a_missing_teacher_are_told(tmp_pa
     data = write_lines(tmp_path / "d.jsonl", many)
     assert scoring(data, student_path, tmp_path / "s.parquet")[0] == 0
     said = call("teachers", tmp_path / "s.parquet").said
-    assert "1 values of 'prompt_id' are used by different prompts (for example 'sum-0')" in said
+    assert "Different prompts share 1 value of 'prompt_id' (for example 'sum-0')" in said
     assert "1 responses do not name their teacher; they are not ranked" in said
     assert "None" not in said
 
