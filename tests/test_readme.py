@@ -46,4 +46,7 @@ def test_the_readmes_python_runs(
 
 def test_the_readme_has_the_two_commands_that_ci_runs() -> None:
     commands = re.findall(r"^python3 -m venv .*$", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    assert [command.rsplit("&& ", 1)[1] for command in commands] == ["distill-sampler demo", "pytest"]
+    assert [command.rsplit("&& ", 1)[1] for command in commands] == [
+        "distill-sampler demo",
+        "pytest -n auto --dist loadgroup",
+    ]

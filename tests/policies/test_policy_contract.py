@@ -86,12 +86,13 @@ KEEPS_ORDER = (
 )
 
 
-def every_policy() -> set[type]:
-    found = set()
+def every_policy() -> list[type]:
+    """In the order of their files: workers of a parallel run must collect the same tests."""
+    found = []
     for module in pkgutil.iter_modules(distill_sampler.policies.__path__, "distill_sampler.policies."):
         for _, item in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
             if item.__module__ == module.name and hasattr(item, "uses_columns"):
-                found.add(item)
+                found.append(item)
     return found
 
 
