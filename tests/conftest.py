@@ -24,7 +24,7 @@ torch.set_num_threads(1)  # threads wait for each other longer than these models
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers (`pytest -n auto --dist loadgroup`), one of them loads the real student and runs its tests."""
+    """With several workers (`pytest -n auto --dist loadgroup`), one of them runs all tests of the real student."""
     for item in items:
         if {"student", "student_folder"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group("real student"))
