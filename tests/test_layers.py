@@ -29,6 +29,7 @@ LAYERS = [
     {"scoring"},
     {"cycle"},
     {"curriculum"},
+    {"objectives"},
     {"integrations", "report", "testing"},
     {"cli"},
 ]
