@@ -524,7 +524,7 @@ def test_a_trainer_with_its_own_sampler_is_refused(tmp_path: Path, tokenizer: Pr
             return super()._get_train_sampler(train_dataset)
 
     trainer = Own(model=tiny.model(), args=TrainingArguments(**arguments(tmp_path)), train_dataset=[{"input_ids": [1]}])
-    with pytest.raises(ValueError, match="Own brings its own sampler"):
+    with pytest.raises(ValueError, match="Own has its own sampler"):
         attach(trainer, curriculum())
 
 

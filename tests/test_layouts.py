@@ -313,7 +313,7 @@ def test_text_without_markers_is_scored_whole_on_request_and_said(
     whole = [merging(row["text"])["input_ids"][1:] for row in mixed[4:]]
     assert scored(curriculum) == expected_tokens(rows(), merging)[:4] + whole
     (said,) = [record.getMessage() for record in caplog.records if "score_whole_text" in record.getMessage()]
-    assert "2 of 6 rows (first: row 4) are scored whole, prompts too" in said
+    assert "2 of 6 rows (first: row 4) are scored whole" in said
 
 
 # ---- Through the command line ----

@@ -1,4 +1,4 @@
-"""A loop of one's own with accelerate: everything that `attach` gives a trainer, in one generator of batches.
+"""Training loops written with accelerate: everything that `attach` gives a trainer, in one generator of batches.
 
     loop = CurriculumLoop(curriculum, ScoredDataset(rows), accelerator, output_dir="student")
     loader = DataLoader(rows, batch_size=4, sampler=loop.sampler, collate_fn=collate)
@@ -10,8 +10,8 @@
             optimizer.step()
             optimizer.zero_grad()
 
-Between two batches the loop knows that the one before was trained on: loss weights have been applied, scores observed,
-and if it is time, the rest of the epoch is planned anew.
+When a batch is requested, the batch before it has been trained on. At that moment the scores it showed are stored, and
+if it is time, the rest of the epoch is planned anew.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ logger = logging.getLogger(__name__)
 
 
 def _without_randomness(loader: Any) -> Iterator[Any]:
-    """The batches of a loader whose iteration draws nothing from the random state.
+    """The batches of a loader, fetched without a draw from torch's random state.
 
-    A data loader draws the seed of its workers when it is first iterated over. After a resume that happens again, while
-    the random state that came with the checkpoint is already that of the next training step.
+    A data loader draws the seed of its workers when iteration starts. After a resume that happens a second time, when
+    the random state restored from the checkpoint is already that of the next training step.
     """
     iterator = iter(loader)
     with torch.random.fork_rng(devices=[]):
@@ -60,17 +60,17 @@ class CurriculumLoop:
     """Drives a curriculum in an accelerate loop. Its state goes into accelerate's checkpoints.
 
     Args:
-        curriculum: what to score and how to plan. Give metrics that read text a tokenizer (`curriculum.use_tokenizer`).
+        curriculum: what to score and how to plan. If a metric reads text, call `curriculum.use_tokenizer` first.
         dataset: the prepared data.
-        accelerator: the loop's own.
-        output_dir: where scores and plans are kept as they happen, for `distill-sampler report` and for an interrupted
-            scoring pass; None: in memory.
+        accelerator: the one that the loop trains with.
+        output_dir: folder in which scores and plans are kept as they are made, so that `distill-sampler report` can
+            show them and an interrupted scoring pass can continue; None: they stay in memory.
         sample_log: record which samples each batch held (needs `output_dir`).
-        taps: anything else that rides on the batches.
+        taps: further taps on the batches.
 
     Raises:
-        ValueError: the accelerator's settings rule out a curriculum, the data set lacks something, or the curriculum
-            drives another trainer or loop.
+        ValueError: the accelerator's settings rule out a curriculum, the data set lacks a column, or the curriculum
+            already drives another trainer or loop.
     """
 
     def __init__(
@@ -88,15 +88,15 @@ class CurriculumLoop:
         for name in ("dispatch_batches", "split_batches"):
             if getattr(accelerator.dataloader_config, name):
                 raise ValueError(
-                    f"DataLoaderConfiguration({name}=True) deals out batches in another order than planned. Leave it "
+                    f"DataLoaderConfiguration({name}=True) distributes batches in another order than planned. Leave it "
                     "at False."
                 )
         if sample_log and output_dir is None:
-            raise ValueError("sample_log=True writes into the output folder; give output_dir= too.")
+            raise ValueError("sample_log=True writes into the output folder, so it needs output_dir= too.")
         self.curriculum = curriculum
         self.accelerator = accelerator
         self.sampler: DistillSampler = curriculum.bind(dataset, applies_weights=True, observes=True)
-        """What the data loader draws from."""
+        """The sampler to give to the data loader."""
         self.step = 0
         """Optimizer steps taken so far."""
         self._output = None if output_dir is None else Path(output_dir)
@@ -116,17 +116,18 @@ class CurriculumLoop:
         self._position = 0
         """Samples of this epoch's plan that all processes together have trained on."""
         self._into_step = 0
-        """Samples of them since the last optimizer step."""
+        """How many of these were trained on since the last optimizer step."""
         self._per_step = 0
         """Samples in an optimizer step; 0: nothing was trained yet."""
-        self._handed_out: tuple[Batch | None, nn.Module, int] | None = None
-        """The batch that the loop body has, the student, and the samples that all processes train on with it."""
+        self._in_training: tuple[Batch | None, nn.Module, int] | None = None
+        """The batch that the loop body is training on, the student, and how many samples all processes train on in the
+        same step of the loop."""
 
     def epochs(self, num_epochs: int) -> Iterator[int]:
-        """The epochs to train, from 0, or from where a checkpoint left off.
+        """The numbers of the epochs to train, from 0, or from the checkpoint's epoch.
 
         Args:
-            num_epochs: of the whole run.
+            num_epochs: how many the whole run has.
         """
         self._num_epochs = num_epochs
         first = 0 if self._epoch is None else self._epoch
@@ -136,23 +137,23 @@ class CurriculumLoop:
             yield epoch
 
     def batches(self, model: nn.Module, loader: Any) -> Iterator[Any]:
-        """Score and plan the epoch, then give its batches: a whole number of optimizer steps.
+        """Score the samples and plan the epoch, then yield its batches: a whole number of optimizer steps.
 
-        What the plan lacks for that is taken from its start, and with `drop_last=True` what is too much is left out, so
-        that one process and several train on the same samples in each step.
+        If the plan is not a whole number of steps long, its first samples complete the last step; with `drop_last=True`
+        the incomplete step is left out instead. So one process and several train on the same samples in each step.
 
-        Train on each batch before you take the next one: a whole forward and backward pass, and the optimizer step if
-        it is time for one.
+        Train on each batch before you take the next one: run the forward and the backward pass, and the optimizer step
+        where accumulation ends.
 
         Args:
             model: the student, as `accelerator.prepare` returned it.
             loader: the data loader over `sampler`, as `accelerator.prepare` returned it.
 
         Raises:
-            ValueError: the plan has another length than the epochs, or a batch holds other tokens than planned.
+            ValueError: the plan does not have the length of an epoch, or a batch holds other tokens than planned.
         """
         if self._epoch is None:
-            raise ValueError("Take the batches inside `for epoch in loop.epochs(num_epochs)`.")
+            raise ValueError("loop.batches was called outside of an epoch. Use it in `for epoch in loop.epochs(n)`.")
         if not self._run:
             self._begin(new_run())
         planned = len(self.curriculum.summaries)
@@ -178,27 +179,29 @@ class CurriculumLoop:
                     batch = batch_of(inputs, plan, dataset, place=place, epoch=self._epoch, step=self.step)
                     for tap in self._taps:
                         tap.before(batch)
-                self._handed_out = batch, model, samples_per_batch
+                self._in_training = batch, model, samples_per_batch
                 yield inputs
-                self._trained()
+                self._finish_batch()
         self._begin_epoch(self._epoch + 1)
 
     def finish(self) -> None:
-        """Training is over: write `scores.parquet` and `plans.parquet` into the output folder."""
+        """Write `scores.parquet` and `plans.parquet` into the output folder. Call it after training."""
         if self._output is not None and self.accelerator.is_main_process:
             self.curriculum.cycle.done()
             self.curriculum.save_run(self._output)
 
     def state_dict(self) -> dict[str, Any]:
-        """The curriculum's state, and where the loop stands. `accelerator.register_for_checkpointing(loop)` takes it.
+        """The curriculum's state and the loop's place in the plan, for `accelerator.register_for_checkpointing(loop)`.
 
-        All processes call it. A batch that was handed out counts as trained, so inside the loop save after the step.
+        All processes must call it. The batch that the loop body holds counts as trained, so inside the loop save after
+        the optimizer step.
         """
-        self._trained()
+        self._finish_batch()
         if self._into_step:
             logger.warning(
                 "This checkpoint is written between two batches of one optimizer step. accelerate does not save the "
-                "accumulated gradients, so a resume from it differs. Save when accelerator.sync_gradients is True."
+                "accumulated gradients, so training resumed from it will differ. Save where accelerator.sync_gradients "
+                "is True."
             )
         self.curriculum.store.observed.merge(Ranks.current(self.accelerator.device))
         return {
@@ -213,10 +216,10 @@ class CurriculumLoop:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` gave: the loop continues the plan behind the last sample that was trained on.
+        """Restore what `state_dict` returned. The loop continues the plan after the last sample that was trained on.
 
-        Batches may have another size now, and processes another number: the rest of the plan is trained in steps as
-        long as they are now. A schedule of the learning rate is the loop's own, and counts the steps that it counts.
+        The batch size and the number of processes may have changed: the rest of the plan is trained in steps of today's
+        length. The learning-rate schedule belongs to the loop and is not changed.
 
         Raises:
             ValueError: the state belongs to another data set or configuration.
@@ -231,15 +234,15 @@ class CurriculumLoop:
         self._epoch, self._into_epoch, self._position, self._into_step = epoch, 0, 0, 0
 
     def _continued(self, loader: Any, per_step: int) -> Any:
-        """The loader's batches from the position on that the epoch has come to."""
-        into_step = self._into_step // loader.total_batch_size  # batches, whose gradients are lost
+        """The loader without the batches that were trained on before the checkpoint."""
+        into_step = self._into_step // loader.total_batch_size  # batches of a begun step; their gradients are lost
         skip = self.sampler.resume_at(self._position - self._into_step) // loader.total_batch_size + into_step
         self._position = self.sampler.shift + skip * loader.total_batch_size
         self._into_step = into_step * loader.total_batch_size
-        self.accelerator.step = into_step  # accelerate counts batches, and has counted others
+        self.accelerator.step = into_step  # accelerate's count of batches for accumulation
         if self._per_step != per_step:
             logger.warning(
-                "Until this checkpoint, optimizer steps had %d samples, now they have %d. Training continues at sample "
+                "An optimizer step had %d samples until this checkpoint and has %d now. Training continues at sample "
                 "%d of %d of the plan of epoch %d.",
                 self._per_step,
                 per_step,
@@ -253,11 +256,11 @@ class CurriculumLoop:
         self._run = run
         self.curriculum.keep(self._output, run=run, write=self.accelerator.is_main_process)
 
-    def _trained(self) -> None:
-        """The batch that was handed out has been trained on."""
-        if self._handed_out is None:
+    def _finish_batch(self) -> None:
+        """Account for the batch that the loop body has trained on: call the taps, count the step, plan anew if due."""
+        if self._in_training is None:
             return
-        (batch, model, samples_per_batch), self._handed_out = self._handed_out, None
+        (batch, model, samples_per_batch), self._in_training = self._in_training, None
         if batch is not None:
             for tap in self._taps:
                 tap.after(batch)
@@ -275,7 +278,7 @@ class CurriculumLoop:
         self._report(planned)
 
     def _report(self, planned: int) -> None:
-        """Print the table of a plan that was just made."""
+        """Print the table of the newest plan, if more than `planned` plans have been made."""
         summaries = self.curriculum.summaries
         if len(summaries) > planned and self.accelerator.is_main_process and self.curriculum.scorer.progress:
             summaries[-1].print()

@@ -1,4 +1,4 @@
-"""Where the samples of a host's batch are: padded in rows, or laid end to end in one."""
+"""Where each sample is in a host's batch: in a padded row of its own, or end to end with others in one row."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ import numpy as np
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.types import Batch, EpochPlan, IntArray
 
-_WITHOUT_TAPS = "Leave out sample_log=True, observe=True, policies that weight, and taps of your own."
+_WITHOUT_TAPS = "This check is only made with sample_log=True, observe=True, weighting policies or taps of your own."
 
 
 def layout(inputs: Mapping[str, Any]) -> tuple[IntArray, IntArray]:
-    """`([rows], [rows])`: where the tokens of each sample begin in the flattened `input_ids`, and how many they are.
+    """`([rows], [rows])`: where each sample begins in the flattened `input_ids`, and how many tokens it has.
 
-    Padding is told by the attention mask; without one, samples laid end to end by their position ids.
+    The attention mask shows the padding. Without a mask, position ids that start again at 0 separate the samples of a
+    single row.
 
     Raises:
         ValueError: the batch has no token ids.
     """
     if "input_ids" not in inputs:
         raise ValueError(
-            f"The batch has {', '.join(inputs)} but no input_ids, so its samples cannot be recognised. {_WITHOUT_TAPS}"
+            f"The batch has {', '.join(inputs)} but no input_ids, so its samples cannot be identified. {_WITHOUT_TAPS}"
         )
     rows, width = inputs["input_ids"].shape
     first = np.arange(rows) * width
@@ -50,30 +51,29 @@ def rows_of(inputs: Mapping[str, Any]) -> list[IntArray]:
 def batch_of(
     inputs: Mapping[str, Any], plan: EpochPlan, dataset: ScoredDataset, *, place: int, epoch: int, step: int
 ) -> Batch:
-    """Which samples a host's batch holds: those that the plan has from `place` on, made sure of by their tokens.
+    """Which samples a host's batch holds: the plan's samples from `place` on, after a comparison of their tokens.
 
     Args:
         inputs: the host's batch.
-        plan: the epoch's.
-        dataset: where the samples are.
+        plan: the epoch's plan.
+        dataset: the samples with their tokens.
         place: position of the batch's first sample in the plan.
         epoch: from 0.
         step: optimizer steps taken so far.
 
     Raises:
-        ValueError: the batch has no token ids, or holds other tokens than the planned samples'.
+        ValueError: the batch has no token ids, or holds other tokens than the planned samples.
     """
     starts, lengths = layout(inputs)
-    # the last step of an epoch is completed from the plan's start
+    # the plan's first samples complete the last step of an epoch
     places = (place + np.arange(len(starts))) % len(plan)
     samples = plan.indices[places]
     for row, (tokens, sample) in enumerate(zip(rows_of(inputs), dataset.samples(samples), strict=True)):
         if not np.array_equal(tokens, sample.input_ids):
             raise ValueError(
                 f"The batch does not hold the tokens of sample {sample.index}, which the plan of epoch {epoch} has at "
-                f"place {places[row]}, so what is trained on is not what was planned. Is there a collator or a data "
-                "loader of your own that changes, cuts or reorders? Do that in the data set, before attach. "
-                + _WITHOUT_TAPS
+                f"place {places[row]}, so training does not follow the plan. If your own collator or data loader "
+                "changes, truncates or reorders rows, do that in the data set, before attach. " + _WITHOUT_TAPS
             )
     return Batch(
         samples=samples,

@@ -1,8 +1,7 @@
-"""The callback that `attach` adds: it starts the curriculum's epochs, keeps its state in the trainer's, feeds the taps.
+"""The callback that `attach` adds: starts the curriculum's epochs, saves its state with the trainer's, calls the taps.
 
-`on_epoch_begin` comes before the epoch's data loader is iterated, so work done there takes effect in that very epoch.
-The state goes into `state.stateful_callbacks`, which is saved with `trainer_state.json` and can be read again in
-`on_train_begin`.
+The trainer calls `on_epoch_begin` before it iterates over the epoch's data loader, so a plan made there applies to that
+epoch. The curriculum's state goes into `state.stateful_callbacks`, which the trainer saves in `trainer_state.json`.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class CurriculumCallback(TrainerCallback):
-    """Tells the curriculum when an epoch begins, and keeps its state in the trainer's. Made by `attach`."""
+    """Tells the curriculum when an epoch begins, and saves its state with the trainer's. Made by `attach`."""
 
     def __init__(
         self, trainer: Trainer, curriculum: Curriculum, *, taps: Sequence[Tap] = (), accept_changes: bool = False
@@ -38,14 +37,14 @@ class CurriculumCallback(TrainerCallback):
         self.trainer = trainer
         self.curriculum = curriculum
         self.taps = list(taps)
-        """What rides on the batches of training."""
+        """Called before and after the training on each batch."""
         self.pending: dict[str, float] = {}
-        """Numbers for the trainer's next line of training logs."""
+        """Numbers to add to the trainer's next training log entry."""
         self.run = new_run()
-        """Identity of the run, from its first start to its end, in every checkpoint."""
+        """Identity of the run. It is in every checkpoint and survives restarts."""
         self._accept_changes = accept_changes
-        self._open = ExitStack()
-        """What taps have opened: hooks and files."""
+        self._open_taps = ExitStack()
+        """The contexts of the open taps, with their hooks and files."""
         self._epoch = 0
         self._num_epochs: int | None = None
         self._steps_per_epoch = 0
@@ -56,21 +55,21 @@ class CurriculumCallback(TrainerCallback):
         """Batches of this epoch that this process has trained on."""
         self._epoch_started = 0.0
         self._planned = 0
-        """Plans made before this epoch."""
+        """Number of plans made before this epoch."""
 
     def begin(self, state: TrainerState, *, max_steps: int, steps_per_epoch: int) -> tuple[int, int]:
-        """Start the run, or continue the one that the checkpoint is of.
+        """Start a new run, or continue the checkpoint's.
 
         Args:
-            state: the trainer's, with the checkpoint's entry if there is one.
-            max_steps: of the whole run, as the trainer counts them now.
-            steps_per_epoch: the same.
+            state: the trainer's state. On a resume it holds the curriculum's entry from the checkpoint.
+            max_steps: optimizer steps of the whole run, as the trainer computes them now.
+            steps_per_epoch: optimizer steps of an epoch, as the trainer computes them now.
 
         Returns:
             The first epoch to train, and how many of its batches each process must skip.
 
         Raises:
-            ValueError: the checkpoint has no entry of a curriculum, or one of another run.
+            ValueError: the checkpoint was written without a curriculum, or with a different one.
         """
         args = self.trainer.args
         self._steps_per_epoch = steps_per_epoch
@@ -107,10 +106,10 @@ class CurriculumCallback(TrainerCallback):
     ) -> None:
         self._num_epochs = state.num_train_epochs
         step = self._resumed.schedule_step
-        if step is not None and _entries(state)[STATE_ENTRY]["files"]:  # else the schedule starts anew
+        if step is not None and _entries(state)[STATE_ENTRY]["files"]:  # otherwise the schedule starts afresh
             continue_schedule(kwargs["lr_scheduler"], step)
         for tap in self.taps:
-            self._open.enter_context(tap.open(_as_called(self.trainer), step=state.global_step))
+            self._open_taps.enter_context(tap.open(_wrapped_model(self.trainer), step=state.global_step))
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -118,9 +117,9 @@ class CurriculumCallback(TrainerCallback):
         self._epoch_started = time.perf_counter()
         summaries = self.curriculum.summaries
         planned = self._planned = len(summaries)
-        # after a resume, the begun epoch keeps the plan that came with the checkpoint
+        # after a resume inside an epoch, this keeps the checkpoint's plan
         self.curriculum.start_epoch(
-            self._epoch, _as_called(self.trainer), step=state.global_step, num_epochs=self._num_epochs
+            self._epoch, _wrapped_model(self.trainer), step=state.global_step, num_epochs=self._num_epochs
         )
         _entries(state)[STATE_ENTRY] = {
             "run": self.run,
@@ -132,8 +131,8 @@ class CurriculumCallback(TrainerCallback):
         self.note_state(state)
         self._note_progress(state)
         if args.dataloader_persistent_workers and self._epoch > 0:
-            # A run that was not interrupted still has its workers here. One that was makes new ones, and their seed
-            # would be drawn from the random state that dropout draws from.
+            # An uninterrupted run still has its workers here. A resumed run starts new ones, and would draw their seed
+            # from the random state that dropout uses.
             kwargs["train_dataloader"].base_dataloader.generator = torch.Generator().manual_seed(args.seed)
         if len(summaries) > planned:
             self.pending.update(summaries[-1].logs())
@@ -157,7 +156,8 @@ class CurriculumCallback(TrainerCallback):
         into_epoch = state.global_step - self._steps_before
         start = self._position(into_epoch + self.curriculum.rescore.lag)
         self._note_progress(state)
-        if self.curriculum.replan(_as_called(self.trainer), step=state.global_step, into_epoch=into_epoch, start=start):
+        model = _wrapped_model(self.trainer)
+        if self.curriculum.replan(model, step=state.global_step, into_epoch=into_epoch, start=start):
             self.note_state(state)
             summary = self.curriculum.summaries[-1]
             self.pending.update(summary.logs())
@@ -177,20 +177,20 @@ class CurriculumCallback(TrainerCallback):
             logger.warning("scores.parquet and plans.parquet cannot be written: %s", error)
 
     def finish(self) -> None:
-        """Close what the taps have opened, however training ended."""
-        self._open.close()
+        """Close the taps, whether or not training ended in an error."""
+        self._open_taps.close()
 
     def note_state(self, state: TrainerState) -> None:
-        """Put plan and scores where the next checkpoint takes them from. All processes take part."""
-        self.curriculum.merge_observed(_as_called(self.trainer))
+        """Put the plan and the scores into the trainer's state, for the next checkpoint. All processes must call it."""
+        self.curriculum.merge_observed(_wrapped_model(self.trainer))
         _entries(state)[STATE_ENTRY]["curriculum"] = self.curriculum.state_dict()
 
     @contextmanager
     def batch(self, inputs: Any, args: TrainingArguments, state: TrainerState) -> Iterator[None]:
-        """Around the training on one batch: whose it is, what its samples weigh, and what is seen of them."""
+        """Identify the samples of a batch, and call the taps before and after the training on it."""
         plan = self.curriculum.sampler.plan
         assert plan is not None
-        # accelerate deals the batches out to the processes one by one
+        # accelerate gives the batches to the processes in turn
         place = (self._batches * args.world_size + args.process_index) * args.train_batch_size
         place += self.curriculum.sampler.shift
         self._batches += 1
@@ -202,11 +202,11 @@ class CurriculumCallback(TrainerCallback):
             tap.after(batch)
 
     def _position(self, into_epoch: int) -> int:
-        """How many samples of the plan are trained on after so many optimizer steps of the epoch."""
+        """How many places of the plan have been trained on after `into_epoch` optimizer steps of the epoch."""
         return self.curriculum.sampler.shift + into_epoch * samples_per_step(self.trainer.args)
 
     def _note_progress(self, state: TrainerState) -> None:
-        """Where in the plan the trainer is, and a resume continues."""
+        """Put the trainer's place in the plan into its state. A resume continues there."""
         into_epoch = state.global_step - self._steps_before
         places = self._position(into_epoch)
         self.curriculum.progress(places)
@@ -218,16 +218,20 @@ class CurriculumCallback(TrainerCallback):
         }
 
     def _discard_stale(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-        """A checkpoint about to be written over is no longer whole: without this, a kill would leave a mixture."""
+        """Mark a checkpoint that is about to be overwritten as incomplete.
+
+        Otherwise a kill while it is saved would leave a folder of old and new files that looks complete.
+        """
         if control.should_save and args.should_save:
             stale = output_of(args) / f"checkpoint-{state.global_step}" / TRAINER_STATE
             stale.unlink(missing_ok=True)
 
 
 def _files_of_a_checkpoint(trainer: Trainer) -> list[str]:
-    """What the trainer's checkpoints have besides weights and trainer state, as far as it is the same everywhere.
+    """The files that each of the trainer's checkpoints must have besides weights and trainer state.
 
-    The trainer goes on without a word if they are missing, with another optimizer or other dropout.
+    If one is missing, the trainer resumes without a warning, with a new optimizer or a different random state. Files
+    whose names depend on the backend (DeepSpeed, FSDP) are not listed.
     """
     args = trainer.args
     if args.save_only_model:
@@ -241,11 +245,11 @@ def _files_of_a_checkpoint(trainer: Trainer) -> list[str]:
     return files
 
 
-def _as_called(trainer: Trainer) -> nn.Module:
-    """The model as the trainer calls it in training: wrapped, with its autocast."""
+def _wrapped_model(trainer: Trainer) -> nn.Module:
+    """The model as the trainer calls it in training: wrapped (DDP, DeepSpeed, FSDP) and under its autocast."""
     return trainer.model_wrapped
 
 
 def _entries(state: TrainerState) -> dict[str, Any]:
-    """What is saved with the trainer's state. (Its annotation tells of the constructor's argument, a list.)"""
+    """The callbacks' states by name, saved with the trainer's state. (The annotation of transformers says list.)"""
     return cast("dict[str, Any]", state.stateful_callbacks)

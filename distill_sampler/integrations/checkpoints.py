@@ -1,8 +1,8 @@
-"""Checkpoint folders of Hugging Face's `Trainer`: which are whole, which belong to this run, who may write here.
+"""Checkpoint folders of Hugging Face's `Trainer`: which are complete, which belong to this run, and who may write here.
 
-The curriculum's state is an entry of `trainer_state.json`, the file that a checkpoint is complete with, so the two
-cannot part. What can happen all the same is looked for here before the trainer loads anything: a save cut off by a
-kill or a full disk, a file lost or damaged on the way, a folder that two runs write to.
+The curriculum's state is an entry of `trainer_state.json`, which the trainer writes last, so a checkpoint cannot have
+one without the other. This module looks for what can still go wrong, before the trainer loads anything: a save that a
+kill or a full disk interrupted, a lost or damaged file, two runs that write to one folder.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ if sys.platform != "win32":
 logger = logging.getLogger(__name__)
 
 STATE_ENTRY = "distill_sampler"
-"""Where the curriculum's state lies in `TrainerState.stateful_callbacks`."""
+"""Name of the curriculum's entry in `TrainerState.stateful_callbacks`."""
 
 FOLDER = "distill_sampler"
-"""In the trainer's output folder: what a run keeps there besides its checkpoints."""
+"""The folder in the trainer's output folder for everything that a run keeps besides its checkpoints."""
 
 TRAINER_STATE = "trainer_state.json"
 
@@ -41,7 +41,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """A checkpoint's `trainer_state.json`.
 
     Raises:
-        ValueError: it is not there, or not whole; the message says why.
+        ValueError: it is missing or damaged; the message says which.
     """
     try:
         state = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
@@ -63,8 +63,8 @@ def entry_of(state: Mapping[str, Any]) -> dict[str, Any] | None:
 def why_broken(checkpoint: Path) -> str:
     """Why a checkpoint cannot be resumed from, as the rest of a sentence; empty if nothing is wrong with it.
 
-    Read is what is small: the trainer's state with the curriculum's entry, and of weights and optimizer whether the
-    files are there and have their length.
+    Reads only what is small: the trainer's state, with the curriculum's entry. Of the weights and the optimizer it
+    checks that the files exist and are as long as their headers say.
     """
     try:
         state = read_state(checkpoint)
@@ -100,11 +100,11 @@ def checkpoints_in(output: Path) -> list[Path]:
 
 
 def last_whole(output: Path, run: str | None = None) -> tuple[Path | None, list[str]]:
-    """The last checkpoint that can be resumed from, and a sentence for each later one that was passed over.
+    """The last checkpoint that can be resumed from, and one sentence for each later one that was passed over.
 
     Args:
         output: the trainer's output folder.
-        run: pass over checkpoints of other runs. None: take those of any.
+        run: the run whose checkpoints count; those of other runs are passed over. None: those of every run count.
     """
     passed_over: list[str] = []
     for checkpoint in checkpoints_in(output):
@@ -118,41 +118,45 @@ def last_whole(output: Path, run: str | None = None) -> tuple[Path | None, list[
     return None, passed_over
 
 
-def checkpoint_to_resume(asked: str | bool | None, output: Path, run: str | None) -> Path | None:
-    """What `trainer.train(resume_from_checkpoint=asked)` is to load: a checkpoint known to be whole.
+def checkpoint_to_resume(requested: str | bool | None, output: Path, run: str | None) -> Path | None:
+    """The complete checkpoint that `trainer.train(resume_from_checkpoint=requested)` must load; None: start anew.
 
-    `True` is the last whole one of the run that the folder belongs to; those passed over are logged.
+    `True` stands for the last complete one of the run that owns the folder; it logs which later ones it passed over.
 
     Raises:
-        ValueError: there is none, or the one that was asked for is not whole.
+        ValueError: there is none, or the requested one is incomplete.
     """
-    if asked is None or asked is False:
+    if requested is None or requested is False:
         return None
-    if asked is True:
+    if requested is True:
         found, passed_over = last_whole(output, run)
         if found is None:
             raise ValueError(
-                " ".join([f"There is no whole checkpoint in {output}.", *passed_over])
+                " ".join([f"There is no complete checkpoint in {output}.", *passed_over])
                 + " Start from the beginning, with resume_from_checkpoint=None."
             )
         for sentence in passed_over:
             logger.warning("%s Resuming from %s.", sentence, found.name)
         return found
-    checkpoint = Path(asked)
+    checkpoint = Path(requested)
     if not checkpoint.is_dir():
-        raise ValueError(f"resume_from_checkpoint={asked!r}: there is no such folder.")
+        raise ValueError(f"resume_from_checkpoint={requested!r}: there is no such folder.")
     if reason := why_broken(checkpoint):
         found, _ = last_whole(checkpoint.parent)
-        instead = f"{found} is whole" if found else f"no other checkpoint in {checkpoint.parent} is whole"
-        raise ValueError(f"{checkpoint} cannot be resumed from: {reason}. Of the others, {instead}.")
+        instead = (
+            f"Resume from {found} instead, which is complete."
+            if found
+            else f"No other checkpoint in {checkpoint.parent} is complete; start with resume_from_checkpoint=None."
+        )
+        raise ValueError(f"{checkpoint} cannot be resumed from: {reason}. {instead}")
     return checkpoint
 
 
-# ---- Who writes here ----
+# ---- One writer for each folder ----
 
 
 class Claim:
-    """The right to write to an output folder, and the identity of the run that does. Made by `claimed`."""
+    """The exclusive right to write to an output folder, and the run that holds it. Made by `claimed`."""
 
     def __init__(self, file: int | None, run: str | None) -> None:
         self._file = file
@@ -160,7 +164,7 @@ class Claim:
         """The run that wrote here last; None: unknown."""
 
     def take_over(self, run: str) -> None:
-        """From now on the folder belongs to this run."""
+        """Note in the folder that it now belongs to this run."""
         self.run = run
         if self._file is not None:
             text = json.dumps({"run": run, "pid": os.getpid(), "host": socket.gethostname()}).encode()
@@ -169,22 +173,24 @@ class Claim:
 
 
 def new_run() -> str:
+    """A random identity for a run."""
     return uuid.uuid4().hex[:16]
 
 
 _CLAIMED_HERE: set[Path] = set()
-"""Output folders that this process holds. The lock of the operating system keeps out other processes only."""
+"""Output folders that this process has claimed. The file lock only keeps out other processes."""
 
 
 @contextmanager
 def claimed(output: Path, *, write: bool) -> Iterator[Claim]:
-    """Keep other processes from writing to an output folder while this one does.
+    """Keep other runs from writing to an output folder while this one does.
 
-    A lock of the operating system that a killed process loses (POSIX, so its data loader workers do not inherit it).
+    The lock is a POSIX file lock: it ends with the process, even one that is killed, and data loader workers do not
+    inherit it.
 
     Args:
         output: the trainer's output folder.
-        write: whether this process is the one of its run that writes; the others only read whose folder it is.
+        write: whether this process is the one that writes for its run. The others only read who owns the folder.
 
     Raises:
         ValueError: another run is writing there, in this process or another one.
@@ -204,7 +210,7 @@ def claimed(output: Path, *, write: bool) -> Iterator[Claim]:
 
 @contextmanager
 def _locked(output: Path, *, write: bool) -> Iterator[Claim]:
-    """What other processes see of a claim."""
+    """The part of a claim that other processes see: a lock on `run.json`."""
     path = output / FOLDER / "run.json"
     if not write or sys.platform == "win32":
         yield Claim(None, _owner(path.read_bytes()).get("run") if path.is_file() else None)
@@ -213,7 +219,7 @@ def _locked(output: Path, *, write: bool) -> Iterator[Claim]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        logger.warning("%s cannot be written to (%s), so other runs cannot be kept from it.", path.parent, error)
+        logger.warning("%s cannot be written to (%s), so other runs are not kept out of it.", path.parent, error)
         yield Claim(None, None)
         return
     try:
@@ -226,13 +232,14 @@ def _locked(output: Path, *, write: bool) -> Iterator[Claim]:
                     f"Another run (process {owner.get('pid')} on {owner.get('host')}) is writing to {output}. Give "
                     "this one an output_dir of its own, or wait for the other to end."
                 ) from None
-            logger.warning("%s cannot be locked (%s), so other runs cannot be kept from it.", path, error)
+            logger.warning("%s cannot be locked (%s), so other runs are not kept out of it.", path, error)
         yield Claim(file, owner.get("run"))
     finally:
         os.close(file)
 
 
 def _owner(content: bytes) -> dict[str, Any]:
+    """What `run.json` says of the run that owns the folder; empty if it says nothing readable."""
     try:
         owner = json.loads(content)
     except ValueError:
@@ -241,7 +248,7 @@ def _owner(content: bytes) -> dict[str, Any]:
 
 
 def _is_whole_safetensors(path: Path) -> bool:
-    """The file is as long as its header says. (Eight bytes with the header's length, the header, the tensors.)"""
+    """Whether the file is as long as its header says. (The file: 8 bytes with the header's length, header, tensors.)"""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         size = path.stat().st_size

@@ -1,13 +1,13 @@
-"""The weight of each sample in the loss, whatever trainer and loss it is.
+"""The weight of each sample in the loss, for any trainer and any loss over tokens.
 
-A loss over tokens is a sum of one term for each position, and the term of a position reaches the model through that
-position's logits alone. So the gradient of the logits, times the weight of the sample that the position belongs to,
-is the gradient of the weighted loss, normalised exactly as the host normalises: by tokens, by batches, over
-accumulation steps and processes. Nothing of the host's computation is repeated or replaced, and where all weights are 1
-nothing is touched at all. What does not come through the logits, such as the balance loss of a mixture of experts,
-keeps its weight; so does the loss that the host logs, which stays comparable between runs.
+A loss over tokens is a sum with one term for each position, and the term of a position depends on the model through
+that position's logits alone. So multiplying the gradient of the logits at each position by the weight of its sample
+gives the gradient of the weighted loss, normalised exactly as the host normalises it: by tokens, by batches, over
+accumulation steps and processes. No computation of the host is repeated or replaced, and a batch whose weights are all
+1 is left alone. A loss that does not depend on the logits, such as the balance loss of a mixture of experts, keeps its
+weight. The loss that the host logs is the unweighted one, so it stays comparable between runs.
 
-TRL's fused head makes no logits: there the gradient of `log_probs`, one number for each position, is multiplied.
+TRL's fused head computes no logits; there the gradient of `log_probs`, one number for each position, is multiplied.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from distill_sampler.types import Batch
 
 
 class LossWeights(Tap):
-    """Multiplies what a batch's samples contribute to the gradient."""
+    """Multiplies what each sample of a batch contributes to the gradient by the sample's weight."""
 
     def __init__(self) -> None:
         self._student: Any = None
@@ -68,9 +68,9 @@ class LossWeights(Tap):
         expected, self._weights = self._weights is not None, None
         if expected and not self._applied:
             raise ValueError(
-                "The policies give loss weights, but this trainer's loss does not come through the logits of "
+                "The policies give loss weights, but this trainer's loss does not depend on the logits of "
                 f"{type(self._student).__name__}, so they cannot be applied (use_liger_kernel=True?). Use "
-                "SampleBySoftmax instead of WeightBySoftmax: it draws samples in proportion to what they would weigh."
+                "SampleBySoftmax instead of WeightBySoftmax: it draws samples in proportion to their weights."
             )
 
     def _weigh(self, output: Tensor | None) -> None:
@@ -78,20 +78,20 @@ class LossWeights(Tap):
         weights = self._weights
         if weights is None or output is None or not output.requires_grad:
             return
-        # the state at place t predicts token t + 1: a term's weight is its target's
-        by_place = torch.cat([weights[:, 1:], weights.new_ones(len(weights), 1)], 1)
+        # the logits at position t predict token t + 1, so they take the weight of that token's sample
+        by_position = torch.cat([weights[:, 1:], weights.new_ones(len(weights), 1)], 1)
         if output.ndim == 2:
-            by_place = by_place[:, :-1]
-        if output.shape[:2] != by_place.shape:
+            by_position = by_position[:, :-1]
+        if output.shape[:2] != by_position.shape:
             raise ValueError(
                 f"The policies give loss weights, but the student gives outputs for {tuple(output.shape[:2])} "
-                f"positions where the batch has {tuple(by_place.shape)} (prompt tuning?), so whose they are is not "
-                "known. Use SampleBySoftmax instead of WeightBySoftmax."
+                f"positions where the batch has {tuple(by_position.shape)} (prompt tuning?), so it is not known which "
+                "sample each one belongs to. Use SampleBySoftmax instead of WeightBySoftmax."
             )
-        by_place = by_place.reshape(*by_place.shape, *[1] * (output.ndim - 2)).to(output.device)
+        by_position = by_position.reshape(*by_position.shape, *[1] * (output.ndim - 2)).to(output.device)
 
         def multiply(gradient: Tensor) -> Tensor:
             self._applied = True
-            return (gradient * by_place).to(gradient.dtype)
+            return (gradient * by_position).to(gradient.dtype)
 
         output.register_hook(multiply)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Scores that training shows by the way, as a tap: they wait in the store for the next pass."""
+"""A tap that scores samples from the forward passes of training. The scores wait in the store for the next pass."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from distill_sampler.types import Batch
 
 
 class ObservedScores(Tap):
-    """Takes the scores of what is trained on out of the forward passes of training.
+    """Scores the samples that are trained on, from the forward passes of training.
 
     Args:
-        curriculum: whose metrics, and where the scores go.
+        curriculum: provides the metrics, and its store receives the scores.
     """
 
     def __init__(self, curriculum: Curriculum) -> None:

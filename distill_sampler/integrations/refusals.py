@@ -1,9 +1,8 @@
-"""What a trainer's settings rule out: one sentence for each, naming the argument and the cure.
+"""The settings that a curriculum refuses, each with a message that names the argument and the cure.
 
-A curriculum can score under parallelism where each process reads sequences of its own: DDP, DeepSpeed ZeRO and FSDP, in
-which a process's forward pass needs the others' weights at most. Under tensor, context and sequence parallelism several
-processes read *one* sequence together, and the samples that are dealt out to one of them would have to be dealt out to
-all.
+A curriculum can score under parallelism in which each process reads its own sequences: DDP, DeepSpeed ZeRO and FSDP,
+where a forward pass needs at most the weights that other processes hold. Under tensor, context and sequence parallelism
+several processes read *one* sequence together, so all of them would need the same samples.
 """
 
 from __future__ import annotations
@@ -18,47 +17,51 @@ from distill_sampler.integrations.trl import is_sft_trainer, refuse_sft_settings
 
 
 def refuse_settings(trainer: Trainer) -> None:
-    """One sentence for each setting under which a curriculum could not keep its promises."""
+    """Refuse settings of a trainer under which no curriculum can keep its promises.
+
+    Raises:
+        ValueError: names the setting and the cure.
+    """
     args = trainer.args
     if "_get_train_sampler" in vars(trainer):
         raise ValueError("A sampler is already attached to this trainer. Call attach once for each trainer.")
     if type(trainer)._get_train_sampler is not Trainer._get_train_sampler:
         raise ValueError(
-            f"{type(trainer).__name__} brings its own sampler, which a curriculum would replace. attach works with "
-            "Trainer, SFTTrainer and subclasses that leave _get_train_sampler alone."
+            f"{type(trainer).__name__} has its own sampler, which a curriculum would replace. attach works with "
+            "Trainer, SFTTrainer and subclasses that do not override _get_train_sampler."
         )
     if trainer.train_dataset is None:
         raise ValueError("The trainer has no train_dataset to choose from. Pass train_dataset= to the trainer.")
     if isinstance(trainer.train_dataset, torch.utils.data.IterableDataset):
         raise ValueError(
-            "train_dataset is an IterableDataset: its rows have no numbers, so they cannot be chosen or ordered. Load "
+            "train_dataset is an IterableDataset: its rows have no index, so they cannot be chosen or ordered. Load "
             "it without streaming=True, or materialise it with Dataset.from_generator."
         )
     strategy = args.train_sampling_strategy
     if strategy != "random":
         raise ValueError(
-            f"train_sampling_strategy='{strategy}' and a curriculum both decide the order. Leave it at 'random' and "
-            "put the order you want into the curriculum's policies."
+            f"train_sampling_strategy='{strategy}' decides the order of samples, and so does a curriculum. Leave it at "
+            "'random' and give the curriculum policies for the order you want."
         )
     if args.ignore_data_skip:
         raise ValueError(
-            "ignore_data_skip=True would start an epoch's plan from its beginning after a resume, training some "
-            "samples twice and others never. Leave it at False."
+            "ignore_data_skip=True would begin an epoch's plan again after a resume, and train some samples twice and "
+            "others never. Leave it at False."
         )
     for name in ("dispatch_batches", "split_batches"):
         if getattr(args.accelerator_config, name):
             raise ValueError(
-                f"accelerator_config.{name}=True deals out batches in another order than planned. Leave it at False."
+                f"accelerator_config.{name}=True distributes batches in another order than planned. Leave it at False."
             )
     if args.auto_find_batch_size:
         raise ValueError(
-            "auto_find_batch_size=True restarts training with another batch size in the middle of an epoch's plan. Set "
-            "per_device_train_batch_size to what fits."
+            "auto_find_batch_size=True restarts training with another batch size in the middle of an epoch's plan. "
+            "Leave it at False and set per_device_train_batch_size to a size that fits."
         )
     if args.world_size > 1 and args.parallel_mode != ParallelMode.DISTRIBUTED:
         raise ValueError(
             f"The trainer sees {args.n_gpu} GPUs in one process and would use DataParallel. Launch the script with "
-            "accelerate launch, or show it one GPU with CUDA_VISIBLE_DEVICES."
+            "accelerate launch, or limit it to one GPU with CUDA_VISIBLE_DEVICES."
         )
     refuse_parallelism(trainer.accelerator)
     if is_sft_trainer(trainer):
@@ -66,41 +69,45 @@ def refuse_settings(trainer: Trainer) -> None:
 
 
 def refuse_second_host(curriculum: Curriculum) -> None:
-    """A curriculum holds the scores and the plan of one student in one run.
+    """Refuse a second trainer or loop: a curriculum holds the scores and the plan of one student in one run.
 
     Raises:
-        ValueError: it drives another trainer or loop already.
+        ValueError: it already drives another trainer or loop.
     """
     if curriculum.driven_by is not None:
         raise ValueError(
             f"This curriculum is attached to a {curriculum.driven_by} already, and holds its scores and plans. Make a "
-            "second Curriculum(…) for this one, with the same metrics and policies."
+            "second Curriculum(…) with the same metrics and policies."
         )
 
 
 def refuse_for(curriculum: Curriculum, args: TrainingArguments) -> None:
-    """One sentence for each setting under which this curriculum could not do what it is asked for."""
-    for asked, what in ((curriculum.planner.gives_weights, "loss weights"), (curriculum.observe, "observe=True")):
-        if asked and args.torch_compile:
+    """Refuse settings of a trainer that conflict with what this curriculum does.
+
+    Raises:
+        ValueError: names the setting and the cure.
+    """
+    for wanted, what in ((curriculum.planner.gives_weights, "loss weights"), (curriculum.observe, "observe=True")):
+        if wanted and args.torch_compile:
             raise ValueError(
-                f"torch_compile=True traces the forward once and leaves no place in it for {what}. Leave one of the "
-                "two off."
+                f"torch_compile=True compiles the forward pass, which then cannot be hooked for {what}. Leave one of "
+                "the two off."
             )
     if curriculum.planner.gives_weights and args.use_liger_kernel:
         raise ValueError(
             "use_liger_kernel=True computes the loss without logits, so the loss weights of the policies cannot be "
             "applied. Leave it off, or use SampleBySoftmax instead of WeightBySoftmax: it draws samples in proportion "
-            "to what they would weigh."
+            "to their weights."
         )
     if curriculum.rescore.every_steps is not None:
-        # accelerate holds a batch back, and may be handing out another; workers read on
+        # accelerate fetches one batch ahead while another is in use, and workers prefetch more
         ahead = 2 + args.dataloader_num_workers * (args.dataloader_prefetch_factor or 2)
         steps = -(-ahead // args.gradient_accumulation_steps)
         if steps > curriculum.rescore.lag:
             raise ValueError(
                 f"The data loader reads up to {steps} optimizer steps ahead (dataloader_num_workers="
-                f"{args.dataloader_num_workers}), more than the lag of {curriculum.rescore.lag} from a scoring to the "
-                f"steps that it changes. Declare it: Rescore(lag={steps})."
+                f"{args.dataloader_num_workers}), but Rescore(lag={curriculum.rescore.lag}) lets a new plan take "
+                f"effect sooner than that. Set Rescore(lag={steps})."
             )
 
 
@@ -110,13 +117,13 @@ def samples_per_step(args: TrainingArguments) -> int:
 
 
 def refuse_parallelism(accelerator: Accelerator) -> None:
-    """Refuse parallelism within a sequence, wherever it was asked for.
+    """Refuse parallelism within a sequence, wherever it was configured.
 
-    A trainer's accelerator knows it of accelerate's `ParallelismConfig`, of models that were loaded with
-    `DistributedConfig(tp_size=…)`, whose size the trainer passes on, and of DeepSpeed's configuration.
+    The accelerator knows of all three ways: accelerate's `ParallelismConfig`, a model that was loaded with
+    `DistributedConfig(tp_size=…)` (the trainer passes its size on), and DeepSpeed's configuration.
 
     Args:
-        accelerator: that the student is trained with: `trainer.accelerator`, or a loop's own.
+        accelerator: the one that the student is trained with: `trainer.accelerator`, or a loop's own.
 
     Raises:
         ValueError: tensor, context or sequence parallelism over more than one process.
@@ -135,6 +142,6 @@ def refuse_parallelism(accelerator: Accelerator) -> None:
         if size > 1:
             raise ValueError(
                 f"{setting}={size} is {kind} parallelism: {size} processes read each sequence together, but a "
-                f"curriculum deals out whole samples to single processes. Set {setting}=1, and spread the student over "
-                "the processes with DeepSpeed ZeRO-3 or FSDP2."
+                f"curriculum gives each sample to one process. Set {setting}=1, and shard the student over the "
+                "processes with DeepSpeed ZeRO-3 or FSDP2."
             )

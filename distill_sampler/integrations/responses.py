@@ -1,4 +1,4 @@
-"""Which tokens of a trainer's prepared rows are the response, as a column of labels beside the trainer's own."""
+"""Finds which tokens of a trainer's prepared rows are the response, and adds them as a second column of labels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from distill_sampler.sources.templates import Markers, Written, cut_off, markers
 logger = logging.getLogger(__name__)
 
 RESPONSE_LABELS = "response_labels"
-"""Column of our own copy of the data set: the labels of the responses alone."""
+"""The added column: the labels with everything but the responses masked."""
 
 _FOUND = "response_found"
 _LOST_TURNS = "response_turns_lost"
@@ -28,27 +28,28 @@ _LOST_TURNS = "response_turns_lost"
 def with_response_labels(
     trainer: Any, rows: Any, labels: str | None, *, score_whole_text: bool = False
 ) -> tuple[Any, str | None]:
-    """The data set with a column that labels the responses alone, out of what the trainer trains on.
+    """The data set with a column that labels only those trained tokens that belong to a response.
 
-    `SFTTrainer` keeps the columns that a row was made from, and reads them as TRL does: `prompt` and `completion`, else
-    `messages`, else the text. `sources.templates` says which tokens are the response. Rows that these columns do not
-    reproduce, and rows of a plain `Trainer`, hold tokens alone: labels that leave tokens out are taken at their word,
-    and where every token is labelled, the response is found between the chat template's markers.
+    With `SFTTrainer`, the columns that a row was made from are still there, and are read as TRL reads them: `prompt`
+    and `completion`, else `messages`, else the text. `sources.templates` finds the response in them. Where these
+    columns do not reproduce a row's tokens, and with a plain `Trainer`, only the tokens can be used: if the labels mask
+    some of them, the labelled ones are the response; if every token is labelled, the response is found between the chat
+    template's markers.
 
     Args:
-        trainer: with its tokenizer as `processing_class`.
+        trainer: its tokenizer is `processing_class`.
         rows: the prepared data set.
         labels: its column of labels; None: every token is trained on.
         score_whole_text: label all of a row in which no response can be found.
 
     Returns:
-        The data set and the name of its label column: what was given, if there is nothing to do.
+        The data set and the name of its label column; both unchanged if the labels are the responses already.
 
     Raises:
-        ValueError: nothing says which tokens of a row are the response.
+        ValueError: nothing shows which tokens of a row are the response.
     """
     if not isinstance(rows, Sized) or not len(rows) or not {"input_ids", labels or "input_ids"} <= set(_columns(rows)):
-        return rows, labels  # ScoredDataset says what is missing
+        return rows, labels  # ScoredDataset will say what is missing
     sft = is_sft_trainer(trainer) and labels == "labels" and keeps_text(_columns(rows), trainer.args.dataset_text_field)
     if not sft and labels is not None and _leaves_out(rows, labels):
         return rows, labels
@@ -82,32 +83,37 @@ def with_response_labels(
             labelled = _WithColumn(rows, RESPONSE_LABELS, columns[RESPONSE_LABELS])
     if lost:
         logger.warning(
-            "%d earlier turns of the assistant are not scored: the chat template writes them differently once others "
-            "follow.",
+            "%d earlier turns of the assistant are not scored: the chat template writes them differently when another "
+            "turn follows.",
             lost,
         )
     if not found.all():
-        _whole_text(np.flatnonzero(~found), len(rows), settings, score_whole_text)
+        _allow_whole_text(np.flatnonzero(~found), len(rows), settings, score_whole_text)
     return labelled, RESPONSE_LABELS
 
 
-def _whole_text(missing: Any, num_rows: int, settings: Mapping[str, Any], asked_for: bool) -> None:
-    """Say, or refuse, that rows are scored whole."""
+def _allow_whole_text(missing: Any, num_rows: int, settings: Mapping[str, Any], allowed: bool) -> None:
+    """Warn that rows without a recognisable response are scored whole, or refuse them.
+
+    Raises:
+        ValueError: `allowed` is False.
+    """
     marks: Markers | None = settings["marks"]
     if settings["tokenizer"] is None:
         why = "the trainer has no fast tokenizer (processing_class=) to find it with"
     elif marks is None or not marks.header.strip():
         why = "the tokenizer has no chat template whose markers would show it"
     else:
-        why = f"they hold no turn of the assistant in the tokenizer's chat template ({marks.header.strip()!r})"
+        why = f"they hold no assistant turn in the tokenizer's chat template ({marks.header.strip()!r})"
     rows = f"{len(missing)} of {num_rows} rows (first: row {missing[0]})"
-    if not asked_for:
+    if not allowed:
         raise ValueError(
-            f"Nothing says which part of {rows} is the response: every token is trained on, and {why}. Give the data "
+            f"Nothing shows which part of {rows} is the response: every token is trained on, and {why}. Give the data "
             "as messages or as prompt and completion, mask the prompts in the labels with -100, or use the chat "
-            "template that the text is written in; attach(score_whole_text=True) scores such rows whole, prompts too."
+            "template that the text is written in. attach(score_whole_text=True) scores such rows whole, with their "
+            "prompts."
         )
-    logger.warning("score_whole_text=True: %s are scored whole, prompts too, because %s.", rows, why)
+    logger.warning("score_whole_text=True: %s are scored whole, with their prompts, because %s.", rows, why)
 
 
 def _response_labels(
@@ -119,7 +125,7 @@ def _response_labels(
     marks: Markers | None,
     text_column: str | None,
 ) -> dict[str, list[Any]]:
-    """Labels of the responses of some rows, whether they were found, and how many turns were not."""
+    """For some rows: the labels of their responses, whether a response was found, and how many turns were not."""
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     written: list[Written | None] = [None] * len(rows)
     if text_column is not None and tokenizer is not None:
@@ -149,7 +155,7 @@ def _response_labels(
 
 
 def _leaves_out(rows: Any, labels: str) -> bool:
-    """Whether some token of the data set is not trained on: the labels then say what counts."""
+    """Whether the labels mask any token of the data set; then they say what the response is."""
     if not isinstance(rows, datasets.Dataset):
         return any(IGNORED_LABEL in rows[row][labels] for row in range(len(rows)))
     tables = rows.select_columns([labels]).with_format("arrow").iter(batch_size=4096)
@@ -161,7 +167,7 @@ def _columns(rows: Any) -> list[str]:
 
 
 class _WithColumn(torch.utils.data.Dataset[Any]):
-    """Rows of a data set that is no table, with one column more."""
+    """A data set of rows (not a `datasets.Dataset`) with an additional column."""
 
     def __init__(self, rows: Any, name: str, values: Sequence[Any]) -> None:
         self._rows, self._name, self._values = rows, name, values

@@ -1,11 +1,11 @@
 """A log of the samples that were trained on, recorded where the loss is computed, and its comparison with a plan.
 
-One file for each process, `samples-R.jsonl`, a line for each batch that went through the model:
+Each process R writes one file, `samples-R.jsonl`, with a line for each batch that went through the model:
 
     {"step": 7, "epoch": 1, "start": 4, "samples": [12, 3]}
 
-the optimizer step it was for (from 1), the epoch, the place of its first sample in the epoch's plan, and the samples,
-recognised by their tokens.
+These are the optimizer step that the batch was for (from 1), the epoch, the place of its first sample in the epoch's
+plan, and its samples, identified by their tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class SampleLog(Tap):
     """Writes the log of one process.
 
     Args:
-        path: the file. Lines of steps after the one that training goes on from are removed; they will come again.
+        path: the file. On a resume, lines of steps after the checkpoint's are removed: those steps are trained again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,7 +47,7 @@ class SampleLog(Tap):
             os.close(self._file)
 
     def before(self, batch: Batch) -> None:
-        """Note a batch, in one write: a kill does not tear it."""
+        """Add the batch's line in a single write, so that a kill cannot leave half a line."""
         line = {
             "step": batch.step + 1,
             "epoch": batch.epoch,
@@ -69,21 +69,21 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     files = sorted(folder.glob("samples-*.jsonl"))
     if not files:
         raise ValueError(
-            f"There is no sample log in {folder}. Runs record one with attach(trainer, curriculum, sample_log=True)."
+            f"There is no sample log in {folder}. Record one with attach(trainer, curriculum, sample_log=True)."
         )
     lines = [line for file in files for line in _lines(file)]
     return sorted(lines, key=lambda line: (line["epoch"], line["start"]))
 
 
 def compare(log: list[dict[str, Any]], plan: EpochPlan, *, epoch: int, trained: int) -> list[str]:
-    """What in a log is not as planned, a sentence each; empty: it agrees.
+    """Where a log differs from a plan, one sentence for each difference; empty if they agree.
 
     Args:
         log: from `read_log`.
-        plan: the epoch's.
-        epoch: which.
-        trained: places of the plan that were trained on when the checkpoint was written; the log must have them all.
-            Places behind the plan's end are its start once more, where that completes the last step.
+        plan: the epoch's plan.
+        epoch: which epoch of the log to compare.
+        trained: how many places of the plan were trained on when the checkpoint was written; the log must have them
+            all. Places past the plan's end stand for its first samples, which complete the last step.
     """
     found = []
     seen = np.zeros(trained, bool)
@@ -101,13 +101,13 @@ def compare(log: list[dict[str, Any]], plan: EpochPlan, *, epoch: int, trained: 
     missing = np.flatnonzero(~seen)
     if len(missing):
         found.append(
-            f"{len(missing)} of {trained} samples trained are not in the log; the first is at place {missing[0]}"
+            f"{len(missing)} of {trained} trained samples are not in the log; the first is at place {missing[0]}"
         )
     return found
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a log; what is no line of ours is left out, and is missed in the comparison."""
+    """The lines of a log that can be read. Any other is skipped, and the comparison reports its samples as missing."""
     if not path.exists():
         return
     for text in path.read_bytes().splitlines():

@@ -1,11 +1,11 @@
-"""The wrappers around a trainer's methods, all of them set on the instance.
+"""The six methods of a trainer that `attach` wraps, each on the instance, and why.
 
-1. `trainer._get_train_sampler` is the trainer's one extension point for order.
-2. `trainer.log`: the curriculum's numbers travel in the trainer's own next line.
-3. `trainer.train`: a checkpoint is known to be whole before anything is loaded, and two runs never write to one folder.
-4. `trainer.training_step`: taps hear of every batch, before its forward and after its backward pass.
-5. `trainer._save_checkpoint`: what training has shown so far is in every checkpoint.
-6. `trainer._init_training_state`: training continues at the place of the plan that the checkpoint names.
+1. `trainer._get_train_sampler`: the trainer draws samples from the curriculum's sampler.
+2. `trainer.log`: the curriculum's numbers join the trainer's next log entry.
+3. `trainer.train`: the checkpoint is checked before anything is loaded, and two runs never write to one folder.
+4. `trainer.training_step`: taps are called before and after the training on every batch.
+5. `trainer._save_checkpoint`: every checkpoint holds the scores observed so far.
+6. `trainer._init_training_state`: training continues at the place in the plan that the checkpoint names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from distill_sampler.integrations.checkpoints import checkpoint_to_resume, claim
 
 
 class Follower(Protocol):
-    """What the wrappers tell: the callback of an attached curriculum."""
+    """What the wrappers call: the callback of an attached curriculum."""
 
     pending: dict[str, float]
     run: str
@@ -35,19 +35,18 @@ class Follower(Protocol):
 
 
 def sample_through(trainer: Trainer, sampler: torch.utils.data.Sampler[int]) -> None:
-    """Have the trainer draw its samples from this sampler, out of the data set that it has now.
+    """Make the trainer draw its samples from `sampler`, out of the data set that it has now.
 
-    Raises:
-        ValueError: when training starts, if the trainer has another data set by then.
+    When training starts, a trainer whose data set has been replaced since raises a ValueError.
     """
     planned = trainer.train_dataset
 
     def get_train_sampler(train_dataset: object = None) -> torch.utils.data.Sampler[int]:
         if trainer.train_dataset is not planned:
             raise ValueError(
-                "trainer.train_dataset was replaced after attach. The curriculum plans the data set that it was "
-                "attached to, so other samples would be trained on. Give the trainer its data set before attach, or "
-                "make a new trainer and a new curriculum for this one."
+                "trainer.train_dataset was replaced after attach. The curriculum plans the data set that the trainer "
+                "had at attach, so the wrong samples would be trained on. Set train_dataset before attach, or make a "
+                "new trainer and a new curriculum for the new data set."
             )
         return sampler
 
@@ -55,9 +54,9 @@ def sample_through(trainer: Trainer, sampler: torch.utils.data.Sampler[int]) -> 
 
 
 def log_through(trainer: Trainer, callback: Follower) -> None:
-    """Add the pending numbers to the trainer's next line of training logs.
+    """Add the pending numbers to the trainer's next training log entry.
 
-    A call of our own would flush the running means that SFTTrainer keeps between lines.
+    A separate call of `trainer.log` would flush the running means that SFTTrainer keeps between entries.
     """
     log = trainer.log
 
@@ -71,7 +70,7 @@ def log_through(trainer: Trainer, callback: Follower) -> None:
 
 
 def train_through(trainer: Trainer, callback: Follower) -> None:
-    """Look at the checkpoint before the trainer does, and hold the output folder while it trains."""
+    """Check the checkpoint before the trainer loads it, and claim the output folder while it trains."""
     train = trainer.train
 
     def train_from_whole_checkpoint(
@@ -79,7 +78,7 @@ def train_through(trainer: Trainer, callback: Follower) -> None:
     ) -> Any:
         try:
             if trial is not None or not saves(trainer.args):
-                # a search gives each trial a folder of its own
+                # a hyperparameter search gives each trial its own folder
                 return train(resume_from_checkpoint, trial, *args, **kwargs)
             output = output_of(trainer.args)
             with claimed(output, write=trainer.is_world_process_zero()) as claim:
@@ -100,7 +99,7 @@ def train_through(trainer: Trainer, callback: Follower) -> None:
 
 
 def begin_through(trainer: Trainer, callback: Follower) -> None:
-    """Have the callback say where training begins: after how many epochs, and batches of the next one."""
+    """Let the callback decide where training begins: after how many epochs, and how many batches of the next one."""
     init_training_state = trainer._init_training_state
 
     def init_at_the_plans_place(max_steps: int, num_update_steps_per_epoch: int, *args: Any, **kwargs: Any) -> Any:
@@ -111,7 +110,7 @@ def begin_through(trainer: Trainer, callback: Follower) -> None:
 
 
 def step_through(trainer: Trainer, callback: Follower) -> None:
-    """Tell the callback of every batch, around the trainer's training on it."""
+    """Wrap the training on each batch in the callback's `batch`."""
     training_step = trainer.training_step
 
     def step_with_taps(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -122,7 +121,7 @@ def step_through(trainer: Trainer, callback: Follower) -> None:
 
 
 def save_through(trainer: Trainer, callback: Follower) -> None:
-    """Have what training has shown so far in every checkpoint, whoever asked for it."""
+    """Bring the curriculum's state up to date before every save of a checkpoint."""
     save_checkpoint = trainer._save_checkpoint
 
     def save_with_state(*args: Any, **kwargs: Any) -> Any:

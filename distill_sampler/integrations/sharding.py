@@ -1,4 +1,4 @@
-"""The output head's weights, whole, where training shards them."""
+"""Gathers the output head's weights where training shards them over processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 @contextmanager
 def whole_head(head: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Weight and bias of a linear head. With ZeRO-3 and FSDP2 they are gathered, so every process must enter."""
+    """The full weight and bias of a linear head. ZeRO-3 and FSDP2 gather them, so every process must enter."""
     weight, bias = head.weight, head.bias
     assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, Tensor)
@@ -21,9 +21,9 @@ def whole_head(head: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]:
     elif is_deepspeed_zero3_enabled():  # type: ignore[no-untyped-call]
         import deepspeed  # type: ignore[import-untyped]
 
-        # a weight that is tied to the embedding may be whole already; DeepSpeed does not gather it twice
-        away = [part for part in (weight, bias) if part is not None and part.numel() == 0]
-        with deepspeed.zero.GatheredParameters(away):
+        # a weight that is tied to the embedding may be gathered already, and DeepSpeed refuses to gather it twice
+        sharded = [part for part in (weight, bias) if part is not None and part.numel() == 0]
+        with deepspeed.zero.GatheredParameters(sharded):
             yield weight, bias
     else:
         yield weight, bias

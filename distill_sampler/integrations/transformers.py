@@ -1,8 +1,8 @@
-"""Hugging Face `Trainer` and everything built on it that leaves the order of samples to it, TRL's `SFTTrainer` first.
+"""Hugging Face's `Trainer` and its subclasses that leave the order of samples to it, above all TRL's `SFTTrainer`.
 
-`attach` wires a curriculum into a trainer that has been constructed: a sampler, a callback (`callback.py`), a few
-methods wrapped on the instance (`seams.py`), and taps on the batches where they are needed. No subclass is needed, and
-nothing travels through columns, collators or workers: a batch's samples are recognised by their tokens.
+`attach` connects a curriculum to a trainer that has been constructed: a sampler, a callback (`callback.py`), a few
+methods wrapped on the instance (`seams.py`), and taps on the batches where they are needed. There is no subclass, and
+no extra column passes through collators or workers: the samples of a batch are identified by their tokens.
 """
 
 from __future__ import annotations
@@ -62,42 +62,45 @@ def attach(
 ) -> None:
     """Let a curriculum decide what each epoch of this trainer trains on. Call it once, before `trainer.train()`.
 
-    Works on the prepared `trainer.train_dataset` (after tokenisation, truncation and dropped rows), with columns like
-    prompt ids and teachers still in it. What is scored is the response, as far as it is trained on, less end-of-turn
-    markers. Conversations (`messages`, prompt and completion as messages) are told apart with the chat template; a
-    completion that is text is the response, less what a chat template wrote around it; in one text (`text`, or tokens
-    that are all labelled) the assistant's turns are found between the chat template's markers. A token that begins in
-    the prompt is the prompt's. See `sources.templates`.
+    The curriculum works on the prepared `trainer.train_dataset` (after tokenisation, truncation and dropped rows),
+    which still has columns such as prompt ids and teachers. What is scored is the response, as far as it is trained on,
+    without end-of-turn markers. How the response is found depends on the data (see `sources.templates`):
 
-    `SFTTrainer` applies no chat template to a prompt and completion that are text, and what it trains on is scored;
-    `distill-sampler score` wraps them as a conversation unless `--plain` is given.
+    - a conversation (`messages`, or prompt and completion as messages): with the chat template;
+    - a completion that is text: it is the response, without what a chat template wrote around it;
+    - a single text (`text`, or tokens that are all labelled): the assistant's turns, between the chat template's
+      markers.
 
-    Each epoch is a whole number of optimizer steps, so that every number of processes trains on the same samples in
-    each step, if a step has equally many of them (`per_device_train_batch_size` × `gradient_accumulation_steps` ×
-    processes). What a plan lacks is taken from its start; with `dataloader_drop_last=True`, its end is cut off instead.
-    The first table says how many samples that concerns.
+    A token that begins in the prompt belongs to the prompt. `SFTTrainer` applies no chat template to a prompt and a
+    completion that are text, so they are scored without one; `distill-sampler score` wraps them as a conversation
+    unless `--plain` is given.
 
-    Every scoring pass and every plan is kept in the output folder as it happens (`distill_sampler/record/`), and when
-    training ends they are there as tables (`scores.parquet`, `plans.parquet`). `distill-sampler report OUTPUT` draws
-    them at any time.
+    Each epoch is a whole number of optimizer steps. If the plan is shorter, its first samples complete the last step;
+    with `dataloader_drop_last=True`, the incomplete step is left out instead. The first table says how many samples
+    that concerns. So any number of processes trains on the same samples in each step, as long as a step has the same
+    number of them (`per_device_train_batch_size` × `gradient_accumulation_steps` × processes).
+
+    Every scoring pass and every plan is kept in the output folder as it is made (`distill_sampler/record/`). When
+    training ends, they are also written there as tables (`scores.parquet`, `plans.parquet`). `distill-sampler report
+    OUTPUT` draws them at any time.
 
     Args:
         trainer: a `transformers.Trainer` or `trl.SFTTrainer`.
         curriculum: what to score and how to plan.
         labels: column of the prepared data set with the labels. None: every token is trained on.
         score_end_marker: score the end-of-turn marker like a token of the response. The papers do not.
-        unscorable: what to do about rows without a response token: `"error"` or `"drop"` (never train on them).
-        score_whole_text: score all of a row, its prompt too, where every token is trained on and nothing says which of
-            them are the response. Left out, such rows are refused.
-        accept_changes: resume although metrics, policies or seed are not those that the checkpoint was written with.
-            An epoch that was begun is trained to its end as planned; the changes take effect from the next. Another
-            data set is accepted between epochs only.
+        unscorable: what to do with rows that have no response token: `"error"`, or `"drop"` (never train on them).
+        score_whole_text: score all of a row, with its prompt, where every token is trained on and nothing shows which
+            of them are the response. By default such rows are refused.
+        accept_changes: resume although metrics, policies or seed differ from the checkpoint's. An epoch that has begun
+            is trained to its end as planned, and the changes take effect from the next epoch. Another data set is only
+            accepted between epochs.
         sample_log: record which samples each batch held, where the loss is computed, in the output folder
             (`distill_sampler/samples-R.jsonl`); `distill-sampler verify` compares it with the checkpoints.
 
     Raises:
-        ValueError: the trainer's settings rule out a curriculum, the data set has no such rows or columns; the
-            message names the argument and the cure.
+        ValueError: the trainer's settings rule out a curriculum, or the data set lacks rows or columns; the message
+            names the argument and the cure.
     """
     refuse_settings(trainer)
     refuse_second_host(curriculum)
@@ -142,9 +145,9 @@ def attach(
 
 
 def end_token_ids(tokenizer: Any, model: nn.Module | None) -> tuple[int, ...]:
-    """The tokens that end a turn, by the tokenizer, the generation configuration and the chat template.
+    """The tokens that end a turn, according to the tokenizer, the generation configuration and the chat template.
 
-    For ChatML models `<|im_end|>`, for Llama 3 `<|eot_id|>` and `<|end_of_text|>`, and so on: found, not listed.
+    For ChatML models that is `<|im_end|>`, for Llama 3 `<|eot_id|>` and `<|end_of_text|>`. There is no list of models.
     """
     found: set[int] = set()
     generation = getattr(model, "generation_config", None)

@@ -1,4 +1,4 @@
-"""What is particular to TRL's `SFTTrainer`: which settings hide samples, and how a row becomes text."""
+"""What is specific to TRL's `SFTTrainer`: which settings hide samples, and how a row becomes text."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from distill_sampler.sources.templates import Markers, Written, conversation, pl
 
 
 def is_sft_trainer(trainer: object) -> bool:
-    """Whether it is TRL's `SFTTrainer`, without importing TRL for those who do not use it."""
+    """Whether it is a `trl.SFTTrainer`. Does not import TRL: if nothing else has, it cannot be one."""
     trl = sys.modules.get("trl")
     return trl is not None and isinstance(trainer, trl.SFTTrainer)
 
 
 def refuse_sft_settings(trainer: Any) -> None:
-    """Refuse what would hide the identity of samples.
+    """Refuse settings that hide which samples a batch holds.
 
     Raises:
         ValueError: `packing=True`, or a vision-language data set.
@@ -28,13 +28,16 @@ def refuse_sft_settings(trainer: Any) -> None:
             "packing=False; padding_free=True (with max_length=None) also trains without padding and keeps the samples."
         )
     if trainer._is_vision_dataset:
-        raise ValueError("Data sets with images are tokenised batch by batch, so there are no token ids to score yet.")
+        raise ValueError(
+            "train_dataset has images. TRL tokenises such data sets batch by batch, so there are no token ids to score "
+            "before training. Use a data set of text."
+        )
 
 
 def as_trl_writes(
     row: Mapping[str, Any], tokenizer: Any, chat_template: str | None, marks: Markers | None, text_column: str
 ) -> Written | None:
-    """A row as TRL writes it before it is tokenised; None if the text is not there."""
+    """The text that TRL makes of a row before tokenising it; None if the row has no text."""
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
         return prompt_and_completion(prompt, completion, marks)

@@ -98,7 +98,7 @@ def test_a_checkpoint_within_an_accumulation_is_said_to_lack_its_gradients(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
 ) -> None:
     train(make(tokenizer, None, accumulation=2), save=tmp_path, stop=2)
-    assert caplog.text.count("Save when accelerator.sync_gradients is True") == 1
+    assert caplog.text.count("accelerator.sync_gradients is True") == 1
 
 
 def parameters(model: Any) -> torch.Tensor:
@@ -148,7 +148,7 @@ def test_a_loop_resumed_with_other_batches_trains_the_rest_of_the_plan(
     parts = make(tokenizer, output, batch_size=batches[0], accumulation=batches[1], **online)
     parts[0].accelerator.load_state(str(tmp_path / "saved" / str(place)))
     train(parts)
-    assert f"had 2 samples, now they have {per_step}" in caplog.text
+    assert f"had 2 samples until this checkpoint and has {per_step}" in caplog.text
     lines = read_log(output / "distill_sampler")
     last = {planned.epoch: planned.plan for planned in parts[0].curriculum.cycle.record.plans}
     first_epoch = 2 * place + -(-(12 - 2 * place) // per_step) * per_step
@@ -277,7 +277,7 @@ def test_a_break_in_the_loop_leaves_no_hook_behind(tokenizer: PreTrainedTokenize
 
 def test_batches_outside_of_epochs_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     loop, model, _, loader = make(tokenizer, None)
-    with pytest.raises(ValueError, match=r"inside `for epoch in loop\.epochs"):
+    with pytest.raises(ValueError, match=r"for epoch in loop\.epochs"):
         next(loop.batches(model, loader))
 
 

@@ -98,7 +98,7 @@ def test_a_resume_with_other_batches_trains_the_rest_of_the_plan(
     ]
     whole = [1e-2 * (1 - taken / (2 * of_epoch)) for taken in range(2 * of_epoch)]
     assert rates == pytest.approx(whole[-len(rates) :])
-    assert f"optimizer steps had 2 samples, now they have {step}" in caplog.text
+    assert f"optimizer step had 2 samples until this checkpoint and has {step}" in caplog.text
     assert f"step {2 * of_epoch - len(rates)} of {2 * of_epoch}" in caplog.text
 
 
@@ -164,7 +164,7 @@ def test_a_number_of_steps_in_other_steps_is_refused(
 ) -> None:
     settings = {"per_device_train_batch_size": 4, "max_steps": 9}
     with pytest.raises(
-        ValueError, match=r"max_steps=9 counts optimizer steps.*2 samples.*have 4 now.*num_train_epochs"
+        ValueError, match=r"max_steps=9 counts optimizer steps.*2 samples.*has 4 now.*num_train_epochs"
     ):
         run(tmp_path, tokenizer, two_at_a_time[0] / "checkpoint-2", **settings)
 

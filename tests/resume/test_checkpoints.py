@@ -130,14 +130,14 @@ def test_naming_a_broken_checkpoint_is_refused_and_a_whole_one_is_offered(
 ) -> None:
     DAMAGE["state cut off"][0](output / "checkpoint-5")
     with pytest.raises(
-        ValueError, match=r"checkpoint-5 cannot be resumed from: its trainer_state.*checkpoint-6 is whole"
+        ValueError, match=r"checkpoint-5 cannot be resumed from: its trainer_state.*checkpoint-6 instead"
     ):
         resumed(output, tokenizer, str(output / "checkpoint-5"))
     with pytest.raises(ValueError, match="there is no such folder"):
         resumed(output, tokenizer, str(output / "checkpoint-50"))
     for step in range(1, 7):
         (output / f"checkpoint-{step}" / "trainer_state.json").unlink(missing_ok=True)
-    with pytest.raises(ValueError, match=r"no whole checkpoint in .*Start from the beginning"):
+    with pytest.raises(ValueError, match=r"no complete checkpoint in .*resume_from_checkpoint=None"):
         resumed(output, tokenizer)
 
 
@@ -351,7 +351,7 @@ def test_verify_knows_what_completes_the_last_step(tmp_path: Path, tokenizer: Pr
     log.write_text("".join([*lines[:-1], json.dumps({**last, "samples": last["samples"][:2]})]), encoding="utf-8")
     code, said = verified(tmp_path / "run" / "checkpoint-4")
     assert code == 1
-    assert "2 of 8 samples trained are not in the log; the first is at place 6" in said
+    assert "2 of 8 trained samples are not in the log; the first is at place 6" in said
 
 
 def test_verify_says_what_it_cannot_read(output: Path) -> None:

@@ -92,5 +92,5 @@ def test_a_read_only_folder_stops_only_what_must_be_written(
     attach(trainer, curriculum())
     with pytest.raises(OSError, match="Read-only file system"):
         trainer.train()
-    assert "so other runs cannot be kept from it" in caplog.text
+    assert "other runs are not kept out of it" in caplog.text
     assert "parts of the scoring pass cannot be kept" in caplog.text
