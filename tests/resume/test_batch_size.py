@@ -163,9 +163,7 @@ def test_a_number_of_steps_in_other_steps_is_refused(
     two_at_a_time: tuple[Path, EpochPlan], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     settings = {"per_device_train_batch_size": 4, "max_steps": 9}
-    with pytest.raises(
-        ValueError, match=r"max_steps=9 counts optimizer steps.*2 samples.*has 4 now.*num_train_epochs"
-    ):
+    with pytest.raises(ValueError, match=r"max_steps=9 counts optimizer steps.*2 samples.*has 4 now.*num_train_epochs"):
         run(tmp_path, tokenizer, two_at_a_time[0] / "checkpoint-2", **settings)
 
 
