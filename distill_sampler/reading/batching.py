@@ -1,4 +1,4 @@
-"""Who is read together with whom: batches of so many tokens, and prompts that are read once for several views.
+"""Which views are read together: batches of a given number of tokens, and prompts that are read once for several views.
 
 A *wave* is a batch of prompts followed by the batches of views that continue them. Views that share no prompt form a
 wave of whole sequences.
@@ -15,9 +15,9 @@ import numpy as np
 from distill_sampler.types import IntArray, View
 
 WORTH_SHARING = 5
-"""A prompt is read once for several views if that saves at least one in so many of their tokens. Continuing from keys
-and values costs more than reading on: on a CPU, saving 13 % of the tokens made a pass 11 % slower, and saving 18 % made
-it 6 % faster."""
+"""A prompt is read once for several views if that saves at least one in this many of their tokens. Continuing from keys
+and values has a cost of its own: on a CPU, saving 13 % of the tokens made a pass 11 % slower, and saving 18 % made it
+6 % faster."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,12 +26,12 @@ class Wave:
 
     prompts: Sequence[IntArray] = ()
     row: Mapping[int, int] = field(default_factory=dict)
-    """For each view, by its place, the number of its prompt."""
+    """By the position of a view, the number of its prompt."""
     batches: Sequence[Sequence[int]]
-    """Places of views."""
+    """The positions of each batch's views in the sequence of views."""
 
     def renumbered(self, places: IntArray) -> Wave:
-        """The same for views that lie at other places: `places[old] = new`."""
+        """The same wave for views at other positions: `places[old] = new`."""
         return Wave(
             prompts=self.prompts,
             row={int(places[old]): row for old, row in self.row.items()},
@@ -42,13 +42,13 @@ class Wave:
 def waves(
     views: Sequence[View], prompts: Sequence[IntArray | None], budget: int, *, apart: float = math.inf
 ) -> Iterator[Wave]:
-    """Whole sequences first; then, if it saves as much as a forward pass costs, those that share prompts.
+    """A wave of whole sequences, then waves that share prompts, if sharing saves more than a forward pass costs.
 
     Args:
         views: what is to be read.
-        prompts: for each view the tokens at its start that may be shared; None: it is read whole.
+        prompts: for each view, the tokens at its start that may be shared; None: it is read whole.
         budget: tokens in a batch, padding included.
-        apart: whole sequences of up to so many tokens are not read with longer ones.
+        apart: whole sequences of up to this many tokens do not share a batch with longer ones.
     """
     members: dict[bytes, list[int]] = {}
     for place, prompt in enumerate(prompts):
@@ -62,7 +62,7 @@ def waves(
         if saves and saves * WORTH_SHARING >= sum(len(views[place].input_ids) for place in places_of_group):
             groups.append((prompt, places_of_group))
             saved += saves
-    if saved * 8 < budget:  # a forward more costs about as much as an eighth of a batch
+    if saved * 8 < budget:  # an additional forward costs about as much as an eighth of a batch
         groups = []
     alone = np.array(sorted(set(range(len(views))) - {place for _, group in groups for place in group}), np.int64)
     if len(alone):
@@ -73,7 +73,7 @@ def waves(
         row = {place: number for number, group in enumerate(some) for place in groups[group][1]}
         places = np.array(list(row), np.int64)
         start = np.array([starts[some[number]] for number in row.values()])
-        # keys and values of a prompt take memory in each row that continues it, less than a token that is read
+        # in each row that continues a prompt, its keys and values take memory too, but less than tokens that are read
         lengths = np.array([len(views[place].input_ids) for place in row]) - start + start // 4
         yield Wave(
             prompts=[groups[group][0] for group in some],
@@ -83,11 +83,11 @@ def waves(
 
 
 def token_batches(lengths: IntArray, batch_tokens: int, *, apart: float = math.inf) -> Iterator[list[int]]:
-    """Places of `lengths` in batches of at most `batch_tokens` padded tokens, the longest first.
+    """Positions in `lengths`, in batches of at most `batch_tokens` padded tokens, the longest first.
 
-    `lengths [5, 9, 4], batch_tokens 10 -> [1], [0, 2]`: 9 alone, then two rows of 5 with the 4 padded.
+    `lengths [5, 9, 4], batch_tokens 10 -> [1], [0, 2]`: the 9 alone, then two rows of 5, one of them padded.
 
-    Lengths of up to `apart` are in no batch with longer ones.
+    Sequences of up to `apart` tokens do not share a batch with longer ones.
     """
     batch: list[int] = []
     for place in np.argsort(-lengths, kind="stable").tolist():

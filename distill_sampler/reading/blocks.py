@@ -1,4 +1,4 @@
-"""Which samples are read and reported together: units that share a prompt, and blocks of a few batches."""
+"""Which samples are read and reported together: units of samples that share a prompt, and blocks of a few batches."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from distill_sampler.types import IntArray
 
 
 def units_of(dataset: ScoredDataset, indices: IntArray, unit_tokens: int) -> IntArray:
-    """`[n]` numbers that are equal where samples should be read together: those that share a prompt worth sharing.
+    """`[n]` the unit of each sample. Samples of one unit share a prompt that is worth sharing, and are read together.
 
-    Units of more than `unit_tokens` are cut, so that several processes find work in one block.
+    Units of more than `unit_tokens` tokens are split, so that a block has work for several processes.
     """
     group, prompt = _prompts(dataset, indices)
     lengths = dataset.lengths[indices]
@@ -25,7 +25,7 @@ def units_of(dataset: ScoredDataset, indices: IntArray, unit_tokens: int) -> Int
     by_group = np.argsort(group, kind="stable")
     before = np.cumsum(lengths[by_group]) - lengths[by_group]
     first = np.r_[True, np.diff(group[by_group]) != 0]
-    before -= np.maximum.accumulate(np.where(first, before, 0))  # tokens before it in its group
+    before -= np.maximum.accumulate(np.where(first, before, 0))  # tokens of its group before each sample
     piece = np.empty_like(group)
     piece[by_group] = before // unit_tokens
     keys = np.stack([group, piece, np.where(shares, -1, np.arange(len(indices)))])
@@ -34,8 +34,8 @@ def units_of(dataset: ScoredDataset, indices: IntArray, unit_tokens: int) -> Int
 
 
 def _prompts(dataset: ScoredDataset, indices: IntArray) -> tuple[IntArray, IntArray]:
-    """`[n]` numbers that are equal for equal prompts, and `[n]` how many of their tokens can be read in advance: all
-    but the last, which predicts the first scored token."""
+    """`[n]` a number for each distinct prompt, and `[n]` how many of its tokens can be shared: all but the last, which
+    predicts the first scored token."""
     numbers: dict[bytes, int] = {}
     group, length = np.empty((2, len(indices)), np.int64)
     for start in range(0, len(indices), 1024):
@@ -47,7 +47,7 @@ def _prompts(dataset: ScoredDataset, indices: IntArray) -> tuple[IntArray, IntAr
 
 
 def blocks_of(lengths: IntArray, units: IntArray, block_tokens: int) -> Iterator[slice]:
-    """Consecutive pieces of about `block_tokens` tokens that cut no unit: what is read and reported together."""
+    """Consecutive slices of about `block_tokens` tokens that split no unit. A block is read and reported as a whole."""
     begins = np.r_[True, np.diff(units) != 0]
     block = (np.cumsum(lengths) - lengths) // block_tokens
     block = np.maximum.accumulate(np.where(begins, block, 0))

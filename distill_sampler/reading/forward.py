@@ -2,15 +2,15 @@
 
 Three things make a forward for scoring cheap and safe:
 
-1. *Only scored positions reach the output head.* For the length of a forward the head's `forward` is one that reduces
-   the hidden states to statistics (`token_stats`) and returns an empty row of logits. The model is called through its
-   root, as the trainer calls it, so wrappers and adapters work as they do in training. That this gives the model's own
-   logits is made sure of at the start of each pass (`Forward._probe`).
-2. *A prompt that several sequences begin with is read once* (`Forward.prefix`); the sequences go on from its keys and
-   values. Whether that is exact for this model is found out by trying (`sharing.py`).
-3. *The student is left as it was* (`reading`): mode of every module, random state, gradients, the head itself.
+1. *Only scored positions reach the output head.* During a forward, the head's `forward` is replaced by a function that
+   reduces the hidden states to statistics (`token_stats`) and returns one empty column of logits. The model is called
+   through its root module, as the trainer calls it, so wrappers and adapters work as in training. A probe at the start
+   of each pass checks that these are the statistics of the model's own logits (`Forward._probe`).
+2. *A prompt that several sequences share is read once* (`Forward.prefix`), and the sequences continue from its keys and
+   values. A trial shows whether that is exact for this model (`sharing.py`).
+3. *The student is left as it was* (`reading`): mode of every module, random state, gradients, and the head itself.
 
-Padding goes to the right, where causal attention never looks, so whole sequences need no mask.
+Whole sequences are padded on the right, where causal attention never looks, so they need no mask.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from distill_sampler.types import IntArray, TokenStats, View
 logger = logging.getLogger(__name__)
 
 _EXACT = 1e-4
-"""Difference up to which logits count as the same, relative to the largest of the row, in float32."""
+"""Largest difference between logits that count as equal, relative to the largest of the row, in float32."""
 _EXACT_LOW_PRECISION = 0.02
-"""The same where something is rounded to bfloat16, float16 or TF32."""
+"""The same limit where something is rounded to bfloat16, float16 or TF32."""
 
 
 class Forward:
-    """Reads views with a student whose output head is swapped for one that gives statistics. Made by `reading`."""
+    """Reads views with a student whose output head is replaced by one that computes statistics. Made by `reading`."""
 
     def __init__(self, model: nn.Module, *, extras: Collection[str], impl: Impl, mid_ranks: bool) -> None:
         student = unwrap(model)
@@ -62,20 +62,23 @@ class Forward:
         self._room = Room()
         self.positions = positions(student)
         self.switches_at = switches_at(student)
-        """Sequences of up to so many tokens must not be in one batch with longer ones."""
+        """Sequences of up to this many tokens must not share a batch with longer ones."""
         self.window = window(student)
         self.virtual = virtual_tokens(student)
         self.device = next(model.parameters()).device
         self.dtype = torch.float32
-        """What the body computes in: seen by the probe."""
+        """The dtype that the body computes in. The probe sets it."""
         self.operands: torch.dtype | None = None
-        """What autocast, if it is on, rounds the factors of the head's product to: seen by the probe."""
+        """The dtype to which autocast rounds both factors of the head's product; None: autocast is off. The probe sets
+        it."""
         self._kept: Tensor | None = None
+        """A converted copy of the head's weight, where keeping one pays."""
         self.lead = 0
-        """How many more states than tokens reach the head, in front."""
+        """How many states reach the head before those of the tokens (virtual tokens of an adapter)."""
         self._factors = ""
+        """The dtypes of the two factors of the head's product, in words."""
         self.transform = self._probe(type(student).__name__)
-        """What the model does to its logits after the head; None: something that cannot be described so."""
+        """What the model does to its logits after the head; None: something that `LogitTransform` cannot describe."""
 
     def __call__(
         self, views: Sequence[View], prefix: Prefix | None = None, rows: Sequence[int] = ()
@@ -84,8 +87,8 @@ class Forward:
 
         Args:
             views: what to read.
-            prefix: prompts that the views begin with; none of a prompt's tokens is scored, nor the first after it.
-            rows: for each view the number of its prompt in `prefix`.
+            prefix: prompts that the views begin with. A prompt's tokens and the first token after it are not scored.
+            rows: for each view, the number of its prompt in `prefix`.
         """
         starts = np.zeros(len(views), np.int64)
         inputs: dict[str, Any] = {"use_cache": False}
@@ -96,7 +99,7 @@ class Forward:
         input_ids = np.empty((len(views), longest), np.int64)
         for row, (view, start) in enumerate(zip(views, starts, strict=True)):
             input_ids[row, : lengths[row]] = view.input_ids[start:]
-            input_ids[row, lengths[row] :] = view.input_ids[0]  # never looked at
+            input_ids[row, lengths[row] :] = view.input_ids[0]  # padding, never attended to
         if prefix is not None:
             place = np.minimum(np.arange(longest), lengths[:, None] - 1) + starts[:, None]
             inputs = {
@@ -105,7 +108,7 @@ class Forward:
                 "attention_mask": torch.cat([mask, mask.new_ones(input_ids.shape)], 1),
                 "position_ids": torch.from_numpy(place).to(self.device),
             }
-        # the state at place t predicts token t + 1, so token (row, t) is predicted at flat place row * longest + t - 1
+        # the state at position t predicts token t + 1; token (row, t) is predicted at flat position row*longest + t - 1
         targets = np.concatenate(
             [
                 row * longest + np.flatnonzero(view.scored[start:])
@@ -127,7 +130,7 @@ class Forward:
         longest = int(lengths.max())
         input_ids = np.empty((len(prompts), longest), np.int64)
         for row, prompt in enumerate(prompts):
-            input_ids[row, : longest - len(prompt)] = prompt[0]  # never looked at; not a token that others have
+            input_ids[row, : longest - len(prompt)] = prompt[0]  # padding, masked
             input_ids[row, longest - len(prompt) :] = prompt
         place = np.arange(longest) - (longest - lengths[:, None])
         mask = torch.from_numpy((place >= 0).astype(np.int64)).to(self.device)
@@ -142,7 +145,7 @@ class Forward:
 
     @property
     def numerics(self) -> dict[str, str]:
-        """What, besides the weights, decides the numbers beyond rounding in the last bits."""
+        """The settings besides the weights that change the numbers by more than the rounding of the last bits."""
         if self.transform is None:
             head = "logits as the model returns them"
         elif self._is_plain:
@@ -162,7 +165,7 @@ class Forward:
 
     @property
     def exact(self) -> bool:
-        """Whether nothing but float32 rounds."""
+        """Whether everything is computed in float32."""
         return self.dtype == torch.float32 and float32_products(self.device) == "ieee"
 
     @property
@@ -182,7 +185,7 @@ class Forward:
                 impl=self._impl,
             )
 
-        if self.transform is None:  # the model's own logits; the head is the original
+        if self.transform is None:  # use the model's own logits, through its original head
             return stats(self._model(input_ids=tokens, **inputs).logits, _own_logits)
         result: list[dict[str, Tensor]] = []
         original, transform = self._head.forward, self.transform
@@ -197,7 +200,7 @@ class Forward:
         return result[0]
 
     def _project(self, original: Callable[[Tensor], Tensor], transform: LogitTransform) -> Project:
-        """The head, to be called inside a forward: only there a sharded weight is whole."""
+        """The product with the head. Call it inside a forward: only there is a sharded weight gathered."""
         if not self._is_plain:
             return module(original, transform)
         weight: Tensor = self._head.weight  # type: ignore[assignment]
@@ -207,19 +210,20 @@ class Forward:
     def _probe(self, name: str) -> LogitTransform | None:
         """Find out what the model does to its logits after the head. One forward of three rows of four tokens.
 
-        In the last row the head gives logits of ours; what comes out tells the transform. Nothing is read from names in
-        a configuration. In the other rows it gives the model's, which must be what the head's product and the transform
-        make in every column: a model may change single columns.
+        In the last row the head returns known values instead of logits, and the model's output shows the transform. No
+        name in a configuration is trusted. In the other two rows the head returns the true logits, and the model's
+        output must equal the head's product after the transform in every column, because a model may change single
+        columns.
 
-        These two rows differ in their last token only, of which a causal model knows nothing before. Encoders such as
-        BERT load as "causal" without a word; their numbers would mean nothing.
+        These two rows differ only in their last token, which must not affect a causal model's earlier logits. Encoders
+        such as BERT can be loaded as causal language models without a warning, but their scores would mean nothing.
 
         Returns:
-            The transform; None if it is nothing that `LogitTransform` describes. Then the model's own logits are used.
+            The transform; None if `LogitTransform` cannot describe it. Then the model's own logits are used.
 
         Raises:
-            ValueError: what the model says about a token depends on tokens after it, or it gives other than one row of
-                logits for each token.
+            ValueError: the logits at a position depend on later tokens, or there is not one row of logits for each
+                token.
         """
         shown = torch.tensor([-1e6, -60.0, -5.0, -1e-3, 0.0, 1e-3, 0.5, 20.0, 1e6], device=self.device)
         columns = unwrap(self._model).config.get_text_config().vocab_size
@@ -254,7 +258,7 @@ class Forward:
         if own.shape[:-2] != tokens.shape[:1] or self.lead not in (0, self.virtual):
             raise ValueError(
                 f"{name} gives logits of shape {tuple(own.shape)} for {tuple(tokens.shape)} tokens, so it is not known "
-                "which of them belong to which token. Score with the model without its adapter, or merge it."
+                "which logits belong to which token. Score the model without its adapter, or merge the adapter."
             )
         if not seen:
             self.dtype = own.dtype
@@ -264,7 +268,7 @@ class Forward:
         # rounding may send a token of one row to another expert, but not all of them
         if not (before.all() if self.exact else before.any()):
             raise ValueError(
-                f"{name} is not a causal language model: what it says about a token depends on the tokens after it. "
+                f"{name} is not a causal language model: its prediction of a token depends on the tokens after it. "
                 "Give a decoder such as Llama, Qwen or SmolLM."
             )
         if [states for states, _ in seen] == [shape] and seen[0][1].shape[-1] == own.shape[-1]:
@@ -272,22 +276,22 @@ class Forward:
             if fitted is not None and _same(fitted.apply_(seen[0][1]), own[:2].flatten(0, 1), limit).all():
                 return fitted
         logger.warning(
-            "%s changes its logits in a way that is not a scale or a soft cap; scoring goes through its full logits "
-            "and needs more memory.",
+            "%s changes its logits by something other than a scale or a soft cap. Scoring uses its full logits and "
+            "needs more memory.",
             name,
         )
         return None
 
     def _weight_is_whole(self) -> bool:
-        """Whether the head's weight is here outside of a forward too. One that is sharded is so to save memory: keeping
-        a whole copy would undo that."""
+        """Whether this process holds the whole weight of the head outside of a forward too. If it is sharded to save
+        memory, a whole copy must not be kept."""
         weight = self._head.weight if self._is_plain else None
         return isinstance(weight, Tensor) and type(weight.data) is Tensor and weight.ndim == 2 and len(weight) > 0
 
 
 def _same(left: Tensor, right: Tensor, limit: float) -> Tensor:
-    """`[rows]` whether rows of logits are equal up to `limit` of the largest finite one; where one is not finite, the
-    other must be the same."""
+    """`[rows]` whether two rows of logits are equal, up to `limit` times the largest finite logit of the row. Where one
+    is not finite, the other must be the same."""
     scale = right.abs().nan_to_num(0, 0, 0).amax(-1, keepdim=True)
     close: Tensor = ((left - right).abs() <= limit * scale) | (left == right) | (left.isnan() & right.isnan())
     rows: Tensor = close.all(-1)
@@ -295,7 +299,8 @@ def _same(left: Tensor, right: Tensor, limit: float) -> Tensor:
 
 
 def _fitted(shown: Tensor, seen: Tensor) -> LogitTransform | None:
-    """What made `seen` of the logits `[-1e6, …, 1e-3, …, 1e6]`; None if it is not a scale and a soft cap."""
+    """The transform that turned the logits `shown` (`[-1e6, …, 1e-3, …, 1e6]`) into `seen`; None if it is not a scale
+    and a soft cap."""
     scale = float(seen[5] / shown[5])
     cap = float(seen[-1])
     capped = abs(cap) < 0.5 * abs(scale) * 1e6
@@ -308,18 +313,18 @@ def _fitted(shown: Tensor, seen: Tensor) -> LogitTransform | None:
 def reading(
     model: nn.Module, *, extras: Collection[str] = (), impl: Impl = "chunked", mid_ranks: bool = False
 ) -> Iterator[Forward]:
-    """The student, ready to read views: in evaluation mode, without gradients. Everything is as before afterwards.
+    """The student, ready to read views: in evaluation mode and without gradients. Its state is restored afterwards.
 
-    A compiled student runs uncompiled: every batch has another shape, and would be another compilation.
+    A compiled student runs uncompiled, because every batch has another shape and would be compiled again.
 
     Args:
         model: the student as the host calls it.
-        extras: statistics beside surprisal, rank and ties.
-        impl: of `token_stats`.
-        mid_ranks: ties count half in ranks.
+        extras: statistics to compute besides surprisal, rank and ties.
+        impl: the implementation of `token_stats`.
+        mid_ranks: add half of the ties to each rank.
 
     Raises:
-        ValueError: it is no causal language model, or has no output head.
+        ValueError: the model is not a causal language model, or has no output head.
     """
     unwrap(model)
     modes = [(part, part.training) for part in model.modules()]
@@ -346,14 +351,14 @@ def unwrap(model: nn.Module) -> Any:
         ValueError: there is none with an output head.
     """
     inner: Any = model
-    # wrappers are peeled off by their class: some, DeepSpeed's engine for one, pass attributes on to what they wrap
+    # tested on the class, because some wrappers (DeepSpeed's engine) forward attributes to the model inside
     while not hasattr(type(inner), "get_output_embeddings"):
         parts = dict(inner.named_children())
         wrapped = parts.get("module", parts.get("_orig_mod"))
         if wrapped is None:
             break
         inner = wrapped
-    if not callable(getattr(inner, "get_output_embeddings", None)):  # adapters of peft pass it on
+    if not callable(getattr(inner, "get_output_embeddings", None)):  # peft's adapters forward it
         raise ValueError(
             f"{type(model).__name__} is not a causal language model of transformers: it has no output head "
             "(get_output_embeddings), so there is nothing to score with."
@@ -366,13 +371,13 @@ def unwrap(model: nn.Module) -> Any:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast rounds the factors of products to here and now; None if it is off."""
+    """The dtype to which the active autocast rounds the factors of products; None if autocast is off."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 @contextmanager
 def forward_of(head: nn.Module, forward: Any) -> Iterator[None]:
-    """Swap a module's `forward` on the instance: hooks that gather sharded weights still run."""
+    """Replace a module's `forward` on the instance, so that hooks that gather sharded weights still run."""
     before = head.__dict__.get("forward")
     head.forward = forward
     try:

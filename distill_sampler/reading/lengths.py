@@ -1,4 +1,4 @@
-"""What a student's configuration and its adapter say about lengths."""
+"""Limits on the length of sequences, from a student's configuration and its adapter."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 def positions(student: Any) -> float:
-    """Tokens that a student can read at once, after YaRN and the like; infinity if its configuration names no limit.
+    """How many tokens a student can read at once, with YaRN and the like; infinity if its configuration has no limit.
 
-    Beyond them, learned positions run out (an error deep inside the model), and rotary ones leave what was trained.
+    Beyond it, learned positions run out (an error deep inside the model), and rotary positions leave the trained range.
     """
     config = student.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
@@ -19,10 +19,10 @@ def positions(student: Any) -> float:
 
 
 def switches_at(student: Any) -> float:
-    """The length of a batch beyond which all its tokens are rotated otherwise; infinity if they never are.
+    """The batch length beyond which rotary positions are computed differently for all tokens; infinity: there is none.
 
-    LongRoPE (Phi-3, Phi-4-mini) has two sets of factors, and "dynamic" NTK scaling makes its own for each length; which
-    of them is taken goes by the longest sequence of the batch, so scores would depend on what else is in it.
+    LongRoPE (Phi-3, Phi-4-mini) has two sets of factors, and "dynamic" NTK scaling computes new ones for each length.
+    The longest sequence of the batch decides, so a sample's scores would depend on what else is in its batch.
     """
     config = student.config.get_text_config()
     given = getattr(config, "rope_parameters", None) or {}
@@ -36,12 +36,12 @@ def switches_at(student: Any) -> float:
 
 
 def window(student: Any) -> int:
-    """Tokens that some layer looks back; 0: every layer sees everything."""
+    """How many tokens back the layers with limited attention look; 0: every layer attends to everything."""
     config = student.config.get_text_config()
     return max(getattr(config, name, None) or 0 for name in ("sliding_window", "attention_chunk_size"))
 
 
 def virtual_tokens(student: Any) -> int:
-    """Tokens of a learned prompt (prompt tuning, p-tuning, prefix tuning) that peft puts before every sequence."""
+    """How many tokens of a learned prompt (prompt, p- or prefix tuning) peft puts before every sequence."""
     adapter: Any = getattr(student, "active_peft_config", None)
     return int(adapter.num_virtual_tokens) if getattr(adapter, "is_prompt_learning", False) else 0

@@ -1,10 +1,11 @@
 """A causal language model of transformers in this process, as a reader: the student, or a frozen teacher beside it.
 
-1. *Batches hold tokens, not rows*: sorted by length, the longest first (running out of memory or time shows at once),
-   up to `batch_tokens` of them, padding included.
+1. *A batch is limited in tokens, not in rows*: up to `batch_tokens`, padding included. Views are sorted by length, the
+   longest first, so that a lack of memory or time shows at once.
 2. *A prompt is read once* for all views that begin with it, where that saves at least a fifth of their tokens.
-3. *Memory is found, not asked for*: the budget starts from what is free, and halves when that was not enough.
-4. *Every process runs equally many forward passes*: sharded models gather their weights in each, so all must take part.
+3. *The batch size is found, not configured*: it starts from the free memory, and halves when memory runs out.
+4. *Every process runs the same number of forward passes*: a sharded model gathers its weights in each, so all processes
+   must take part.
 """
 
 from __future__ import annotations
@@ -35,30 +36,31 @@ from distill_sampler.types import IntArray, TokenStats, View
 logger = logging.getLogger(__name__)
 
 _BLOCK_BATCHES = 4
-"""Batches whose samples are read, sorted and reported together. More would pad a little less where prompts are shared
-(2 % from 4 to 8) and report, and keep for an interrupted pass, more rarely."""
+"""How many batches of samples are read, sorted and reported together. With more, shared prompts would need a little
+less padding (2 % from 4 to 8), but results would be reported, and saved for an interrupted pass, less often."""
 
 _IDLE = View(input_ids=np.zeros(2, np.int64), scored=np.array([False, True]))
 """What a process reads while others still have batches, so that all take part in every forward pass."""
 
 
-_SAID: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+_REPORTED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+"""What has been logged about each model and must not be logged again."""
 
 
 class ModelReader(Reader):
-    """Reads with a causal language model of transformers, wrapped for training or not.
+    """Reads with a causal language model of transformers, bare or wrapped for training.
 
     Args:
         model: the model as the host calls it.
-        frozen: whether its weights never change, as a teacher's. The student's do.
-        tokenizer: turns text into its tokens; None if it has the student's.
-        batch_tokens: tokens in a batch, padding included; None: found from the free memory.
+        frozen: whether its weights never change. A teacher's do not; the student's do.
+        tokenizer: the model's tokenizer; None if it is the student's.
+        batch_tokens: tokens in a batch, padding included; None: derived from the free memory.
         ties: how tokens with exactly the same logit count in ranks, `"strict"` or `"mid"` (see `Scorer`).
-        share_prompts: read a prompt that several views begin with once.
+        share_prompts: read a prompt that several views begin with only once.
         impl: how logits become statistics (see `token_stats`).
 
     Raises:
-        ValueError: it is no causal language model of transformers, or has no output head.
+        ValueError: the model is not a causal language model of transformers, or has no output head.
     """
 
     def __init__(
@@ -74,8 +76,8 @@ class ModelReader(Reader):
     ) -> None:
         unwrap(model)
         self.model = model
-        self.said = _SAID.setdefault(model, set())
-        """What has been reported of this model once and need not be again."""
+        self.reported = _REPORTED.setdefault(model, set())
+        """What has been logged about this model and must not be logged again."""
         self._frozen = frozen
         self._tokenizer = tokenizer
         self._batch_tokens = batch_tokens
@@ -96,7 +98,7 @@ class ModelReader(Reader):
 
     @property
     def vocabulary(self) -> int:
-        """Columns of its logits."""
+        """The number of columns of its logits."""
         return int(unwrap(self.model).config.get_text_config().vocab_size)
 
     @property
@@ -105,7 +107,7 @@ class ModelReader(Reader):
 
     @cached_property
     def identity(self) -> str:
-        """For a frozen model its class, configuration and all weights, by content; for the student just that."""
+        """For a frozen model its class, numerics and a hash of all its weights; for the student `"student"`."""
         if not self._frozen:
             return "student"
         student = unwrap(self.model)
@@ -113,22 +115,23 @@ class ModelReader(Reader):
 
     @property
     def weights(self) -> str:
-        """16 hex digits that tell these weights from those after a training step: of 16 weights of each parameter.
+        """16 hex digits that change when training changes the weights: a hash of 16 weights of each parameter.
 
-        Of a sharded model, those that this process holds.
+        For a sharded model, of the weights that this process holds.
         """
         return weights_hash(self.model, sampled=True)
 
     @property
     def numerics(self) -> dict[str, str]:
-        """What, besides the weights, decides the numbers beyond rounding in the last bits.
+        """The settings besides the weights that change the numbers by more than the rounding of the last bits.
 
-        Found with one small forward pass: with several processes all must ask.
+        Runs one small forward pass, so with several processes all must call it.
 
         Returns:
             `dtype` (what the model computes in, autocast included), `head` (how the product with the output head is
-            made), `operands` (the dtypes of what it multiplies, hidden states first), `float32_products` (`"tf32"`
-            where torch is told to round those), `ties` (the rule), and `quantization` where there is one.
+            computed), `operands` (the dtypes of its factors, hidden states first), `float32_products` (how torch
+            computes products of float32 matrices, such as `"tf32"`), `ties` (the rule), and `quantization` if there is
+            any.
         """
         with reading(self.model, mid_ranks=self._ties == "mid") as forward:
             return forward.numerics
@@ -147,7 +150,7 @@ class ModelReader(Reader):
 
     @property
     def budget(self) -> int:
-        """Tokens in a batch: the smallest of the processes' budgets, because all must cut the same blocks."""
+        """Tokens in a batch: the smallest of the processes' budgets, because all must form the same blocks."""
         return self._batch_tokens or -self.ranks.max_over_ranks(-_affordable_tokens(self.model, self.device))
 
     @property
@@ -160,7 +163,7 @@ class ModelReader(Reader):
 
     @contextmanager
     def open(self, info: PassInfo) -> Iterator[Read]:
-        """The model in evaluation mode, without gradients; everything is as before afterwards."""
+        """Open the model in evaluation mode and without gradients. Its state is restored afterwards."""
         logits = info.tokens * self.vocabulary
         impl = fastest(self.device, logits) if self._impl == "auto" else available(self._impl, self.device)
         with reading(self.model, extras=info.statistics, impl=impl, mid_ranks=self._ties == "mid") as forward:
@@ -172,11 +175,11 @@ class ModelReader(Reader):
 
 
 class _Session:
-    """One pass: what stays the same from block to block, and what is found out on the way."""
+    """One pass with the model. It remembers the batch size, and whether prompts can be shared."""
 
     def __init__(self, forward: Forward, info: PassInfo, ranks: Ranks, *, budget: int, sharing: bool | None) -> None:
         self.sharing = sharing
-        """Whether prompts may be shared; None: nobody wanted to yet."""
+        """Whether prompts may be shared; None: not tried yet."""
         self._forward = forward
         self._info = info
         self._ranks = ranks
@@ -185,21 +188,21 @@ class _Session:
         """Forward passes that this process still has to take part in."""
 
     def read(self, views: Sequence[View]) -> list[TokenStats]:
-        """The statistics of all views. Every process calls this equally often.
+        """The statistics of all views. Every process must call it the same number of times.
 
-        Normally one round. Where going on from a shared prompt fails, or memory runs out, what was not read yet is read
-        in another one; all processes take part in it.
+        Usually one round of forward passes. If continuing a shared prompt fails, or memory runs out, another round
+        reads what is left; all processes take part in it.
         """
         stats: dict[int, TokenStats] = {}
         over = False
         while not over:
             places = np.array([place for place in range(len(views)) if place not in stats], np.int64)
             plan = [wave.renumbered(places) for wave in self._plan([views[place] for place in places])]
-            # agreed on before the first forward pass: afterwards, others may still wait for this process inside one
+            # agreed before the first forward pass: later, other processes may be waiting for this one inside a forward
             self._due = self._ranks.max_over_ranks(sum(len(wave.batches) + bool(wave.prompts) for wave in plan))
             shared = self.sharing
             done = self._follow(plan, views, stats)
-            # outside of the handlers, where no traceback holds a failed pass's tensors any more
+            # outside of the exception handlers, so that no traceback keeps a failed pass's tensors alive
             if not done and self._forward.device.type == "cuda":
                 torch.cuda.empty_cache()
             while self._due:
@@ -211,7 +214,7 @@ class _Session:
         return [stats[place] for place in range(len(views))]
 
     def _follow(self, plan: Sequence[Wave], views: Sequence[View], stats: dict[int, TokenStats]) -> bool:
-        """Read what is planned. Whether that went to the end; if not, a second try will go another way."""
+        """Read the waves of a plan. False if that failed; the next try has smaller batches or whole sequences."""
         for wave in plan:
             sharing = Counter(wave.row.values())
             try:
@@ -226,16 +229,16 @@ class _Session:
             except torch.OutOfMemoryError:
                 longest = max(len(view.input_ids) for place, view in enumerate(views) if place not in stats)
                 if self._ranks.world_size > 1 or self._budget <= longest:
-                    raise  # others wait inside their forward passes; or this was a single sequence already
+                    raise  # other processes wait inside their forward passes; or this was a single sequence already
                 self._budget //= 2
-                logger.warning("Out of memory: batches are at most %d tokens from here on.", self._budget)
+                logger.warning("Out of memory: from now on, batches have at most %d tokens.", self._budget)
                 return False
             except Exception as error:
                 if not wave.prompts:
                     raise
                 self.sharing = False
                 logger.warning(
-                    "Sequences are read whole from here on, because going on from a shared prompt failed: %s: %s",
+                    "From now on, sequences are read whole, because continuing a shared prompt failed: %s: %s",
                     type(error).__name__,
                     error,
                 )
@@ -251,22 +254,25 @@ class _Session:
         return self._forward.prefix(prompts)
 
     def _plan(self, views: Sequence[View]) -> list[Wave]:
-        """What is read with what. Whether prompts can be shared is tried when some process would first gain by it."""
+        """The waves to read. The first time that some process would gain by sharing prompts, a trial is run."""
         apart = self._forward.switches_at
         prompts = [view.shareable if len(view.shareable) else None for view in views]
         planned = list(waves(views, prompts, self._budget, apart=apart))
         if self.sharing is None and self._ranks.max_over_ranks(int(any(wave.prompts for wave in planned))):
-            # a tenth of the pass at most, and no larger than its batches
+            # the trial may cost a tenth of the pass, and no more than a batch
             tokens = min(self._budget, self._info.tokens // 10)
             can = can_share(self._forward, self._info.examples, tokens=tokens)
-            self.sharing = not self._ranks.max_over_ranks(int(not can))  # what fails on one process fails on all
+            self.sharing = not self._ranks.max_over_ranks(int(not can))  # if it fails on one process, none shares
         if self.sharing is False:
             return list(waves(views, [None] * len(views), self._budget, apart=apart))
         return planned
 
 
 def weights_hash(model: nn.Module, *, sampled: bool = False) -> str:
-    """16 hex digits of a model's weights: of all, or of 16 of each parameter. Of a sharded model, those held here."""
+    """16 hex digits: a hash of a model's weights, all of them or 16 of each parameter.
+
+    For a sharded model, of the weights that this process holds.
+    """
     contents: list[bytes] = []
     for name, parameter in model.named_parameters():
         local = parameter.detach()
@@ -280,10 +286,10 @@ def weights_hash(model: nn.Module, *, sampled: bool = False) -> str:
 
 
 def _affordable_tokens(model: nn.Module, device: torch.device) -> int:
-    """Tokens in a batch that half of the free memory should hold: a power of two, so that it seldom changes."""
+    """How many tokens of a batch should fit in half of the free memory: a power of two, so that it seldom changes."""
     if device.type != "cuda":
         return 2048 if device.type == "cpu" else 16384
-    # without gradients a token takes the activations of about one layer, and some for keys, values and masks
+    # without gradients, a token needs the activations of about one layer, and some memory for keys, values and masks
     hidden = int(unwrap(model).config.get_text_config().hidden_size)
     free, _ = torch.cuda.mem_get_info(device)
     tokens = free // 2 // (64 * hidden * next(model.parameters()).element_size())

@@ -1,14 +1,13 @@
-"""Scores for free: the forward of a training step already holds what scoring needs.
+"""Scores from the forward passes of training, which already compute the hidden states that scoring needs.
 
-While a batch is trained on, the hidden states that its loss is computed from pass by. Those at scored positions go
-through the output head once more, without gradients, and become the statistics that a scoring pass would have given
-for the same weights: the same product, the same kernel, the same metrics. What it costs is that product, a third of
-the head's share of the forward pass in a training step; where the host fuses head and loss, there are no logits to
-take it from.
+While a batch is trained on, the hidden states at scored positions go through the output head once more, without
+gradients. They become the statistics that a scoring pass would give for the same weights: the same product, the same
+kernel, the same metrics. The cost is that second product, a third of the head's share of a training step. (The host's
+own logits are not used: a host that fuses head and loss has none.)
 
-Two things are other than in a scoring pass: dropout is on, and the batch is another, so float32 sums are rounded
-otherwise in their last bits. Where more than that depends on the batch (LongRoPE), only samples that a scoring pass
-would read alike are observed.
+Two things differ from a scoring pass: dropout is on, and the batches are different, so the last bits of float32 sums
+are rounded differently. Where more than that depends on the batch (LongRoPE), only those samples are observed whose
+batch a scoring pass would treat in the same way.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from distill_sampler.reading.token_stats import LogitTransform, Project, Room, c
 from distill_sampler.types import Batch, FloatArray, IntArray, Missing, Sample, TokenStats
 
 Whole = Callable[[nn.Module], AbstractContextManager[tuple[Tensor, Tensor | None]]]
-"""Weight and bias of a linear output head, gathered if they are sharded. Every process enters it."""
+"""Gives weight and bias of a linear output head, gathered if they are sharded. Every process must enter it."""
 
 
 def not_observable(metrics: Sequence[Metric], samples: Sequence[Sample]) -> list[str]:
-    """Names of the metrics that need other sequences than the samples themselves, or other readers than the student."""
+    """Names of the metrics that read other sequences than the samples, or with other readers than the student."""
     return [
         metric.name
         for metric in metrics
@@ -48,17 +47,17 @@ def not_observable(metrics: Sequence[Metric], samples: Sequence[Sample]) -> list
 
 
 class Observer:
-    """Takes the scores of samples out of the forwards of training. Use it in a `with` statement while training.
+    """Computes the scores of samples from the forward passes of training. Train inside its `with` statement.
 
     Args:
         model: the student as the host trains it.
-        dataset: where the samples are.
+        dataset: the samples.
         metrics: what to compute.
         ties: the tie rule of ranks, as in `Scorer`.
-        whole: gives the head's weights where the host shards them.
+        whole: gathers the head's weights where the host shards them.
 
     Raises:
-        ValueError: this student's hidden states cannot be seen, or are not what its logits are made from.
+        ValueError: this student's hidden states cannot be observed, or its logits depend on more than them.
     """
 
     def __init__(
@@ -76,7 +75,7 @@ class Observer:
         self._metrics = metrics
         self._mid_ranks = ties == "mid"
         self._extras = extras_of(metrics)
-        self._whole = whole or _as_they_are
+        self._whole = whole or _not_sharded
         self._batch: Batch | None = None
         self._samples: list[Sample] = []
         self._stats: dict[str, Tensor] | None = None
@@ -93,13 +92,13 @@ class Observer:
         self._handle.remove()
 
     def expect(self, batch: Batch) -> None:
-        """The next forward reads this batch."""
+        """Announce the batch that the next forward pass reads."""
         self._batch = batch
         self._samples = self._dataset.samples(batch.samples, data_columns_of(self._metrics))
         self._stats = None
 
     def take(self) -> tuple[IntArray, dict[str, FloatArray], dict[str, IntArray]]:
-        """The samples of the batch that was read, `[n]`, their numbers, `[n]` each, and by metric why there is none.
+        """The observed samples of the last batch, `[n]`, their numbers, `[n]` each, and by metric why one is missing.
 
         Raises:
             ValueError: no forward pass of the student read it.
@@ -108,8 +107,8 @@ class Observer:
         assert batch is not None
         if self._stats is None:
             raise ValueError(
-                f"observe=True: training did not run {type(self._decoder).__name__}, where hidden states are observed. "
-                "Leave observe off for this model."
+                f"observe=True takes scores from the hidden states of {type(self._decoder).__name__}, but training did "
+                "not call it. Leave observe off for this model."
             )
         stats: dict[str, Any] = {name: values.cpu().numpy() for name, values in self._stats.items()}
         self._stats = None
@@ -133,7 +132,7 @@ class Observer:
                 numbers, missing[metric.name][row] = reduced(metric, sample, of_views)
                 for name, number in zip(metric.columns, numbers, strict=True):
                     rows[name][row] = number
-        # padding counts, except in a row of several samples
+        # the length that the model sees includes padding, except where one row holds several samples
         longest = batch.shape[-1] if len(batch.samples) == batch.shape[0] else batch.lengths.max()
         alike = (batch.lengths > self._switches_at) == (longest > self._switches_at)
         return (
@@ -144,10 +143,10 @@ class Observer:
 
     @torch.no_grad()
     def _see(self, decoder: nn.Module, args: Any, output: Any) -> None:
-        if self._batch is None or self._stats is not None:  # not training, or a host's second look at the same batch
+        if self._batch is None or self._stats is not None:  # not training, or a second forward of the same batch
             return
         hidden: Tensor = output[0]
-        # the state at place t predicts token t + 1
+        # the state at position t predicts token t + 1
         places = np.concatenate(
             [
                 start + np.flatnonzero(sample.scored) - 1
@@ -177,10 +176,10 @@ class Observer:
 
 
 def _transform_of(model: nn.Module, student: Any, decoder: nn.Module) -> LogitTransform:
-    """What happens between the decoder's hidden states and the logits, made sure of by looking.
+    """What the model does to its logits after the head, after a check that the head reads the decoder's hidden states.
 
     Raises:
-        ValueError: it is not "output head, then a scale or a soft cap".
+        ValueError: the logits are not the head's product with the hidden states, scaled or soft-capped.
     """
     seen: dict[str, Tensor] = {}
 
@@ -201,11 +200,11 @@ def _transform_of(model: nn.Module, student: Any, decoder: nn.Module) -> LogitTr
         same = "decoder" in seen and seen["decoder"].shape == seen["head"].shape and not forward.lead
         if forward.transform is None or not same or not torch.equal(seen["decoder"], seen["head"]):
             raise ValueError(
-                f"observe=True: the logits of {type(student).__name__} are not made from its decoder's hidden states "
-                "by its output head alone, so they cannot be followed in training. Leave observe off for this model."
+                "observe=True needs logits that are the product of the decoder's hidden states and the output head, "
+                f"which {type(student).__name__} does not have. Leave observe off for this model."
             )
         return forward.transform
 
 
-def _as_they_are(head: nn.Module) -> AbstractContextManager[tuple[Tensor, Tensor | None]]:
+def _not_sharded(head: nn.Module) -> AbstractContextManager[tuple[Tensor, Tensor | None]]:
     return nullcontext((head.weight, head.bias))  # type: ignore[arg-type]

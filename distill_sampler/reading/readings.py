@@ -1,4 +1,4 @@
-"""What frozen readers gave, kept so that it is never read again."""
+"""A cache of the statistics that frozen readers gave, so that they never read the same view twice."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Key = tuple[str, bytes]
 class Readings:
     """Token statistics of frozen readers, in memory: about 12 bytes for each scored token.
 
-    Every process keeps all of them, because which process reads a sample differs from pass to pass.
+    Every process keeps all of them, because a sample may be read by another process in the next pass.
     """
 
     def __init__(self) -> None:
@@ -26,19 +26,19 @@ class Readings:
 
     @staticmethod
     def key(reader: Reader, view: View) -> Key:
-        """Equal for equal views of readers that give the same numbers."""
+        """The key of a view: equal for equal views of readers with the same identity."""
         content = hashlib.blake2b(digest_size=16)
         for part in view.identity:
             content.update(part)
         return reader.identity, content.digest()
 
     def get(self, key: Key, statistics: Iterable[str]) -> TokenStats | None:
-        """What was kept, if it has all of these statistics."""
+        """The statistics of a view; None if they are not kept, or lack some of `statistics`."""
         kept = self._kept.get(key)
         if kept is None or any(getattr(kept, name) is None for name in statistics):
             return None
         return kept
 
     def keep(self, found: Iterable[tuple[Key, TokenStats]]) -> None:
-        """Take in what was read."""
+        """Add the statistics of some views."""
         self._kept.update(found)

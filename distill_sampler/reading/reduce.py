@@ -1,4 +1,4 @@
-"""From the statistics of a sample's views to its numbers, with the metric's contract checked on the way."""
+"""From the statistics of a sample's views to a metric's numbers, with checks of the metric's contract."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from distill_sampler.reading.token_stats import EXTRAS
 from distill_sampler.types import FloatArray, Missing, Sample, TokenStats
 
 ALWAYS = ("surprisal", "rank", "ties")
-"""Statistics that every pass gives."""
+"""Statistics that every scoring pass computes."""
 
 
 def reduced(metric: Metric, sample: Sample, stats: Sequence[TokenStats]) -> tuple[FloatArray, Missing]:
-    """`[columns]` a metric's numbers for a sample, NaN where it has none, and why.
+    """`[columns]` a metric's numbers for a sample, NaN if it has no score, and the reason.
 
     Raises:
         ValueError: `reduce` returned other names than the metric's `columns`.
@@ -36,20 +36,20 @@ def reduced(metric: Metric, sample: Sample, stats: Sequence[TokenStats]) -> tupl
 
 
 def columns_of(metrics: Iterable[Metric]) -> list[str]:
-    """Every number that the metrics give, once each, in their order."""
+    """The names of all numbers that the metrics give, without repeats, in the metrics' order."""
     return list(dict.fromkeys(name for metric in metrics for name in metric.columns))
 
 
 def data_columns_of(metrics: Iterable[Metric]) -> list[str]:
-    """The columns of the data set that the metrics read, once each."""
+    """The columns of the data set that the metrics read, without repeats."""
     return list(dict.fromkeys(name for metric in metrics for name in metric.uses_columns))
 
 
 def extras_of(metrics: Iterable[Metric]) -> list[str]:
-    """The statistics that metrics need besides surprisal, rank and ties.
+    """The statistics that the metrics need besides surprisal, rank and ties.
 
     Raises:
-        ValueError: a metric asks for one that does not exist.
+        ValueError: a metric needs one that does not exist.
     """
     names: set[str] = set()
     for metric in metrics:
@@ -58,7 +58,7 @@ def extras_of(metrics: Iterable[Metric]) -> list[str]:
                 names.add(name)
             elif name not in ALWAYS:
                 raise ValueError(
-                    f"{type(metric).__name__}.uses_statistics names '{name}'; there are "
+                    f"{type(metric).__name__}.uses_statistics names '{name}', which does not exist. Choose from "
                     f"{', '.join((*ALWAYS, *EXTRAS))}."
                 )
     return sorted(names)

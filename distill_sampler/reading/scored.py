@@ -1,4 +1,4 @@
-"""What scoring gives, block by block."""
+"""The result of scoring a block of samples."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from distill_sampler.types import FloatArray, IntArray, Missing, TokenStats
 @documents_fields
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scored:
-    """The numbers of some samples, as soon as they are known."""
+    """The numbers of the samples of one block."""
 
     indices: IntArray
-    """`[samples]` which samples."""
+    """`[samples]` the samples' indices."""
     columns: Mapping[str, FloatArray]
-    """`[samples]` each; NaN where a sample has no score."""
+    """The metrics' numbers by name, `[samples]` each; NaN where a sample has no score."""
     missing: Mapping[str, IntArray]
     """By metric, `[samples]` why a sample has no score (`Missing`); 0 where it has one."""
     tokens: int
-    """Tokens that went through the readers for them, without padding."""
+    """How many tokens the readers processed for these samples, without padding."""
     tokens_of: Mapping[str, int]
-    """By metric, the tokens of the views that it asked for, as if it were the only metric. A prompt that several views
-    share counts in equal parts."""
+    """By metric, how many tokens the readers processed for its views, as if it were the only metric. A prompt that
+    several views share counts in equal parts."""
     traces: Mapping[int, TokenStats] = field(default_factory=dict)
-    """The student's token statistics of those samples whose traces were asked for."""
+    """The student's token statistics, by sample, of those samples for which they were requested."""
 
     def without_score(self, reason: Missing) -> IntArray:
-        """The samples that some metric has no score for, for this reason."""
+        """The samples for which at least one metric has no score for this reason."""
         found = np.zeros(len(self.indices), bool)
         for codes in self.missing.values():
             found |= codes == reason
@@ -39,7 +39,7 @@ class Scored:
 
     @property
     def non_finite(self) -> IntArray:
-        """Samples for which some reader's logits were NaN or infinite."""
+        """Samples for which a reader's logits were NaN or infinite."""
         return self.without_score(Missing.NON_FINITE)
 
     @property
@@ -49,5 +49,5 @@ class Scored:
 
     @property
     def not_applicable(self) -> IntArray:
-        """Samples that some metric does not apply to."""
+        """Samples to which at least one metric does not apply."""
         return self.without_score(Missing.NOT_APPLICABLE)

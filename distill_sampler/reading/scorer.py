@@ -1,11 +1,11 @@
 """Scoring samples: samples → views → statistics → numbers.
 
-Samples are scored in blocks, the longest first. Of each block every process reads its own share, and the numbers of the
-whole block reach every process. Which views a reader takes into one batch is its own business (`model_reader.py`), how
-statistics become numbers is the metrics'.
+Samples are scored in blocks, the longest first. Each process reads a share of every block, and every process gets the
+numbers of the whole block. The reader decides which views form a batch (`model_reader.py`), and the metrics decide how
+statistics become numbers.
 
-A sample whose view is longer than its reader's positions has no score by that metric, and the pass goes on. A metric
-that approximates another one is first compared with it on a few samples.
+If a view is longer than its reader's positions, the sample has no score by that metric, and the pass continues. A
+metric that approximates another one is first compared with it on a few samples.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from distill_sampler.distributed import Ranks
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.metrics.response import response_view
 from distill_sampler.protocols import Metric, PassInfo, Read, Reader
+from distill_sampler.reading.block_views import BlockViews
 from distill_sampler.reading.blocks import blocks_of, units_of
-from distill_sampler.reading.desk import Desk
 from distill_sampler.reading.model_reader import ModelReader
 from distill_sampler.reading.readings import Readings
 from distill_sampler.reading.reduce import columns_of, data_columns_of, extras_of, reduced
@@ -38,7 +38,7 @@ from distill_sampler.types import BoolArray, FloatArray, IntArray, Missing
 logger = logging.getLogger(__name__)
 
 _EXAMPLES = 64
-"""Samples that a reader is shown before a pass: the shortest ones."""
+"""How many samples a reader is shown before a pass: the shortest ones."""
 
 
 @documents_fields
@@ -50,16 +50,17 @@ class Scorer:
     """Tokens in a batch, padding included; a longer sample gets a batch of its own. None: 2048 on a CPU, else a power
     of two that fits in half of the free memory. Halved when memory runs out (with one process)."""
     ties: Literal["strict", "mid"] = "strict"
-    """How other tokens with exactly the same logit count in a rank: not at all, as in the authors' code, or half each,
-    which is unbiased. Matters where logits are rounded to bfloat16: there one token in ten is tied."""
+    """How other tokens with exactly the same logit count in a rank. `"strict"`: not at all, as in the authors' code.
+    `"mid"`: half each, which is unbiased. It matters where logits are rounded to bfloat16: there one token in ten is
+    tied."""
     share_prompts: bool = True
-    """Read the prompt that several candidates have in common once, where that pays and gives the same numbers."""
+    """Read a prompt that several candidates share only once, where that saves time and gives the same numbers."""
     impl: Literal["auto"] | Impl = "auto"
-    """How logits become statistics (see `token_stats`). Auto: Triton on CUDA where it is installed, else compiled for
-    passes that are long enough for compilation to pay."""
+    """How logits become statistics (see `token_stats`). `"auto"`: Triton on CUDA where it is installed; otherwise
+    compiled, for passes long enough to make up for the compilation."""
     progress: bool = True
-    """Show a bar with tokens a second and the remaining time once a pass takes longer than two seconds, and a table of
-    each epoch's plan in the trainer's output."""
+    """Show a progress bar with tokens a second and the remaining time when a pass takes longer than two seconds, and
+    print a table of each epoch's plan."""
 
     def __post_init__(self) -> None:
         if self.batch_tokens is not None and self.batch_tokens < 1:
@@ -74,10 +75,10 @@ class Scorer:
                 raise ValueError(f"Scorer({argument}={value!r}): choose one of {', '.join(map(repr, known))}.")
 
     def reader(self, model: nn.Module) -> ModelReader:
-        """The student as a reader with these settings. Keep it from pass to pass: it remembers what it has tried.
+        """The student as a reader with these settings. Use the same reader for every pass: it remembers its trials.
 
         Raises:
-            ValueError: the model is no causal language model, or has no output head.
+            ValueError: the model is not a causal language model, or has no output head.
         """
         return ModelReader(
             model,
@@ -99,17 +100,17 @@ class Scorer:
         kept: Readings | None = None,
         traces: Collection[int] = (),
     ) -> Iterator[Scored]:
-        """Score samples, longest first, and give them out in blocks as they are done.
+        """Score samples, the longest first, and yield each block when it is done.
 
         Args:
-            student: the model as the host calls it, a causal language model of transformers, or a reader of it.
-            dataset: where the samples are.
+            student: the model as the host calls it, a causal language model of transformers; or a reader of it.
+            dataset: the samples.
             metrics: what to compute; equal views of several metrics share one forward pass.
-            indices: `[n]` which samples, in any order. With several processes each must ask for the same; the work is
-                shared and every process gets all numbers.
-            done: `[samples of the data set]` True where an interrupted pass has given numbers already. Blocks that are
-                all done are left out; the others are what they were.
-            kept: what frozen readers gave in earlier passes; completed by this one.
+            indices: `[n]` which samples, in any order. All processes must give the same; they share the work, and every
+                process gets all numbers.
+            done: `[samples of the data set]` True where an interrupted pass has the numbers already. Blocks in which
+                all samples are done are skipped; the division into blocks does not change.
+            kept: the statistics that frozen readers gave in earlier passes. New ones are added.
             traces: samples whose token statistics are wanted too.
 
         Raises:
@@ -121,8 +122,8 @@ class Scorer:
         ranks = reader.ranks
         for metric in metrics:
             exact = metric.approximates
-            if exact is not None and metric.name not in reader.said:
-                reader.said.add(metric.name)
+            if exact is not None and metric.name not in reader.reported:
+                reader.reported.add(metric.name)
                 self._compare(reader, dataset, metric, exact, indices)
         block_tokens = reader.block_tokens
         units = np.arange(len(indices))
@@ -166,13 +167,13 @@ class Scorer:
         work.report_too_long()
 
     def numerics(self, model: nn.Module) -> dict[str, str]:
-        """What, besides the weights, decides the scores beyond rounding; see `ModelReader.numerics`."""
+        """The settings besides the weights that change the scores; see `ModelReader.numerics`."""
         return self.reader(model).numerics
 
     def _compare(
         self, reader: ModelReader, dataset: ScoredDataset, metric: Metric, exact: Metric, indices: IntArray
     ) -> None:
-        """Report how an approximation orders samples that both metrics score: up to 64, or an eighth of all."""
+        """Log how well an approximation ranks samples, compared with the exact metric, on 16 to 64 of the samples."""
         some = np.unique(np.linspace(0, len(indices) - 1, min(64, max(16, len(indices) // 8))).astype(int))
         pairs: list[FloatArray] = []
         tokens = np.zeros(2)
@@ -183,7 +184,7 @@ class Scorer:
         pair = pair[:, np.isfinite(pair).all(axis=0)]
         if reader.ranks.rank == 0 and pair.shape[1] > 2:
             logger.warning(
-                "%r is an approximation: on %d samples its rank correlation with the exact score is %.3f, at %.0f %% "
+                "%r is an approximation. On %d samples, its rank correlation with the exact score is %.3f, for %.0f %% "
                 "of the tokens.",
                 metric,
                 pair.shape[1],
@@ -194,7 +195,7 @@ class Scorer:
 
 @dataclass(kw_only=True, eq=False)
 class _Pass:
-    """One pass over samples: what stays the same from block to block, and what is found out on the way."""
+    """One pass over samples: its settings, its open readers, and what it must report at the end."""
 
     student: ModelReader
     dataset: ScoredDataset
@@ -205,9 +206,9 @@ class _Pass:
     opened: ExitStack
     info: PassInfo
     too_long: list[tuple[int, str]] = field(default_factory=list)
-    """Samples with a view longer than its reader's positions, and the metric that asked for it."""
+    """Samples with a view longer than its reader's positions, each with the metric whose view it is."""
     scale: float = 1.0
-    """What the bar moves by for each token of a view that is read."""
+    """How far the progress bar moves for each token of a view that is read."""
     _read: dict[str, Read] = field(default_factory=dict)
     """The readers that are open, by identity."""
 
@@ -216,39 +217,39 @@ class _Pass:
         return self.student.ranks
 
     def score(self, block: IntArray, units: IntArray) -> Scored:
-        """Read some samples: their views, each once, in batches; then every metric's numbers.
+        """Score the samples of a block: read each of their views once, then compute every metric's numbers.
 
         Args:
-            block: which samples.
-            units: `[samples]` the number of each sample's unit; the samples of a unit are read by one process.
+            block: `[samples]` the samples' indices.
+            units: `[samples]` the unit of each sample; one process reads all samples of a unit.
         """
         unit = np.unique(units, return_inverse=True)[1]
         tokens_of_unit = np.bincount(unit, self.dataset.lengths[block]).astype(np.int64)
         share = np.flatnonzero(np.isin(unit, self.ranks.share(tokens_of_unit)))
         samples = self.dataset.samples(block[share], data_columns_of(self.metrics))
-        desk = Desk(self.student, self.metrics, kept=self.kept, statistics=self.info.statistics)
-        wanted = [[desk.ask(metric, sample) for metric in self.metrics] for sample in samples]
-        traced = [desk.ask_whole(sample) if sample.index in self.traces else None for sample in samples]
-        self.scale = int(self.dataset.lengths[block].sum()) / max(desk.tokens, 1)
-        desk.read(self.open)
+        views = BlockViews(self.student, self.metrics, kept=self.kept, statistics=self.info.statistics)
+        wanted = [[views.add(metric, sample) for metric in self.metrics] for sample in samples]
+        traced = [views.add_whole(sample) if sample.index in self.traces else None for sample in samples]
+        self.scale = int(self.dataset.lengths[block].sum()) / max(views.tokens, 1)
+        views.read(self.open)
 
-        # one row for each sample of the block; a row is filled by the process that read the sample, zero elsewhere
+        # one row for each sample of the block, filled by the process that read the sample and zero on the others
         names = columns_of(self.metrics)
         place = {name: number for number, name in enumerate(names)}
         columns = np.zeros((len(block), len(names)))
         tokens_of, missing = np.zeros((2, len(block), len(self.metrics)))
         tokens_of_all = np.zeros((len(block), 1))
-        for row, sample, asked, trace in zip(share.tolist(), samples, wanted, traced, strict=True):
+        for row, sample, of_metrics, trace in zip(share.tolist(), samples, wanted, traced, strict=True):
             columns[row] = np.nan
-            for number, (metric, places) in enumerate(zip(self.metrics, asked, strict=True)):
+            for number, (metric, places) in enumerate(zip(self.metrics, of_metrics, strict=True)):
                 if isinstance(places, Missing):
                     missing[row, number] = places
                     continue
-                numbers, missing[row, number] = reduced(metric, sample, [desk.stats[at] for at in places])
+                numbers, missing[row, number] = reduced(metric, sample, [views.stats[at] for at in places])
                 columns[row, [place[name] for name in metric.columns]] = numbers
-                tokens_of[row, number] = sum(desk.cost(at) for at in set(places))
-            used = {at for places in asked if not isinstance(places, Missing) for at in places}
-            tokens_of_all[row] = sum(desk.cost(at) for at in used | ({trace} if trace else set()))
+                tokens_of[row, number] = sum(views.cost(at) for at in set(places))
+            used = {at for places in of_metrics if not isinstance(places, Missing) for at in places}
+            tokens_of_all[row] = sum(views.cost(at) for at in used | ({trace} if trace else set()))
         every = self.ranks.elementwise_sum(np.concatenate([columns, tokens_of, missing, tokens_of_all], axis=1))
         columns, tokens_of, missing, tokens_of_all = np.split(
             every, np.cumsum([len(names), len(self.metrics), len(self.metrics)]), axis=1
@@ -256,7 +257,7 @@ class _Pass:
         codes = {metric.name: missing[:, number].astype(np.int64) for number, metric in enumerate(self.metrics)}
         for name, of_metric in codes.items():
             self.too_long += [(index, name) for index in block[of_metric == Missing.TOO_LONG].tolist()]
-        here = {s.index: desk.stats[at] for s, at in zip(samples, traced, strict=True) if at is not None}
+        here = {s.index: views.stats[at] for s, at in zip(samples, traced, strict=True) if at is not None}
         return Scored(
             indices=block,
             columns={name: columns[:, number].astype(np.float32) for number, name in enumerate(names)},
@@ -279,16 +280,16 @@ class _Pass:
         return self._read[reader.identity]
 
     def report_too_long(self) -> None:
-        """Say once what was not read, and what to do about it."""
-        if not self.too_long or self.ranks.rank > 0 or "too long" in self.student.said:
+        """Log, once for each model, which samples were too long, and the cure."""
+        if not self.too_long or self.ranks.rank > 0 or "too long" in self.student.reported:
             return
-        self.student.said.add("too long")
+        self.student.reported.add("too long")
         samples = {index for index, _ in self.too_long}
         names = ", ".join(dict.fromkeys(name for _, name in self.too_long))
         logger.warning(
-            "%d samples (first: sample %d) have no %s, because it takes more tokens at once than the %s that the model "
-            "has positions for. Cut the samples (max_length of the trainer), or score them with LocalNaturalness, "
-            "which reads a few steps at a time; if the model can read farther, raise max_position_embeddings in its "
+            "%d samples (first: sample %d) have no %s, because it reads more tokens at once than the %s positions of "
+            "the model. Truncate the samples (the trainer's max_length), or score them with LocalNaturalness, which "
+            "reads a few steps at a time. If the model can read longer texts, raise max_position_embeddings in its "
             "config.",
             len(samples),
             min(samples),

@@ -1,12 +1,12 @@
 """The numerical kernel: hidden states times output head, reduced to statistics of the target tokens.
 
-Letters as in arXiv:2601.14249: for a target token t_k, surprisal_k = -log p(t_k) in nats and
-rank_k = 1 + #{v : logit_v > logit_{t_k}}. The comparison is strict, the authors' rule: ties take the best rank. How
-many there were is kept beside it.
+Notation as in arXiv:2601.14249: for a target token t_k, surprisal_k = -log p(t_k) in nats and
+rank_k = 1 + #{v : logit_v > logit_{t_k}}. The comparison is strict, as in the authors' code, so tied tokens share the
+best rank. The number of ties is returned too.
 
-The logits of a chunk of positions exist in float32 for a moment, in one buffer that is used again for every chunk;
-nothing of the size `[tokens, vocab]` ever does. The target's logit is read from the same product that it is compared
-with: computed apart it would differ in the last bit and many tokens would outrank themselves.
+Logits exist for one chunk of positions at a time, in float32, in a buffer that all chunks reuse; no array of size
+`[tokens, vocab]` is ever made. The target's logit is taken from the same product that it is compared with: computed
+separately it would differ in the last bit, and many tokens would outrank themselves.
 
 One function, `token_stats`, with four implementations behind `impl=`:
 
@@ -15,7 +15,7 @@ One function, `token_stats`, with four implementations behind `impl=`:
 | `"reference"` | the formulas in float64, everything at once | – |
 | `"chunked"` | a few passes over rows that stay in the cache | 0.2 |
 | `"compiled"` | the formulas through `torch.compile`, two passes | 0.1, after 5 to 25 s of compilation |
-| `"triton"` | one pass, for accelerators with Triton (`_triton.py`) | – |
+| `"triton"` | one pass, for accelerators with Triton (`triton_kernel.py`) | – |
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ _TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 Impl = Literal["reference", "chunked", "compiled", "triton"]
 
 EXTRAS = ("entropy", "top1", "sum_p2")
-"""Statistics that are computed on request only."""
+"""Statistics that are only computed on request."""
 
 _CHUNK_LOGITS = 2**25
-"""Logits that exist at a time: 134 MB. An accelerator needs as much again as scratch."""
+"""How many logits exist at a time: 134 MB. An accelerator needs as much again as scratch."""
 
 _ROWS_LOGITS = 2**20
-"""Logits that a CPU reduces at a time: with the scratch beside them 8 MB, which stays in its caches. Passes over a
-whole chunk go through memory instead, and cost three times as much."""
+"""How many logits a CPU reduces at a time: 8 MB with their scratch, which stays in its caches. Passes over a whole
+chunk would go through memory and take three times as long."""
 
 _UPCAST_BYTES = 2**26
-"""Size of the pieces of a head that are converted to float32 at a time on a CPU: 64 MB."""
+"""Size of the pieces of a head that a CPU converts to float32 at a time: 64 MB."""
 
 _COMPILE_FROM = {"cpu": 10**11, "cuda": 10**13}
-"""Logits in a pass from which compiling the reduction pays twice over what it costs."""
+"""Number of logits in a pass from which compiling the reduction saves twice the time that it takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +62,12 @@ class LogitTransform:
     """What a model does to its logits after the output head: `softcap · tanh(scale · logits / softcap)`."""
 
     scale: float = 1.0
-    """Multiplier (Cohere's `logit_scale`, Granite's 1 / `logits_scaling`, ...)."""
+    """Factor of the logits (Cohere's `logit_scale`, Granite's 1 / `logits_scaling`, ...)."""
     softcap: float | None = None
     """Gemma's `final_logit_softcapping`; None: no cap."""
 
     def apply_(self, logits: Float[Tensor, "tokens vocab"]) -> Float[Tensor, "tokens vocab"]:
-        """In place."""
+        """Apply the transform in place."""
         if self.scale != 1.0:
             logits.mul_(self.scale)
         if self.softcap is not None:
@@ -76,7 +76,7 @@ class LogitTransform:
 
 
 Project = Callable[[Float[Tensor, "tokens hidden"]], Float[Tensor, "tokens vocab"]]
-"""From hidden states to float32 logits, which the caller may overwrite and which the next call may reuse."""
+"""From hidden states to float32 logits. The caller may overwrite the result, and the next call may reuse its memory."""
 
 
 def token_stats(
@@ -90,19 +90,19 @@ def token_stats(
 ) -> dict[str, Shaped[Tensor, "tokens"]]:
     """Statistics of the targets, by the names of the fields of `TokenStats`.
 
-    `surprisal` (nats, float32), `rank` (from 1, not clipped, int64) and `ties` (how many other columns have exactly
-    the target's logit, int64); those of `extras` too (float32): `entropy` of the prediction (nats), `top1`, the
+    Always `surprisal` (nats, float32), `rank` (from 1, not clipped, int64) and `ties` (how many other columns have
+    exactly the target's logit, int64). On request (`extras`, float32) `entropy` of the prediction (nats), `top1`, the
     largest probability, and `sum_p2`, the sum of the squared probabilities.
 
-    A NaN or +inf logit makes the surprisal of its position non-finite; a logit of -inf is a token that cannot occur.
-    Padded vocabulary columns count exactly as in the model's own softmax.
+    A NaN or +inf logit makes the surprisal of its position non-finite. A logit of -inf is a token that cannot occur.
+    Padded vocabulary columns count as they do in the model's own softmax.
 
     Args:
         hidden: input of the output head at the positions that predict the targets.
         targets: the token that follows each position.
-        project: the output head with everything the model does to its logits.
+        project: the output head, with everything that the model does to its logits.
         extras: which of `EXTRAS` to compute.
-        chunk: positions whose logits exist at a time; `chunk_for` suggests one.
+        chunk: for how many positions logits exist at a time; `chunk_for` suggests a number.
         impl: `"reference"`, `"chunked"`, `"compiled"` or `"triton"`; see the module's table.
     """
     assert set(extras) <= set(EXTRAS), extras
@@ -123,21 +123,21 @@ def token_stats(
 
 
 def chunk_for(vocab: int) -> int:
-    """Positions whose logits fill 134 MB: enough for the product to be as fast as it gets.
+    """How many positions have 134 MB of logits, which is enough for the product to reach its full speed.
 
-    Whole blocks of rows: with 682 of them a product in bfloat16 on a CPU took a quarter longer a row than with 672.
+    A multiple of 32: with 682 rows, a bfloat16 product on a CPU took a quarter longer for each row than with 672.
     """
     positions = _CHUNK_LOGITS // vocab
     return positions // 32 * 32 or max(1, positions)
 
 
 def fastest(device: torch.device, logits: int) -> Impl:
-    """The implementation that is through soonest with a pass of so many logits, compilation included.
+    """The implementation that takes the least time, compilation included, for a pass of this many logits.
 
-    A function of the pass alone, not of what happens to be compiled already: scoring twice gives the same bits.
+    It depends on the pass alone, not on what has been compiled already, so scoring twice gives the same bits.
     """
     if device.type == "cuda" and find_spec("triton") and available("triton", device) == "triton":
-        return "triton"  # compiled within a second, or found on disk
+        return "triton"  # compiles within a second, or is cached on disk
     if logits < _COMPILE_FROM.get(device.type, 10**13):
         return "chunked"
     return available("compiled", device)
@@ -145,16 +145,16 @@ def fastest(device: torch.device, logits: int) -> Impl:
 
 @cache
 def available(impl: Impl, device: torch.device) -> Impl:
-    """`impl`, or `"chunked"`, with one line in the log, if it does not work here (no compiler, no Triton, ...)."""
+    """`impl` if it works on this machine, else `"chunked"` with a warning (no compiler, no Triton, ...)."""
     try:
         with _compilation_allowed():
             _REDUCTIONS[impl](
                 torch.zeros(2, 3, device=device), torch.zeros(2, dtype=torch.int64, device=device), frozenset()
             )
-    except Exception as error:  # whatever it is, there is another way
+    except Exception as error:  # whatever went wrong, the chunked implementation works
         reason = next(iter(str(error).strip().splitlines()), "")
         logger.warning(
-            "The '%s' statistics do not work here (%s: %s); they are computed as 'chunked', a little slower.",
+            "impl='%s' does not work on this machine (%s: %s). Scoring uses 'chunked', which is a little slower.",
             impl,
             type(error).__name__,
             reason,
@@ -167,17 +167,17 @@ def available(impl: Impl, device: torch.device) -> Impl:
 
 
 def _formulas(logits: Tensor, targets: Tensor, extras: Collection[str] = ()) -> dict[str, Tensor]:
-    """What is computed, as one would write it down."""
+    """The definitions of the statistics, written as formulas."""
     target = logits.gather(1, targets[:, None])
     peak = logits.amax(1, keepdim=True)
     shifted = logits - peak
     exps = shifted.exp()
     total = exps.sum(1)
-    # where the peak is infinite, the NaN that follows is the answer
+    # an infinite peak makes these NaN, as it should
     stats = {
         "surprisal": total.log() + (peak - target)[:, 0],
         "rank": (logits > target).sum(1) + 1,
-        "ties": ((logits == target).sum(1) - 1).clamp(min=0),  # a NaN does not even equal itself
+        "ties": ((logits == target).sum(1) - 1).clamp(min=0),  # clamped because NaN does not equal itself
     }
     if "entropy" in extras:  # 0 · log 0 = 0, also where a logit is -inf
         stats["entropy"] = total.log() - (exps * shifted.clamp(min=-1e4)).sum(1) / total
@@ -195,7 +195,7 @@ def _reduce_reference(logits: Tensor, targets: Tensor, extras: frozenset[str]) -
 def _reduce_in_passes(logits: Tensor, targets: Tensor, extras: frozenset[str]) -> dict[str, Tensor]:
     """The formulas with one scratch buffer, a few rows at a time on a CPU. Overwrites the logits.
 
-    Comparisons write 0.0 and 1.0: on a CPU summing booleans takes five times as long as summing floats, and a float32
+    Comparisons write 0.0 and 1.0, because a CPU takes five times as long to sum booleans as to sum floats. A float32
     sum of ones is exact up to 2^24 columns.
     """
     rows = max(1, _ROWS_LOGITS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
@@ -219,7 +219,7 @@ def _reduce_in_passes(logits: Tensor, targets: Tensor, extras: frozenset[str]) -
 
 
 def _reduce_in_triton(logits: Tensor, targets: Tensor, extras: frozenset[str]) -> dict[str, Tensor]:
-    """The same sums in one pass, without scratch."""
+    """The formulas in one pass, without a scratch buffer."""
     from distill_sampler.reading.triton_kernel import reduce_rows  # only here: it needs Triton
 
     target = logits.gather(1, targets[:, None])[:, 0]
@@ -236,8 +236,9 @@ def _room_for_sums(target: Tensor, extras: frozenset[str]) -> dict[str, Tensor]:
 def _from_sums(
     target: Tensor, extras: frozenset[str], *, rank: Tensor, ties: Tensor, peak: Tensor, total: Tensor, **more: Tensor
 ) -> dict[str, Tensor]:
-    """What `_formulas` gives, from its sums: columns above and equal to the target, the peak, Σ exp(shifted), and as
-    asked for `entropy` Σ shifted · exp(shifted) and `sum_p2` Σ exp(shifted)²."""
+    """The statistics of `_formulas` from sums over the columns: `rank` and `ties` count columns above and equal to the
+    target (its own included), `peak` is the largest logit, `total` is Σ exp(logit − peak), `more["entropy"]` is
+    Σ (logit − peak) · exp(logit − peak), and `more["sum_p2"]` is Σ exp(logit − peak)²."""
     stats = {
         "surprisal": total.log() + (peak - target),
         "rank": rank + 1,
@@ -254,8 +255,8 @@ def _from_sums(
 
 @cache
 def _compiled() -> Callable[..., dict[str, Tensor]]:
-    # any number of rows and columns with one compilation; another for a single row, and for each set of extras
-    # (unwrapped: the tests check shapes by wrapping every function, which is nothing to compile)
+    # one compilation serves any number of rows and columns, but a single row and each set of extras need their own
+    # (unwrapped, because the tests wrap every function to check shapes, and the wrapper cannot be compiled)
     return torch.compile(inspect.unwrap(_formulas), dynamic=True)
 
 
@@ -265,7 +266,7 @@ def _reduce_compiled(logits: Tensor, targets: Tensor, extras: frozenset[str] = f
 
 @contextmanager
 def _compilation_allowed() -> Iterator[None]:
-    """Also where a compiled student runs uncompiled around us; what torch says about itself meanwhile is no news."""
+    """Allow compilation even while a compiled student runs uncompiled, and silence torch's own warnings about it."""
     with torch.compiler.set_stance("default"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -283,14 +284,14 @@ _REDUCTIONS: dict[str, Callable[[Tensor, Tensor, frozenset[str]], dict[str, Tens
 
 
 class Room:
-    """Room for the logits of a chunk, the same for every chunk of every forward: on a CPU fresh memory each time makes
-    the process grow."""
+    """A buffer for the logits of a chunk, reused by every chunk of every forward. On a CPU, allocating new memory each
+    time would make the process grow."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, 0)
 
     def __call__(self, rows: int, columns: int, device: torch.device) -> Tensor:
-        """`[rows, columns]` float32, with whatever it held before."""
+        """An uninitialised `[rows, columns]` float32 tensor in the buffer."""
         if len(self._buffer) < rows or self._buffer.shape[1] != columns:
             self._buffer = torch.empty(rows, columns, dtype=torch.float32, device=device)
         return self._buffer[:rows]
@@ -305,19 +306,19 @@ def linear(
     kept: Float[Tensor, "vocab hidden"] | None = None,
     room: Room | None = None,
 ) -> Project:
-    """A plain output head: `hidden @ weight.T + bias` with float32 out of the product, whatever the inputs' dtype.
+    """A plain output head: `hidden @ weight.T + bias`, with a float32 product for inputs of any dtype.
 
-    Made for one forward pass: it may hold a copy of the weight.
+    Make a new one for each forward pass: it may hold a copy of the weight.
 
     Args:
-        weight: of the head.
-        bias: of the head.
+        weight: the head's weight.
+        bias: the head's bias.
         transform: what the model does to its logits afterwards.
-        operands: what both factors are rounded to before they are multiplied, as autocast does; None: they are taken
-            as they are.
-        kept: the weight's `operand_copy`, if the caller keeps one. Else a weight that needs conversion is converted
-            piece by piece where that can be, so that no second head is held.
-        room: for the logits.
+        operands: the dtype to which both factors are rounded before they are multiplied, as autocast does; None: they
+            are not rounded.
+        kept: the weight's `operand_copy`, if the caller keeps one. Otherwise, a weight that needs conversion is
+            converted piece by piece where possible, so that there is no second copy of the head.
+        room: the buffer for the logits.
     """
     if kept is None and operands is not None and _has_mixed_product(weight.device):
         kept = weight.to(operands)  # once for all chunks: a chunk has too few rows to pay for it
@@ -356,7 +357,7 @@ def _linear(
 
 
 def module(head: Callable[[Tensor], Tensor], transform: LogitTransform) -> Project:
-    """Any other output head (quantised, an adapter on it, ...), called as the model calls it."""
+    """Any other output head (quantised, with an adapter, ...), called as the model calls it."""
     return partial(_module, head=head, transform=transform)
 
 
@@ -367,10 +368,10 @@ def _module(
 
 
 def operand_copy(weight: Tensor, operands: torch.dtype | None = None) -> Tensor | None:
-    """The head's weight as the product takes it, for `linear(kept=)`, where keeping a copy for a whole pass pays.
+    """A converted copy of the head's weight, to pass as `linear(kept=)`; None where keeping one does not pay.
 
-    It must be small (256 MB) and needed: in the dtype of `operands`, or in float32 where the device has no product of
-    low precision with a float32 result.
+    A copy is kept for a whole pass if it is small (up to 256 MB) and needed: in the dtype of `operands`, or in float32
+    where the device has no low-precision product with a float32 result.
     """
     rounded = operands or weight.dtype
     dtype = rounded if _has_mixed_product(weight.device) else torch.float32
@@ -380,7 +381,7 @@ def operand_copy(weight: Tensor, operands: torch.dtype | None = None) -> Tensor 
 
 
 def _multiply(hidden: Tensor, weight: Tensor, kept: Tensor | None, rounded: torch.dtype, out: Tensor) -> None:
-    """`out[:] = hidden @ weight.T` through float32 operands, after the weight's values were rounded to `rounded`."""
+    """`out[:] = hidden @ weight.T` as a float32 product, after rounding the weight to the dtype `rounded`."""
     with _multiply_in_bfloat16() if hidden.dtype == rounded == torch.bfloat16 else nullcontext():
         hidden = hidden.float()
         if kept is not None or weight.dtype == rounded == torch.float32:
@@ -393,12 +394,12 @@ def _multiply(hidden: Tensor, weight: Tensor, kept: Tensor | None, rounded: torc
 
 
 def _has_mixed_product(device: torch.device) -> bool:
-    """Whether `torch.mm(..., out_dtype=)` is there: on CUDA since torch 2.8."""
+    """Whether `torch.mm(..., out_dtype=)` exists for the device: on CUDA since torch 2.8."""
     return device.type == "cuda" and torch.version.hip is None and _TORCH >= (2, 8)
 
 
 def float32_products(device: torch.device) -> str:
-    """What products of float32 matrices are really made of there: `"ieee"` (float32), `"tf32"` or `"bf16"`."""
+    """The precision in which torch multiplies float32 matrices there: `"ieee"` (float32), `"tf32"` or `"bf16"`."""
     if _TORCH < (2, 9):
         return "tf32" if device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else "ieee"
     if device.type not in ("cpu", "cuda"):
@@ -410,8 +411,8 @@ def float32_products(device: torch.device) -> str:
 
 @contextmanager
 def _multiply_in_bfloat16() -> Iterator[None]:
-    """On CPUs that can, multiply in bfloat16 and add in float32: exact for bfloat16 inputs, and fast."""
-    if _TORCH < (2, 9):  # cannot be asked for
+    """Let CPUs that can multiply in bfloat16 and add in float32, which is fast, and exact for bfloat16 inputs."""
+    if _TORCH < (2, 9):  # there is no such setting
         yield
         return
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set at run time by torch

@@ -1,10 +1,10 @@
 # mypy: ignore-errors
-"""The reduction of `token_stats` as one Triton kernel: each logit is read once. Imported only to be run.
+"""The reduction of `token_stats` as one Triton kernel, which reads each logit once. Importing it needs Triton.
 
-The product itself stays with the vendor's library, which keeps its float32 result in memory for a moment: for students
-of 4B and more, that is within 1 to 3 % of a whole forward of what a kernel fused with the product could reach.
+The product with the head is left to the vendor's library, which writes its float32 result to memory. For students of 4B
+and more, a kernel fused with the product could save at most 1 to 3 % of a whole forward.
 
-Without an accelerator it runs, slowly, in Triton's interpreter: `TRITON_INTERPRET=1` before the import.
+Without an accelerator it runs, slowly, in Triton's interpreter: set `TRITON_INTERPRET=1` before the import.
 """
 
 from __future__ import annotations
@@ -21,16 +21,20 @@ _TILE = 4096
 def reduce_rows(
     logits: Tensor, targets: Tensor, *, rank: Tensor, ties: Tensor, peak: Tensor, total: Tensor, **more: Tensor
 ) -> None:
-    """Fill what every statistic is made of, all `[tokens]`; without an infinite or a NaN logit:
+    """Fill the sums that all statistics are computed from, `[tokens]` each.
 
-    `rank` columns above the target's logit, `ties` columns equal to it (its own is one), `peak` the largest logit,
-    `total` Σ exp(logit − peak), and as asked for `entropy` Σ (logit − peak) exp(logit − peak) and `sum_p2`
-    Σ exp(logit − peak)².
+    For finite logits: `rank`, the number of columns above the target's logit; `ties`, the number of columns equal to
+    it, its own included; `peak`, the largest logit; `total`, Σ exp(logit − peak). On request also `entropy`,
+    Σ (logit − peak) exp(logit − peak), and `sum_p2`, Σ exp(logit − peak)².
 
     Args:
         logits: `[tokens, vocab]` float32.
-        targets: `[tokens]`.
-        more: any of `entropy` and `sum_p2`.
+        targets: `[tokens]` the target columns.
+        rank: output.
+        ties: output.
+        peak: output.
+        total: output.
+        more: any of the outputs `entropy` and `sum_p2`.
     """
     logits = logits.contiguous()
     tokens, vocab = logits.shape
@@ -67,14 +71,14 @@ def _reduce_row(
     ENTROPY: tl.constexpr,
     SUM_P2: tl.constexpr,
 ):
-    """One row: a tile at a time, what was summed below an older peak is scaled down to the new one."""
+    """Reduce one row, a tile at a time. When the peak rises, the sums so far are rescaled to the new peak."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocab
-    # read from the row that it is compared with: nothing outranks itself
+    # the target's logit comes from the row that it is compared with, so that no token outranks itself
     target = tl.load(logits + tl.load(targets + row))
     rank = tl.zeros([TILE], tl.int32)
     ties = tl.zeros([TILE], tl.int32)
-    peak = -3.4e38  # not -inf: a difference of two of those is no number
+    peak = -3.4e38  # not -inf, because -inf minus -inf is NaN
     total = 0.0
     entropy = 0.0
     sum_p2 = 0.0

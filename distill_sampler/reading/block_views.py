@@ -1,4 +1,4 @@
-"""The views that a block of samples needs, each asked for once, and what the readers made of them."""
+"""The views that the metrics need for a block of samples, each of them once, and the statistics that readers gave."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ from distill_sampler.reading.readings import Key, Readings
 from distill_sampler.types import STUDENT, Missing, Sample, TokenStats, View
 
 Place = tuple[str, int]
-"""Where a view lies: its reader's identity, and a number among that reader's views."""
+"""Which view: its reader's identity, and its number among that reader's views."""
 
 
-class Desk:
-    """The views that a block needs, each asked for once, and what the readers made of them."""
+class BlockViews:
+    """Collects the views that the metrics need for a block of samples, each of them once, and has them read.
+
+    Args:
+        student: reads the views that name no other reader.
+        metrics: what is computed from the views; their readers read the other views.
+        kept: statistics that frozen readers gave earlier. New ones are added.
+        statistics: the statistics that are needed besides surprisal, rank and ties.
+    """
 
     def __init__(
         self, student: ModelReader, metrics: Sequence[Metric], *, kept: Readings, statistics: Collection[str]
@@ -28,13 +35,14 @@ class Desk:
         for metric in metrics:
             self._readers |= {reader.identity: reader for reader in metric.readers.values()}
         self._views: dict[Place, View] = {}
-        """By place: the reader's identity, and a number among its views."""
         self._places: dict[tuple[str, int, tuple[bytes, bytes]], Place] = {}
+        """By reader, sample and content of the view."""
         self._counts: dict[str, int] = dict.fromkeys(self._readers, 0)
         self.stats: dict[Place, TokenStats] = {}
+        """The statistics of each view, after `read`."""
 
-    def ask(self, metric: Metric, sample: Sample) -> list[Place] | Missing:
-        """The places of a metric's views of a sample; or why there are none.
+    def add(self, metric: Metric, sample: Sample) -> list[Place] | Missing:
+        """Add a metric's views of a sample, and return their places; or why the metric has no score for it.
 
         Raises:
             ValueError: a view names a reader that the metric does not have.
@@ -47,8 +55,8 @@ class Desk:
             return Missing.TOO_LONG
         return [self._place(reader, sample, view) for reader, view in zip(readers, views, strict=True)]
 
-    def ask_whole(self, sample: Sample) -> Place | None:
-        """The place of the student's view of the whole sample; None if that is too long."""
+    def add_whole(self, sample: Sample) -> Place | None:
+        """Add the student's view of the whole sample, and return its place; None if it is too long."""
         if len(sample.input_ids) > self._student.positions:
             return None
         return self._place(self._student, sample, response_view(sample))
@@ -59,10 +67,10 @@ class Desk:
         return sum(len(view.input_ids) for view in self._views.values())
 
     def read(self, opened: Callable[[Reader], Read]) -> None:
-        """Have everything read.
+        """Read all views, and fill `stats`. Every process must call it.
 
         Args:
-            opened: gives the function that reads with a reader.
+            opened: returns the function that reads views with a reader.
         """
         ranks = self._student.ranks
         for identity, reader in self._readers.items():
@@ -83,7 +91,7 @@ class Desk:
                     self._kept.keep(some)
 
     def cost(self, place: Place) -> float:
-        """Tokens that went through the reader for a view."""
+        """How many tokens the reader processed for a view."""
         cost = self.stats[place].cost
         return len(self._views[place].input_ids) if cost is None else cost
 
