@@ -157,13 +157,22 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
         """A hash, 16 hex digits, of the whole content in order: every row's tokens and which ones count."""
         return hashlib.blake2b(self.content_hash.tobytes(), digest_size=8).hexdigest()
 
-    @cached_property
+    @property
     def prompt_hash(self) -> HashArray:
         """`[samples]` a hash of the tokens before the response: equal for responses to the same prompt.
 
         The last of them is left out: a tokenizer may have merged it with the beginning of the response.
         """
-        hashes = []
+        return self._prompts[0]
+
+    @property
+    def prompt_lengths(self) -> IntArray:
+        """`[samples]` how many tokens `prompt_hash` is a hash of."""
+        return self._prompts[1]
+
+    @cached_property
+    def _prompts(self) -> tuple[HashArray, IntArray]:
+        hashes, lengths = [], []
         for input_ids, labels, offsets in self._blocks():
             scored = response_mask(input_ids, labels, offsets, self._end_token_ids)
             place = np.arange(len(input_ids))
@@ -171,7 +180,8 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
             before = place < np.repeat(np.minimum(first, offsets[1:]) - 1, np.diff(offsets))
             kept = np.r_[0, np.cumsum(before)][offsets]
             hashes.append(_row_hashes(input_ids[before], np.zeros(kept[-1], bool), kept))
-        return np.concatenate(hashes)
+            lengths.append(np.diff(kept))
+        return np.concatenate(hashes), np.concatenate(lengths)
 
     def identifying_columns(self, *needed: str) -> list[str]:
         """The columns that identify a row for people: those that are needed, and all with short single values."""

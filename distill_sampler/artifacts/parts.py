@@ -33,6 +33,8 @@ class Parts:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._number: int | None = None
+        """How many parts there are; None: not looked yet. To list a folder for each new part takes ever longer."""
 
     @property
     def identity(self) -> dict[str, Any] | None:
@@ -63,7 +65,7 @@ class Parts:
         Raises:
             OSError: a part cannot be deleted.
         """
-        paths = self.paths()
+        paths, self._number = self.paths(), None
         for number, path in enumerate(paths):
             if path.stem.partition("-")[0] != f"{number:07d}" or not _is_whole(path):
                 logger.warning("%s is damaged. This part and all that follow it are computed again.", path)
@@ -82,7 +84,10 @@ class Parts:
         Raises:
             OSError: the part cannot be written.
         """
-        write_part(table, self.folder, f"{len(self.paths()):07d}")
+        if self._number is None:
+            self._number = len(self.paths())
+        write_part(table, self.folder, f"{self._number:07d}")
+        self._number += 1
 
     def take(self, other: Parts) -> None:
         """Move the parts of another folder behind these, the last one first: what an interruption leaves behind there
@@ -91,7 +96,7 @@ class Parts:
         Raises:
             OSError: a part cannot be moved.
         """
-        number = len(self.paths())
+        number, self._number = len(self.paths()), None
         for path in reversed(other.paths()):
             path.rename(self.folder / f"{number:07d}-{path.name.partition('-')[2]}")
             number += 1
@@ -99,6 +104,7 @@ class Parts:
     def remove(self) -> None:
         """Delete the folder with everything in it."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._number = None
 
 
 def write_part(table: pa.Table, folder: Path, name: str) -> Path:

@@ -22,6 +22,9 @@ from distill_sampler.types import IntArray
 
 logger = logging.getLogger(__name__)
 
+PARTS = 256
+"""A pass is kept in at most about so many parts: an interruption costs a part, and each part costs a file."""
+
 
 def missing_column(metric: str) -> str:
     """Name of the column that says why a sample has no score by a metric (`Missing`; 0 where it has one)."""
@@ -39,7 +42,7 @@ def score_with_parts(
     identity: Mapping[str, Any],
     kept: Readings | None = None,
 ) -> Iterator[Scored]:
-    """Like `Scorer.score`, but each finished block is kept on disk as a part.
+    """Like `Scorer.score`, but finished blocks are kept on disk, in parts of one block or about 1/256 of the pass.
 
     If an interrupted pass with the same identity has left parts, their scores come first, as one block, and only the
     other samples are read. The parts stay until the next pass begins, because the process may be killed before their
@@ -87,21 +90,27 @@ def score_with_parts(
             tokens=0,
             tokens_of={},
         )
+    unkept: list[pa.Table] = []
     for scored in scorer.score(reader, dataset, metrics, indices, done=done, kept=kept):
         if parts is not None:
-            table = pa.table(
-                {
-                    "sample": scored.indices,
-                    **scored.columns,
-                    **{missing_column(name): scored.missing[name].astype(np.int8) for name in metric_names},
-                }
-            )
-            try:
-                parts.add(table)
-            except OSError as error:
-                _report_failure(parts, error)
-                parts = None
+            missing = {missing_column(name): scored.missing[name].astype(np.int8) for name in metric_names}
+            unkept.append(pa.table({"sample": scored.indices, **scored.columns, **missing}))
+            if sum(map(len, unkept)) * PARTS >= len(indices):
+                parts = _keep(parts, unkept)
         yield scored
+    if parts is not None and unkept:
+        _keep(parts, unkept)
+
+
+def _keep(parts: Parts, unkept: list[pa.Table]) -> Parts | None:
+    """Write finished blocks as one part. Returns None if that fails: no more parts can be kept then."""
+    try:
+        parts.add(pa.concat_tables(unkept))
+    except OSError as error:
+        _report_failure(parts, error)
+        return None
+    unkept.clear()
+    return parts
 
 
 def _report_failure(parts: Parts | None, error: OSError) -> None:

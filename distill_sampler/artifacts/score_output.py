@@ -27,6 +27,7 @@ from distill_sampler.artifacts.parts import Parts, read_part
 from distill_sampler.artifacts.schema import TRACE_COLUMNS, decode_facts, encode_facts
 from distill_sampler.distributed import Ranks
 from distill_sampler.field_docs import documents_fields
+from distill_sampler.policies.keys import first_of_each
 from distill_sampler.serialize import differences, hash_of
 from distill_sampler.types import BoolArray, HashArray, IntArray
 
@@ -186,7 +187,9 @@ class ScoreOutput:
         hashes = [_hashes_of(path) for path in self._pieces]
         self._starts: IntArray = np.cumsum([0, *map(len, hashes)])
         every = np.concatenate([np.zeros(0, np.uint64), *hashes])
-        self._hashes, self._places = np.unique(every, return_index=True)
+        by_hash = np.argsort(every, kind="stable")
+        self._places: IntArray = by_hash[first_of_each(every[by_hash])]
+        self._hashes = every[self._places]
         self.earlier = len(every)
 
     def require_some(self, hashes: Iterable[int]) -> None:

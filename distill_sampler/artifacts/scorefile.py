@@ -192,7 +192,9 @@ class Scores:
     @cached_property
     def _planned_epochs(self) -> list[int]:
         """The epochs of a run's plans, in order; empty for a file without."""
-        return [] if self.load_plans is None else np.unique(self.load_plans()["epoch"].to_numpy()).tolist()
+        if self.load_plans is None:
+            return []
+        return np.flatnonzero(np.bincount(self.load_plans()["epoch"].to_numpy())).tolist()
 
     def _latest_rows(self, last_pass: int) -> IntArray:
         """`[samples]` the row of each sample's last measurement up to a pass. Samples ascend."""
@@ -281,7 +283,7 @@ class Scores:
         prompts = np.asarray(self.read(["prompt_hash"], epoch=epoch)["prompt_hash"].to_numpy())
         first = np.zeros(len(groups.values), np.uint64)
         first[groups.codes[::-1]] = prompts[::-1]  # the last write wins, which is that of the group's first row
-        mixed = np.unique(groups.codes[first[groups.codes] != prompts])
+        mixed = np.flatnonzero(np.bincount(groups.codes[first[groups.codes] != prompts])).tolist()
         return [str(groups.values[code]) for code in mixed]
 
     def _encoded(self, name: str, epoch: int | None) -> pa.DictionaryArray:

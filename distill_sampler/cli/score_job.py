@@ -25,6 +25,7 @@ from distill_sampler.artifacts.score_output import ScoreOutput
 from distill_sampler.cli.chunks import Chunk, Intake
 from distill_sampler.cli.tables import ChunkScores, RowTables
 from distill_sampler.dataset import ScoredDataset
+from distill_sampler.policies.keys import num_distinct
 from distill_sampler.protocols import Metric
 from distill_sampler.reading.model_reader import ModelReader
 from distill_sampler.reading.reduce import columns_of
@@ -254,5 +255,5 @@ def _duplicates(output: Path) -> int:
         for share in range(shares):
             batches = (batch["content_hash"].to_numpy() for batch in file.iter_batches(columns=["content_hash"]))
             hashes = np.concatenate([values[values % shares == share] for values in batches])
-            count += len(hashes) - len(np.unique(hashes))
+            count += len(hashes) - num_distinct(hashes)
     return count

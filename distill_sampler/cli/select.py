@@ -26,6 +26,7 @@ from distill_sampler.artifacts.passes import missing_column
 from distill_sampler.artifacts.schema import FACT_COLUMNS, RUN_COLUMNS
 from distill_sampler.artifacts.scorefile import Scores
 from distill_sampler.planning.why import ExplainedPlan
+from distill_sampler.policies.keys import num_distinct
 from distill_sampler.serialize import require_writable
 from distill_sampler.sources.candidates import Candidate, Layout, read_candidates
 from distill_sampler.sources.files import Bad, Sources
@@ -83,7 +84,7 @@ def run(
             _write(_rows(choice, kept, places), unfinished, parquet=parquet)
     unfinished.rename(output)
     chain = ", then ".join(policy.text for policy in choice.policies)
-    distinct = len(np.unique(plan.indices))
+    distinct = num_distinct(plan.indices)
     say.print(
         f"{output}: {len(plan):,} rows ({distinct:,} distinct of {len(wanted):,} candidates) by {chain}.", markup=False
     )

@@ -170,15 +170,15 @@ class Planner:
         constant = {name: np.ones(len(self.dataset), np.float32) for name in columns_of(self.metrics.values())}
         pool = self.pool(0, constant, dry_run=True)
         plan = EpochPlan(indices=self.candidates)
-        read: list[IntArray] = []
+        read = np.zeros(len(self.dataset), bool)
         for policy, after in apply_one_by_one(self.policies, plan, pool, self.seed):
             if policy.uses_metrics:
                 needed = policy.samples_to_score(plan, pool)
                 if needed is None:
                     return self.candidates
-                read.append(needed)
+                read[needed] = True
             plan = after
-        return np.unique(np.concatenate(read)) if read else self.candidates
+        return np.flatnonzero(read) if read.any() else self.candidates
 
     def _groups(self, plans_rest: bool) -> IntArray:
         declared = {policy.group_by: type(policy).__name__ for policy in self.policies if policy.group_by is not None}

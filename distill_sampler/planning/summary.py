@@ -12,6 +12,7 @@ from rich.text import Text
 
 from distill_sampler.metrics.groups import group_score
 from distill_sampler.policies import effective_sample_size
+from distill_sampler.policies.keys import num_distinct
 from distill_sampler.protocols import Metric
 from distill_sampler.types import Column, EpochPlan, FloatArray, IntArray
 
@@ -193,7 +194,7 @@ def summarise(
         epoch=epoch,
         step=step,
         num_samples=len(plan),
-        distinct=len(np.unique(plan.indices)),
+        distinct=num_distinct(plan.indices),
         candidates=len(candidates),
         plan_fingerprint=plan.fingerprint,
         effective_sample_size=effective_sample_size(plan),

@@ -9,7 +9,7 @@ import numpy as np
 
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.hashing import splitmix64
-from distill_sampler.policies.keys import first_of_each, group_codes
+from distill_sampler.policies.keys import first_of_each, group_codes, num_distinct_in
 from distill_sampler.protocols import Policy, Pool
 from distill_sampler.types import EpochPlan, IntArray
 
@@ -93,8 +93,7 @@ class BestTeacher(Policy):
         order = np.argsort(content, kind="stable")
         if self.per is not None and len(plan):
             groups = group_codes(plan, pool, self.per, "BestTeacher")
-            pairs = np.unique(groups * (int(cells.max()) + 1) + cells)
-            answered = np.bincount(pairs // (int(cells.max()) + 1), minlength=int(groups.max()) + 1)
+            answered = num_distinct_in(groups, cells)
             smallest = np.full(int(groups.max()) + 1, 2**64 - 1, np.uint64)
             np.minimum.at(smallest, groups, content)
             # groups that most teachers answered first, then by content; within a group by content

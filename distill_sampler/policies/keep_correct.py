@@ -9,7 +9,7 @@ import numpy as np
 
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.policies.expressions import MetricExpression, metric_names
-from distill_sampler.policies.keys import best_first_order, first_of_each, group_codes
+from distill_sampler.policies.keys import best_first_order, first_of_each, group_codes, num_distinct
 from distill_sampler.protocols import Policy, Pool
 from distill_sampler.types import EpochPlan
 
@@ -78,7 +78,7 @@ class KeepCorrect(Policy):
             if self.if_none == "error" and len(unsolved):
                 example = pool.column(self.per).values[groups[unsolved[0]]]
                 raise ValueError(
-                    f"KeepCorrect(if_none='error'): {len(np.unique(groups[unsolved]))} prompts have no correct "
+                    f"KeepCorrect(if_none='error'): {num_distinct(groups[unsolved])} prompts have no correct "
                     f"response, for example {self.per}={example!r}. Drop them, or choose if_none='keep_best'."
                 )
             if self.metric is not None and len(unsolved):

@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 
 import numpy as np
 
 from distill_sampler.dataset import ScoredDataset
-from distill_sampler.metrics.response import response_view
+from distill_sampler.policies.keys import first_of_each
 from distill_sampler.reading.batching import WORTH_SHARING
 from distill_sampler.types import IntArray
+
+
+def in_reading_order(
+    dataset: ScoredDataset, indices: IntArray, *, unit_tokens: int | None
+) -> tuple[IntArray, IntArray]:
+    """Samples in the order in which they are read: the unit with the longest sample first, in a unit the longest first.
+
+    Args:
+        dataset: where the samples are.
+        indices: `[n]` the samples, at least one.
+        unit_tokens: see `units_of`. None: each sample is a unit.
+
+    Returns:
+        `[n]` the samples in order, and `[n]` the unit of each.
+    """
+    units = np.arange(len(indices)) if unit_tokens is None else units_of(dataset, indices, unit_tokens)
+    lengths = dataset.lengths[indices]
+    by_unit = np.argsort(units << 32 | (2**32 - 1 - lengths), kind="stable")
+    starts = np.flatnonzero(first_of_each(units[by_unit]))
+    longest = lengths[by_unit[starts]]
+    order = by_unit[_reordered(starts, len(units), np.argsort(-longest, kind="stable"))]
+    return indices[order], units[order]
 
 
 def units_of(dataset: ScoredDataset, indices: IntArray, unit_tokens: int) -> IntArray:
@@ -18,32 +39,34 @@ def units_of(dataset: ScoredDataset, indices: IntArray, unit_tokens: int) -> Int
 
     Units of more than `unit_tokens` tokens are split, so that a block has work for several processes.
     """
-    group, prompt = _prompts(dataset, indices)
-    lengths = dataset.lengths[indices]
-    members, tokens = np.bincount(group)[group], np.bincount(group, lengths)[group]
-    shares = (members > 1) & ((members - 1) * prompt * WORTH_SHARING >= tokens)
-    by_group = np.argsort(group, kind="stable")
-    before = np.cumsum(lengths[by_group]) - lengths[by_group]
-    first = np.r_[True, np.diff(group[by_group]) != 0]
-    before -= np.maximum.accumulate(np.where(first, before, 0))  # tokens of its group before each sample
-    piece = np.empty_like(group)
-    piece[by_group] = before // unit_tokens
-    keys = np.stack([group, piece, np.where(shares, -1, np.arange(len(indices)))])
-    units: IntArray = np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1)
+    prompts = dataset.prompt_hash[indices]
+    by_hash = np.argsort(prompts, kind="stable")
+    starts = np.flatnonzero(first_of_each(prompts[by_hash]))
+    # prompts in the order of their first appearance, and within a prompt the samples in the given order
+    by_prompt = by_hash[_reordered(starts, len(prompts), np.argsort(by_hash[starts]))]
+    first = first_of_each(prompts[by_prompt])
+    starts = np.flatnonzero(first)
+    members = np.diff(np.r_[starts, len(prompts)])
+    lengths = dataset.lengths[indices][by_prompt]
+    tokens = np.add.reduceat(lengths, starts)
+    length_of_prompt = dataset.prompt_lengths[indices][by_prompt[starts]]
+    shares = (members > 1) & ((members - 1) * length_of_prompt * WORTH_SHARING >= tokens)
+    before = np.cumsum(lengths) - lengths
+    before -= np.repeat(before[starts], members)  # tokens before it in its group
+    begins = first | first_of_each(before // unit_tokens) | np.repeat(~shares, members)
+    units = np.empty(len(prompts), np.int64)
+    units[by_prompt] = np.cumsum(begins) - 1
     return units
 
 
-def _prompts(dataset: ScoredDataset, indices: IntArray) -> tuple[IntArray, IntArray]:
-    """`[n]` a number for each distinct prompt, and `[n]` how many of its tokens can be shared: all but the last, which
-    predicts the first scored token."""
-    numbers: dict[bytes, int] = {}
-    group, length = np.empty((2, len(indices)), np.int64)
-    for start in range(0, len(indices), 1024):
-        for place, sample in enumerate(dataset.samples(indices[start : start + 1024]), start):
-            prompt = response_view(sample).shareable
-            key = hashlib.blake2b(prompt.tobytes(), digest_size=16).digest()
-            group[place], length[place] = numbers.setdefault(key, len(numbers)), len(prompt)
-    return group, length
+def _reordered(starts: IntArray, n: int, order: IntArray) -> IntArray:
+    """`[n]` the positions of runs that are laid end to end in another order.
+
+    Runs that start at `[0, 2, 3]` of 5 positions, in the order `[2, 0, 1] -> [3, 4, 0, 1, 2]`.
+    """
+    sizes = np.diff(np.r_[starts, n])[order]
+    shift = starts[order] - (np.cumsum(sizes) - sizes)
+    return np.repeat(shift, sizes) + np.arange(n)
 
 
 def blocks_of(lengths: IntArray, units: IntArray, block_tokens: int) -> Iterator[slice]:

@@ -27,7 +27,7 @@ from distill_sampler.field_docs import documents_fields
 from distill_sampler.metrics.response import response_view
 from distill_sampler.protocols import Metric, PassInfo, Read, Reader
 from distill_sampler.reading.block_views import BlockViews
-from distill_sampler.reading.blocks import blocks_of, units_of
+from distill_sampler.reading.blocks import blocks_of, in_reading_order
 from distill_sampler.reading.model_reader import ModelReader
 from distill_sampler.reading.readings import Readings
 from distill_sampler.reading.reduce import columns_of, data_columns_of, extras_of, reduced
@@ -126,14 +126,8 @@ class Scorer:
                 reader.reported.add(metric.name)
                 self._compare(reader, dataset, metric, exact, indices)
         block_tokens = reader.block_tokens
-        units = np.arange(len(indices))
-        if reader.shares_prompts:
-            units = units_of(dataset, indices, block_tokens // ranks.world_size)
-        # the unit with the longest sample first, and in each unit the longest first
-        longest = np.zeros(units.max() + 1, np.int64)
-        np.maximum.at(longest, units, dataset.lengths[indices])
-        order = np.lexsort((-dataset.lengths[indices], units, -longest[units]))
-        indices, units = indices[order], units[order]
+        unit_tokens = block_tokens // ranks.world_size if reader.shares_prompts else None
+        indices, units = in_reading_order(dataset, indices, unit_tokens=unit_tokens)
         bar = tqdm(
             total=int(dataset.lengths[indices].sum()),
             desc="Scoring",

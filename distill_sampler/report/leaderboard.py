@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distill_sampler.artifacts.scorefile import Scores
-from distill_sampler.policies.keys import best_first_order, first_of_each
+from distill_sampler.policies.keys import best_first_order, first_of_each, num_distinct, num_distinct_in, renumbered
 from distill_sampler.protocols import Metric
 from distill_sampler.report.verdict import Estimate, TeacherLine, verdict_of, warnings_of
 from distill_sampler.types import BoolArray, Column, FloatArray, HashArray, IntArray
@@ -100,7 +100,7 @@ def leaderboard(
     # sort rows by teacher, so that each teacher is a slice; number the remaining prompts from 0
     order = selected[np.argsort(codes[selected], kind="stable")]
     codes, rows = codes[order], {name: numbers[name][order] for name in columns}
-    _, groups = np.unique(groups[order], return_inverse=True)
+    groups = renumbered(groups[order])
     num_prompts = int(groups.max()) + 1
     goodness = rows[metric] if ranking.higher_is_better else -rows[metric]
     by_prompt = best_first_order(goodness, content_hash[order], groups)
@@ -156,7 +156,7 @@ def leaderboard(
             TeacherLine(
                 teacher=names[t],
                 samples=own.stop - own.start,
-                prompts=len(np.unique(groups[own])),
+                prompts=num_distinct(groups[own]),
                 tokens=float(num_tokens[order][own].mean()),
                 scores=dict(zip(metrics, estimates, strict=False)),
                 parts=dict(zip(part_names, estimates[len(metrics) :], strict=False)),
@@ -231,8 +231,8 @@ def rank_domains(
     sizes = np.bincount(domains.codes[scored], minlength=len(domains.values))
     for code in np.argsort(-sizes, kind="stable")[:MAX_DOMAINS].tolist():
         among = scored & (domains.codes == code)
-        prompts = among.sum() if groups is None else len(np.unique(groups[among]))
-        if domains.values[code] is None or prompts < DOMAIN_PROMPTS or len(np.unique(teachers.codes[among])) < 2:
+        prompts = among.sum() if groups is None else num_distinct(groups[among])
+        if domains.values[code] is None or prompts < DOMAIN_PROMPTS or num_distinct(teachers.codes[among]) < 2:
             continue
         board = rank_teachers(scores, metric=metric, epoch=epoch, among=among, shared=shared, draws=_DOMAIN_DRAWS)
         assert board is not None
@@ -255,11 +255,9 @@ def domain_sentence(board: Leaderboard, by_domain: Mapping[str, Leaderboard]) ->
 
 def _shared(codes: IntArray, groups: IntArray) -> BoolArray:
     """`[n]` whether every teacher answered the row's prompt."""
-    _, codes = np.unique(codes, return_inverse=True)
-    _, groups = np.unique(groups, return_inverse=True)
+    codes, groups = renumbered(codes), renumbered(groups)
     num_teachers = int(codes.max()) + 1
-    pairs = np.unique(groups.astype(np.int64) * num_teachers + codes)
-    answered = np.bincount(pairs // num_teachers, minlength=int(groups.max()) + 1)
+    answered = num_distinct_in(groups, codes)
     result: BoolArray = (answered == num_teachers)[groups]
     return result
 

@@ -184,7 +184,7 @@ def warnings_of(
             f"Teachers answered different prompts (from {min(prompts):,} to {max(prompts):,} of {num_prompts:,}), and "
             "prompts differ in difficulty. --shared-prompts compares only on prompts that all teachers answered."
         )
-    if len(np.unique(tokens)) > 1:
+    if (tokens != tokens[0]).any():
         correlation = spearman(scores, tokens)
         if abs(correlation) > 0.5:
             warnings.append(
