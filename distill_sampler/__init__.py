@@ -21,9 +21,13 @@ if TYPE_CHECKING:
     from distill_sampler.integrations.transformers import attach
     from distill_sampler.metrics.aslec_drop import AslecDrop
     from distill_sampler.metrics.controls import Random, ResponseLength, RuleQuality
+    from distill_sampler.metrics.excess_loss import ExcessLoss
     from distill_sampler.metrics.global_naturalness import GlobalNaturalness
     from distill_sampler.metrics.local_naturalness import LocalNaturalness
+    from distill_sampler.metrics.provenance import Provenance
     from distill_sampler.metrics.rank_surprisal_ratio import RankSurprisalRatio
+    from distill_sampler.metrics.teacher_sentences import TeacherSentences
+    from distill_sampler.metrics.teacher_student_gap import TeacherStudentGap
     from distill_sampler.planning.rescore import Rescore
     from distill_sampler.planning.sampler import DistillSampler
     from distill_sampler.policies.best_of import BestOf
@@ -55,13 +59,17 @@ _HOMES = {
     "integrations.transformers": ("attach",),
     "metrics": (
         "AslecDrop",
+        "ExcessLoss",
         "GlobalNaturalness",
         "LocalNaturalness",
         "Random",
         "RankSurprisalRatio",
         "ResponseLength",
         "RuleQuality",
+        "TeacherSentences",
+        "TeacherStudentGap",
     ),
+    "metrics.provenance": ("Provenance",),
     "planning.rescore": ("Rescore",),
     "planning.sampler": ("DistillSampler",),
     "policies": (
@@ -99,6 +107,7 @@ __all__ = [
     "CurriculumLoop",
     "DistillSampler",
     "EpochPlan",
+    "ExcessLoss",
     "GlobalNaturalness",
     "GroupByLength",
     "Interleave",
@@ -112,6 +121,7 @@ __all__ = [
     "ModelReader",
     "Policy",
     "Pool",
+    "Provenance",
     "Random",
     "RankAverage",
     "RankSurprisalRatio",
@@ -126,6 +136,8 @@ __all__ = [
     "Shuffle",
     "SortBy",
     "Tap",
+    "TeacherSentences",
+    "TeacherStudentGap",
     "TokenStats",
     "View",
     "WeightBySoftmax",

@@ -4,15 +4,50 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 import pytest
 
 import distill_sampler.metrics
 from distill_sampler import GlobalNaturalness, RankSurprisalRatio
-from distill_sampler.protocols import Metric
+from distill_sampler.protocols import Metric, PassInfo, Read, Reader
 from distill_sampler.testing import check_metric
+from distill_sampler.testing.metric import Characters
 from distill_sampler.types import Sample, TokenStats
+
+
+class PairsOfCharacters(Characters):
+    """A tokenizer with one token for two characters."""
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+        ids = super().__call__(text)["input_ids"]
+        ids += [0x110000] * (len(ids) % 2)  # no character
+        return {"input_ids": [one * 0x110001 + other for one, other in zip(ids[::2], ids[1::2], strict=True)]}
+
+    def decode(self, ids: Iterable[int], **options: Any) -> str:
+        pairs = (divmod(pair, 0x110001) for pair in ids)
+        return "".join(chr(each) for pair in pairs for each in pair if each < 0x110000)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tutor(Reader):
+    """A second model with another tokenizer, by name alone: `check_metric` makes up what it says."""
+
+    identity: str = "tutor"
+
+    @property
+    def tokenizer(self) -> Any:
+        return PairsOfCharacters()
+
+    def open(self, info: PassInfo) -> AbstractContextManager[Read]:
+        raise NotImplementedError
+
+
+NEEDED = {"teacher": Tutor(), "reference": Tutor()}
+"""What metrics must be given."""
 
 
 def all_metrics() -> list[Metric]:
@@ -22,7 +57,8 @@ def all_metrics() -> list[Metric]:
         for item in vars(importlib.import_module(module.name)).values():
             own = dataclasses.is_dataclass(item) and item.__module__ == module.name and hasattr(item, "reduce")
             if own and not inspect.isabstract(item):
-                found.append(item())
+                missing = [each.name for each in dataclasses.fields(item) if each.default is dataclasses.MISSING]
+                found.append(item(**{name: NEEDED[name] for name in missing if name in NEEDED}))
     return found
 
 

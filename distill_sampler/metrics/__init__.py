@@ -6,27 +6,36 @@ find it by listing this folder.
 
 from distill_sampler.metrics.aslec_drop import AslecDrop
 from distill_sampler.metrics.controls import Random, ResponseLength, RuleQuality
+from distill_sampler.metrics.excess_loss import ExcessLoss
 from distill_sampler.metrics.global_naturalness import GlobalNaturalness
 from distill_sampler.metrics.local_naturalness import LocalNaturalness
 from distill_sampler.metrics.rank_surprisal_ratio import RankSurprisalRatio
+from distill_sampler.metrics.teacher_sentences import TeacherSentences
+from distill_sampler.metrics.teacher_student_gap import TeacherStudentGap
 
 METRICS = (
     "AslecDrop",
+    "ExcessLoss",
     "GlobalNaturalness",
     "LocalNaturalness",
     "Random",
     "RankSurprisalRatio",
     "ResponseLength",
     "RuleQuality",
+    "TeacherSentences",
+    "TeacherStudentGap",
 )
 """Names of the metric classes."""
 
 __all__ = [
     "AslecDrop",
+    "ExcessLoss",
     "GlobalNaturalness",
     "LocalNaturalness",
     "Random",
     "RankSurprisalRatio",
     "ResponseLength",
     "RuleQuality",
+    "TeacherSentences",
+    "TeacherStudentGap",
 ]

@@ -94,14 +94,7 @@ def token_steps(
     if len(input_ids) == 0:
         return []
     text, begins = text_and_offsets(input_ids, tokenizer)
-    returned = list(splitter(text))
-    positions = np.array([position for position in returned if isinstance(position, int | np.integer)], np.int64)
-    inside = len(positions) == len(returned) and ((positions >= 0) & (positions <= len(text))).all()
-    if not inside or (np.diff(positions) < 0).any():
-        raise ValueError(
-            f"The splitter returned {returned[:5]} for a text of {len(text)} characters. It must return the positions "
-            "of the characters at which new steps begin, from 0, in ascending order (for spans, their starts)."
-        )
+    positions = step_positions(text, splitter)
     cuts = np.unique(np.concatenate([[0], np.searchsorted(begins, positions), [len(input_ids)]]))
     bounds = [0]
     for cut in cuts[1:].tolist():
@@ -115,6 +108,23 @@ def token_steps(
         edges = [start + (stop - start) * piece // pieces for piece in range(pieces + 1)]
         steps.extend(pairwise(edges))
     return steps
+
+
+def step_positions(text: str, splitter: Splitter) -> IntArray:
+    """`[steps]` the positions where the splitter says that steps begin, ascending; perhaps without 0.
+
+    Raises:
+        ValueError: the splitter does not return ascending positions in the text.
+    """
+    returned = list(splitter(text))
+    positions = np.array([position for position in returned if isinstance(position, int | np.integer)], np.int64)
+    inside = len(positions) == len(returned) and ((positions >= 0) & (positions <= len(text))).all()
+    if not inside or (np.diff(positions) < 0).any():
+        raise ValueError(
+            f"The splitter returned {returned[:5]} for a text of {len(text)} characters. It must return the positions "
+            "of the characters at which new steps begin, from 0, in ascending order (for spans, their starts)."
+        )
+    return positions
 
 
 def text_and_offsets(input_ids: IntArray, tokenizer: Any) -> tuple[str, IntArray]:

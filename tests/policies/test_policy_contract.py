@@ -53,6 +53,8 @@ EXAMPLES: list[Policy] = [
     KeepCorrect("correct", if_none="drop"),
     KeepTop("up", fraction=0.4),
     KeepTop(Lexicographic("down", "up"), num=3),
+    KeepTop("up", max_tokens=20),
+    KeepTop("down", fraction=0.5, max_tokens=30),
     MixDomains(SHARES),
     MixDomains(SHARES, num=11),
     MixDomains(SHARES, by="tokens"),
@@ -198,7 +200,7 @@ def test_constant_scores_of_a_dry_run_are_enough(policy: Policy, candidates: tup
         assert len(run(policy, plan, replace(pool, scores=zeros, dry_run=True))) == len(result)
     # Where the scores decide nothing but who, the dry run has the length of the real one.
     all_scored = {name: np.where(np.isnan(numbers), 1.0, numbers) for name, numbers in pool.scores.items()}
-    if not isinstance(policy, BestTeacher) and getattr(policy, "min_score", None) is None:
+    if not isinstance(policy, BestTeacher) and not policy.length_depends_on_scores:
         assert len(result) == len(run(policy, plan, replace(pool, scores=all_scored)))
 
 

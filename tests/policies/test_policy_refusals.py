@@ -52,6 +52,8 @@ BAD: list[tuple[Callable[[], Any], str, str]] = [
     (lambda: KeepTop("up", fraction=0), "KeepTop(fraction=0)", "(0, 1]"),
     (lambda: KeepTop("up", fraction=50), "KeepTop(fraction=50)", "a half is 0.5"),
     (lambda: KeepTop("up", fraction=float("nan")), "KeepTop(fraction=nan)", "(0, 1]"),
+    (lambda: KeepTop("up", fraction=0.5, num=3), "KeepTop", "exactly one of fraction="),
+    (lambda: KeepTop("up", max_tokens=0), "KeepTop(max_tokens=0)", "positive"),
     (lambda: KeepTop("up", num=0), "KeepTop(num=0)", "at least 1"),
     (lambda: Lexicographic(), "Lexicographic()", "at least one"),
     (lambda: MixDomains({}), "MixDomains({})", "each domain a share"),

@@ -96,6 +96,22 @@ def test_keep_top_of_a_tenth_of_seventy_is_seven() -> None:
 
 
 @quick
+@given(candidates=pools_and_plans(), max_tokens=st.integers(1, 60))
+def test_keep_top_of_a_budget_is_the_best_up_to_the_first_that_no_longer_fits(
+    candidates: tuple[Pool, EpochPlan], max_tokens: int
+) -> None:
+    pool, plan = candidates
+    kept: list[int] = []
+    for place in best_places(plan, pool, "down", list(range(len(plan)))):
+        if sum(int(pool.lengths[plan.indices[each]]) for each in [*kept, place]) > max_tokens:
+            break
+        kept.append(place)
+    result = KeepTop("down", max_tokens=max_tokens)(plan, pool, rng())
+    assert result == plan.take(np.array(sorted(kept), np.int64))
+    assert len(KeepTop("down", num=1, max_tokens=max_tokens)(plan, pool, rng())) == min(len(kept), 1)
+
+
+@quick
 @given(candidates=pools_and_plans())
 def test_keep_correct_never_empties_a_prompt(candidates: tuple[Pool, EpochPlan]) -> None:
     pool, plan = candidates

@@ -1,0 +1,133 @@
+"""Sentences as spans of bytes of a response's text, which models with different tokenizers have in common.
+
+Every model reads the whole text in its own tokens. Two rules make what it says of a sentence unambiguous:
+
+- a token belongs to the sentence in which its text *begins* (the rule of `steps.token_steps`);
+- a sentence in which no token of some model begins is joined with the one before it, for all models: its text lies in a
+  token of that one. The first such sentence is joined with the one after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from distill_sampler.field_docs import documents_fields
+from distill_sampler.metrics.steps import Splitter, step_positions, text_and_offsets
+from distill_sampler.types import FloatArray, IntArray
+
+
+@documents_fields
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SentenceLogProbs:
+    """What one model makes of the sentences of one response."""
+
+    log_prob: FloatArray
+    """`[sentences]` log-probability of the sentence given all before it, in nats: the sum over its tokens, float64."""
+    tokens: IntArray
+    """`[sentences]` how many of the model's own tokens begin in it, at least 1."""
+    num_bytes: IntArray
+    """`[sentences]` bytes of its text in UTF-8, the same for all models."""
+
+    def probability(self, bytes_per_token: float | None = None) -> FloatArray:
+        """`[sentences]` the geometric mean of the probabilities of its tokens, in (0, 1].
+
+        Args:
+            bytes_per_token: None divides by the number of the model's own tokens, as in arXiv:2512.20908. A tokenizer
+                that needs more tokens for the same sentence then has the higher mean: -12 nats are 0.47, 0.55 or 0.62
+                in 16, 20 or 25 tokens. A number divides by the bytes of the sentence over that number, which is the
+                same for every model.
+        """
+        tokens = self.tokens if bytes_per_token is None else self.num_bytes / bytes_per_token
+        return np.exp(self.log_prob / tokens)
+
+
+def sentence_starts(text: str, splitter: Splitter) -> IntArray:
+    """`[sentences]` the bytes of the text at which sentences begin, the first one at 0: `"é. Yes" -> [0, 3]`.
+
+    Raises:
+        ValueError: the splitter does not return ascending positions in the text.
+    """
+    positions = step_positions(text, splitter)
+    inside = positions[(positions > 0) & (positions < len(text))]
+    starts: IntArray = byte_positions(text)[np.unique(np.r_[0, inside])]
+    return starts
+
+
+def common_sentences(starts: IntArray, *begins: IntArray) -> IntArray:
+    """`[sentences]` the starts of those sentences in which a token of every model begins, the others joined to them.
+
+    Args:
+        starts: `[all sentences]` bytes at which sentences begin, the first one at 0.
+        begins: for each model `[tokens]` the bytes at which its tokens begin, ascending, at least one.
+    """
+    assert all(len(each) for each in begins), "every model has a token"
+    counts = [np.diff(np.r_[np.searchsorted(each, starts), len(each)]) for each in begins]
+    kept = starts[np.all([each > 0 for each in counts], axis=0)]
+    return np.concatenate([[0], kept[1:]])  # what comes before the first such sentence is joined with it
+
+
+def log_probs_of_sentences(
+    starts: IntArray, num_bytes: int, begins: IntArray, surprisal: FloatArray
+) -> SentenceLogProbs:
+    """The log-probabilities of sentences from those of tokens.
+
+    Args:
+        starts: `[sentences]` of `common_sentences`.
+        num_bytes: bytes of the whole text.
+        begins: `[tokens]` the byte at which each token of the model begins.
+        surprisal: `[tokens]` nats.
+    """
+    sentence = np.searchsorted(starts, begins, side="right") - 1
+    return SentenceLogProbs(
+        log_prob=np.bincount(sentence, weights=-surprisal.astype(np.float64), minlength=len(starts)).astype(np.float64),
+        tokens=np.bincount(sentence, minlength=len(starts)),
+        num_bytes=np.diff(np.r_[starts, num_bytes]),
+    )
+
+
+def text_and_begins(input_ids: IntArray, tokenizer: Any) -> tuple[str, IntArray]:
+    """The text of some tokens, and `[tokens]` the byte of it at which each token begins.
+
+    A token that is a later part of a character begins where the character does.
+    """
+    text, offsets = text_and_offsets(input_ids, tokenizer)
+    return text, byte_positions(text)[offsets]
+
+
+def tokens_and_begins(text: str, tokenizer: Any) -> tuple[IntArray, IntArray]:
+    """`[tokens]` a text in a tokenizer's tokens, without any that it would add, and the bytes at which they begin.
+
+    Raises:
+        ValueError: its tokens do not give back the text, and it does not tell where in the text they lie.
+    """
+    encoded = tokenizer(text, add_special_tokens=False)["input_ids"]
+    input_ids = np.array(encoded, np.int64)
+    decoded, offsets = text_and_offsets(input_ids, tokenizer)
+    if decoded.endswith(text):  # some write a space before the first word
+        offsets = np.maximum(offsets - (len(decoded) - len(text)), 0)
+    elif getattr(tokenizer, "is_fast", False):  # of transformers: one that says where its tokens lie
+        spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        offsets = np.maximum.accumulate(np.array(spans, np.int64).reshape(-1, 2)[:, 0])
+    else:
+        raise ValueError(
+            f"{type(tokenizer).__name__} changes the text that it reads and cannot say where its tokens lie. Use a "
+            "fast tokenizer (transformers.AutoTokenizer gives one where there is one)."
+        )
+    return input_ids, byte_positions(text)[offsets]
+
+
+def byte_positions(text: str) -> IntArray:
+    """`[characters + 1]` the byte at which each character begins in UTF-8, and the number of bytes: `"é!" -> 0 2 3`."""
+    points = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), np.uint32)
+    widths = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
+    return np.concatenate([[0], np.cumsum(widths, dtype=np.int64)])
+
+
+def stretches(scored: Sequence[bool] | np.ndarray[Any, np.dtype[np.bool_]]) -> list[tuple[int, int]]:
+    """The ranges of tokens that are scored: one for each turn of the response, `F T T F T -> (1, 3), (4, 5)`."""
+    edges = np.flatnonzero(np.diff(np.r_[0, np.asarray(scored, np.int8), 0]))
+    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
