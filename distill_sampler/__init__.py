@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from distill_sampler.metrics.rank_surprisal_ratio import RankSurprisalRatio
     from distill_sampler.metrics.teacher_sentences import TeacherSentences
     from distill_sampler.metrics.teacher_student_gap import TeacherStudentGap
+    from distill_sampler.objectives.soft_targets import SoftTargets
     from distill_sampler.planning.rescore import Rescore
     from distill_sampler.planning.sampler import DistillSampler
     from distill_sampler.policies.best_of import BestOf
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from distill_sampler.policies.sort_by import SortBy
     from distill_sampler.policies.weight_by_softmax import WeightBySoftmax
     from distill_sampler.policies.within_length import WithinLength
-    from distill_sampler.protocols import Metric, Policy, Pool, Reader, Tap
+    from distill_sampler.protocols import Metric, Objective, Policy, Pool, Reader, Tap
     from distill_sampler.reading.model_reader import ModelReader
     from distill_sampler.reading.scorer import Scorer
     from distill_sampler.types import Batch, EpochPlan, Sample, TokenStats, View
@@ -70,6 +71,7 @@ _HOMES = {
         "TeacherStudentGap",
     ),
     "metrics.provenance": ("Provenance",),
+    "objectives.soft_targets": ("SoftTargets",),
     "planning.rescore": ("Rescore",),
     "planning.sampler": ("DistillSampler",),
     "policies": (
@@ -92,7 +94,7 @@ _HOMES = {
     ),
     "reading.model_reader": ("ModelReader",),
     "reading.scorer": ("Scorer",),
-    "protocols": ("Metric", "Policy", "Pool", "Reader", "Tap"),
+    "protocols": ("Metric", "Objective", "Policy", "Pool", "Reader", "Tap"),
     "types": ("Batch", "EpochPlan", "Sample", "TokenStats", "View"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -119,6 +121,7 @@ __all__ = [
     "MixDomains",
     "MixTeachers",
     "ModelReader",
+    "Objective",
     "Policy",
     "Pool",
     "Provenance",
@@ -134,6 +137,7 @@ __all__ = [
     "ScoredDataset",
     "Scorer",
     "Shuffle",
+    "SoftTargets",
     "SortBy",
     "Tap",
     "TeacherSentences",

@@ -1,4 +1,4 @@
-"""Checks of the metrics and policies that users pass, with one error message for each mistake."""
+"""Checks of the metrics, policies and objectives that users pass, with one error message for each mistake."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from distill_sampler.protocols import Metric, Policy
+from distill_sampler.protocols import Metric, Objective, Policy
 from distill_sampler.types import unknown_name
 
-_HINTS = {"metric": "RankSurprisalRatio()", "policy": "Shuffle()"}
+_HINTS = {"metric": "RankSurprisalRatio()", "policy": "Shuffle()", "objective": "SoftTargets(teacher)"}
+_ARGUMENTS = {"metric": "metrics", "policy": "policies", "objective": "objective"}
 
 
 def checked_metrics(metrics: Any) -> dict[str, Metric]:
@@ -49,8 +50,22 @@ def checked_policies(policies: Any, metrics: dict[str, Metric]) -> tuple[Policy,
     return tuple(found)
 
 
+def checked_objectives(objective: Any) -> tuple[Objective, ...]:
+    """Check one objective, or a list of them.
+
+    Raises:
+        ValueError: something is not an objective, or two have the same name.
+    """
+    items = objective if isinstance(objective, Sequence) and not isinstance(objective, str) else [objective]
+    found: list[Objective] = [_checked(item, Objective, "objective") for item in items]
+    names = [each.name for each in found]
+    if len(set(names)) < len(names):
+        raise ValueError(f"objective= has two objectives with the same name ({', '.join(names)}). Remove one.")
+    return tuple(found)
+
+
 def _listed(items: Any, what: str) -> Sequence[Any]:
-    argument = "metrics" if what == "metric" else "policies"
+    argument = _ARGUMENTS[what]
     if isinstance(items, str) or not isinstance(items, Sequence):
         raise ValueError(f"{argument}= takes a list, such as [{_HINTS[what]}], but was given {_shown(items)}.")
     return items
@@ -58,7 +73,7 @@ def _listed(items: Any, what: str) -> Sequence[Any]:
 
 def _checked(item: Any, protocol: Any, what: str) -> Any:
     kind = protocol.__name__
-    argument = "metrics" if what == "metric" else "policies"
+    argument = _ARGUMENTS[what]
     if isinstance(item, type):
         raise ValueError(
             f"{argument}= was given the class {item.__name__}. Write {item.__name__}() to create an object."

@@ -336,3 +336,54 @@ class Tap(Protocol):
     def after(self, batch: Batch) -> None:
         """Its backward pass is over."""
         ...
+
+
+@runtime_checkable
+class ObjectiveTap(Tap, Protocol):
+    """An objective at work: it looks at each batch before the forward pass, and adds to the loss after it.
+
+    A host calls `before(batch)`, `expect(inputs)`, runs the forward pass, and calls `added_to(loss)`.
+    """
+
+    def expect(self, inputs: Mapping[str, Any], *, progress: float) -> None:
+        """The host is about to compute the loss of this batch.
+
+        Args:
+            inputs: the batch as the model gets it, with labels.
+            progress: how much of the run is over, from 0 to 1.
+        """
+        ...
+
+    def added_to(self, loss: Any, *, scale: Any) -> Any:
+        """The loss to train on.
+
+        Args:
+            loss: the host's own, a scalar tensor, perhaps with other objectives in it already.
+            scale: what the host multiplies a sum over the tokens of this batch by: 1 / (tokens in the optimizer step),
+                times the number of processes where gradients are averaged over them.
+        """
+        ...
+
+    def sums(self) -> Mapping[str, tuple[float, float]]:
+        """What to log since the last call: by name, a sum of this process, and the weight to divide it by."""
+        ...
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What training minimises beside the host's own loss: the configuration of an `ObjectiveTap`."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What it is logged as."""
+        ...
+
+    @abstractmethod
+    def tap(self, *, num_tokens: int | None = None) -> ObjectiveTap:
+        """The objective at work in one run.
+
+        Args:
+            num_tokens: how many tokens the student's tokenizer has; None: unknown.
+        """
+        ...

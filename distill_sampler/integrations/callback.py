@@ -12,18 +12,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
+import numpy as np
 import torch.utils.data
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from distill_sampler.curriculum import Curriculum
+from distill_sampler.distributed import Ranks
 from distill_sampler.integrations.batches import batch_of
 from distill_sampler.integrations.checkpoints import STATE_ENTRY, TRAINER_STATE, new_run
 from distill_sampler.integrations.refusals import samples_per_step
 from distill_sampler.integrations.resuming import Place, continue_schedule, place_in, say_what_is_lost
 from distill_sampler.integrations.seams import output_of
 from distill_sampler.planning.summary import PREFIX
-from distill_sampler.protocols import Tap
+from distill_sampler.protocols import ObjectiveTap, Tap
 
 logger = logging.getLogger(__name__)
 
@@ -179,6 +181,17 @@ class CurriculumCallback(TrainerCallback):
     def finish(self) -> None:
         """Close the taps, whether or not training ended in an error."""
         self._open_taps.close()
+
+    def numbers(self) -> dict[str, float]:
+        """Numbers for the trainer's next line of training logs. All processes take part."""
+        numbers, self.pending = self.pending, {}
+        for tap in self.taps:
+            if isinstance(tap, ObjectiveTap):
+                for name, sums in tap.sums().items():
+                    total, weight = Ranks.current(self.trainer.args.device).elementwise_sum(np.array(sums))
+                    if weight:
+                        numbers[name] = total / weight
+        return numbers
 
     def note_state(self, state: TrainerState) -> None:
         """Put the plan and the scores into the trainer's state, for the next checkpoint. All processes must call it."""

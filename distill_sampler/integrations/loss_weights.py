@@ -12,7 +12,6 @@ TRL's fused head computes no logits; there the gradient of `log_probs`, one numb
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill_sampler.objectives.places import weights_of_tokens
 from distill_sampler.protocols import Tap
 from distill_sampler.reading.forward import unwrap
 from distill_sampler.types import Batch
@@ -54,10 +54,7 @@ class LossWeights(Tap):
         self._weights = None
         if (batch.weights == 1).all():
             return
-        weights = torch.ones(math.prod(batch.shape))
-        for start, length, weight in zip(batch.starts, batch.lengths, batch.weights, strict=True):
-            weights[start : start + length] = float(weight)
-        self._weights = weights.reshape(batch.shape)
+        self._weights = weights_of_tokens(batch)
 
     def after(self, batch: Batch) -> None:
         """Check that the weights were applied.
@@ -76,8 +73,8 @@ class LossWeights(Tap):
     def _weigh(self, output: Tensor | None) -> None:
         """Multiply the gradient of `[rows, length, vocab]` logits, or of `[rows, length - 1]` log-probabilities."""
         weights = self._weights
-        if weights is None or output is None or not output.requires_grad:
-            return
+        if weights is None or output is None or not output.requires_grad or output.ndim < 2:
+            return  # a single number is the loss of an objective, which applies the weights itself
         # the logits at position t predict token t + 1, so they take the weight of that token's sample
         by_position = torch.cat([weights[:, 1:], weights.new_ones(len(weights), 1)], 1)
         if output.ndim == 2:

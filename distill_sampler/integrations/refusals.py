@@ -7,6 +7,8 @@ several processes read *one* sequence together, so all of them would need the sa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.utils.data
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from transformers import Trainer, TrainingArguments
@@ -14,6 +16,7 @@ from transformers.training_args import ParallelMode
 
 from distill_sampler.curriculum import Curriculum
 from distill_sampler.integrations.trl import is_sft_trainer, refuse_sft_settings
+from distill_sampler.protocols import Objective
 
 
 def refuse_settings(trainer: Trainer) -> None:
@@ -108,6 +111,16 @@ def refuse_for(curriculum: Curriculum, args: TrainingArguments) -> None:
                 f"The data loader reads up to {steps} optimizer steps ahead (dataloader_num_workers="
                 f"{args.dataloader_num_workers}), but Rescore(lag={curriculum.rescore.lag}) lets a new plan take "
                 f"effect sooner than that. Set Rescore(lag={steps})."
+            )
+
+
+def refuse_for_objectives(objectives: Sequence[Objective], args: TrainingArguments) -> None:
+    """One sentence for each setting under which an objective has no place in the forward pass."""
+    for setting in ("torch_compile", "use_liger_kernel"):
+        if objectives and getattr(args, setting):
+            raise ValueError(
+                f"{setting}=True leaves no place in the forward pass for objective={objectives[0].name}. Leave one of "
+                "the two off."
             )
 
 

@@ -1,4 +1,4 @@
-"""The six methods of a trainer that `attach` wraps, each on the instance, and why.
+"""The seven methods of a trainer that `attach` wraps, each on the instance, and why.
 
 1. `trainer._get_train_sampler`: the trainer draws samples from the curriculum's sampler.
 2. `trainer.log`: the curriculum's numbers join the trainer's next log entry.
@@ -6,10 +6,12 @@
 4. `trainer.training_step`: taps are called before and after the training on every batch.
 5. `trainer._save_checkpoint`: every checkpoint holds the scores observed so far.
 6. `trainer._init_training_state`: training continues at the place in the plan that the checkpoint names.
+7. `trainer.compute_loss`: objectives look at each training batch and add to its loss.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,17 +22,19 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from distill_sampler.distributed import Ranks
 from distill_sampler.integrations.checkpoints import checkpoint_to_resume, claimed, entry_of, new_run, read_state
+from distill_sampler.objectives.places import IGNORED
+from distill_sampler.protocols import ObjectiveTap
 
 
 class Follower(Protocol):
     """What the wrappers call: the callback of an attached curriculum."""
 
-    pending: dict[str, float]
     run: str
 
     def finish(self) -> None: ...
     def begin(self, state: TrainerState, *, max_steps: int, steps_per_epoch: int) -> tuple[int, int]: ...
     def note_state(self, state: TrainerState) -> None: ...
+    def numbers(self) -> Mapping[str, float]: ...
     def batch(self, inputs: Any, args: TrainingArguments, state: TrainerState) -> AbstractContextManager[None]: ...
 
 
@@ -62,8 +66,7 @@ def log_through(trainer: Trainer, callback: Follower) -> None:
 
     def log_with_curriculum(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if not any(name.startswith("eval_") for name in logs):
-            logs.update(callback.pending)
-            callback.pending.clear()
+            logs.update(callback.numbers())
         log(logs, *args, **kwargs)
 
     trainer.log = log_with_curriculum  # type: ignore[method-assign]
@@ -118,6 +121,43 @@ def step_through(trainer: Trainer, callback: Follower) -> None:
             return training_step(model, inputs, *args, **kwargs)
 
     trainer.training_step = step_with_taps  # type: ignore[method-assign]
+
+
+def loss_through(trainer: Trainer, objectives: Sequence[ObjectiveTap]) -> None:
+    """Have objectives look at each batch of training and add to its loss, normalised as the trainer normalises."""
+    compute_loss = trainer.compute_loss
+
+    def compute_with_objectives(
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        def host_loss() -> Any:
+            return compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
+            )
+
+        if not model.training:
+            return host_loss()
+        labels = inputs.get("labels")
+        for objective in objectives:
+            objective.expect(inputs, progress=trainer.state.global_step / max(trainer.state.max_steps, 1))
+        result = host_loss()
+        loss = result[0] if return_outputs else result
+        tokens = num_items_in_batch
+        scale: Any = 1.0
+        if tokens is None:
+            assert labels is not None
+            tokens = (labels[:, 1:] != IGNORED).sum().clamp(min=1)
+        elif trainer.args.average_tokens_across_devices:
+            scale = trainer.accelerator.num_processes
+        for objective in objectives:
+            loss = objective.added_to(loss, scale=scale / tokens)
+        return (loss, *result[1:]) if return_outputs else loss
+
+    trainer.compute_loss = compute_with_objectives  # type: ignore[method-assign]
 
 
 def save_through(trainer: Trainer, callback: Follower) -> None:

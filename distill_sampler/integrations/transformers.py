@@ -8,6 +8,7 @@ no extra column passes through collators or workers: the samples of a batch are 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import transformers
@@ -15,6 +16,7 @@ from packaging.version import Version
 from torch import nn
 from transformers import Trainer
 
+from distill_sampler.contract import checked_objectives
 from distill_sampler.curriculum import Curriculum
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.integrations.callback import CurriculumCallback
@@ -23,6 +25,7 @@ from distill_sampler.integrations.loss_weights import LossWeights
 from distill_sampler.integrations.observed_scores import ObservedScores
 from distill_sampler.integrations.refusals import (
     refuse_for,
+    refuse_for_objectives,
     refuse_second_host,
     refuse_settings,
     samples_per_step,
@@ -32,6 +35,7 @@ from distill_sampler.integrations.sample_log import SampleLog
 from distill_sampler.integrations.seams import (
     begin_through,
     log_through,
+    loss_through,
     output_of,
     sample_through,
     save_through,
@@ -39,7 +43,7 @@ from distill_sampler.integrations.seams import (
     train_through,
 )
 from distill_sampler.integrations.trl import is_sft_trainer
-from distill_sampler.protocols import Tap
+from distill_sampler.protocols import Objective, Tap
 from distill_sampler.sources.templates import markers
 from distill_sampler.truncation import cut_responses
 
@@ -59,6 +63,7 @@ def attach(
     score_whole_text: bool = False,
     accept_changes: bool = False,
     sample_log: bool = False,
+    objective: Objective | Sequence[Objective] = (),
 ) -> None:
     """Let a curriculum decide what each epoch of this trainer trains on. Call it once, before `trainer.train()`.
 
@@ -97,6 +102,8 @@ def attach(
             accepted between epochs.
         sample_log: record which samples each batch held, where the loss is computed, in the output folder
             (`distill_sampler/samples-R.jsonl`); `distill-sampler verify` compares it with the checkpoints.
+        objective: what training minimises beside the trainer's own loss, such as `SoftTargets(teacher)`; one, or
+            several that are added one after the other.
 
     Raises:
         ValueError: the trainer's settings rule out a curriculum, or the data set lacks rows or columns; the message
@@ -131,6 +138,11 @@ def attach(
         taps.append(LossWeights())
     if curriculum.observe:
         taps.append(ObservedScores(curriculum))
+    objectives = checked_objectives(objective)
+    refuse_for_objectives(objectives, args)
+    tokenizer: Any = trainer.processing_class
+    objective_taps = [each.tap(num_tokens=None if tokenizer is None else len(tokenizer)) for each in objectives]
+    taps += objective_taps
     callback = CurriculumCallback(trainer, curriculum, taps=taps, accept_changes=accept_changes)
     sample_through(trainer, sampler)
     trainer.add_callback(callback)
@@ -139,6 +151,8 @@ def attach(
     begin_through(trainer, callback)
     if taps:
         step_through(trainer, callback)
+    if objective_taps:
+        loss_through(trainer, objective_taps)
     if curriculum.observe:
         save_through(trainer, callback)
     curriculum.driven_by = type(trainer).__name__

@@ -80,7 +80,7 @@ class Observer:
         self._samples: list[Sample] = []
         self._stats: dict[str, Tensor] | None = None
         self._chunk = chunk_for(self._student.config.get_text_config().vocab_size)
-        self._transform = _transform_of(model, self._student, self._decoder)
+        self._transform = transform_of(model, purpose="observe=True")
         self._switches_at = switches_at(self._student)
         self._room = Room()
 
@@ -175,12 +175,18 @@ class Observer:
             yield linear(weight, bias, self._transform, operands=operands, room=self._room)
 
 
-def _transform_of(model: nn.Module, student: Any, decoder: nn.Module) -> LogitTransform:
+def transform_of(model: nn.Module, *, purpose: str) -> LogitTransform:
     """What the model does to its logits after the head, after a check that the head reads the decoder's hidden states.
+
+    Args:
+        model: the model as training calls it.
+        purpose: the argument that needs it, for the error message.
 
     Raises:
         ValueError: the logits are not the head's product with the hidden states, scaled or soft-capped.
     """
+    student = unwrap(model)
+    decoder: nn.Module = student.get_decoder()
     seen: dict[str, Tensor] = {}
 
     def head_sees(hidden: Tensor) -> Tensor:
@@ -200,8 +206,8 @@ def _transform_of(model: nn.Module, student: Any, decoder: nn.Module) -> LogitTr
         same = "decoder" in seen and seen["decoder"].shape == seen["head"].shape and not forward.lead
         if forward.transform is None or not same or not torch.equal(seen["decoder"], seen["head"]):
             raise ValueError(
-                "observe=True needs logits that are the product of the decoder's hidden states and the output head, "
-                f"which {type(student).__name__} does not have. Leave observe off for this model."
+                f"{purpose} needs logits that are the product of the decoder's hidden states and the output head, "
+                f"which {type(student).__name__} does not have. Leave it out for this model."
             )
         return forward.transform
 
