@@ -273,8 +273,9 @@ class Curriculum:
     def samples(self, *columns: str) -> pa.Table:
         """What is known about each sample now, one row each.
 
-        The columns are `sample`, the given columns of the data set, the latest scores, `step` (of the last measurement;
-        -1: never), `estimated` (whether the scores are estimates), `times_scored` and `times_trained`.
+        The columns are `sample`, `source_row` (its number in the data that the trainer was given), the given columns of
+        the data set, the latest scores, `step` (of the last measurement; -1: never), `estimated` (whether the scores
+        are estimates), `times_scored` and `times_trained`.
         """
         return self.cycle.samples(*columns)
 

@@ -33,7 +33,7 @@ from distill_sampler.reading.scorer import Scorer
 from distill_sampler.scoring import PassRunner
 from distill_sampler.serialize import described, differences, digest, pack, unpack
 from distill_sampler.store import ScoreStore, replay, replay_missing
-from distill_sampler.truncation import cut_sentence
+from distill_sampler.truncation import truncation_notes
 from distill_sampler.types import Column, EpochPlan, FloatArray, IntArray
 
 logger = logging.getLogger(__name__)
@@ -217,8 +217,8 @@ class Cycle:
                 f"the student's logits are NaN or infinite for {len(scoring.non_finite)} samples (first: sample "
                 f"{scoring.non_finite[0]}), so they have no score.",
             )
-        if not self.summaries and self.dataset.cut.any():
-            all_notes.append(cut_sentence(self.dataset.cut, self.teachers))
+        if not self.summaries:
+            all_notes += truncation_notes(self.dataset, teacher=self._teacher, group=self._group)
         if not self.summaries and (note := self.sampler.whole_steps_note()):
             all_notes.append(note)
         self.summaries.append(
@@ -235,6 +235,11 @@ class Cycle:
                 notes=all_notes,
             )
         )
+
+    @property
+    def _group(self) -> str | None:
+        """The column that says which rows answer the same prompt, if a policy names one."""
+        return next((policy.group_by for policy in self.planner.policies if policy.group_by), None)
 
     def _write_record(self, write: Any) -> None:
         """Write to the record. If that fails (a full disk), training continues without a record."""
@@ -296,6 +301,7 @@ class Cycle:
         return pa.table(
             {
                 "sample": np.arange(len(self.dataset)),
+                "source_row": self.dataset.source_rows,
                 **{name: column_values(self.dataset, name) for name in columns},
                 **self.store.latest,
                 "step": self.store.step,
@@ -312,12 +318,11 @@ class Cycle:
 
     def facts(self) -> dict[str, Any]:
         """What the run's scores belong to, for a file's metadata."""
-        groups = dict.fromkeys(policy.group_by for policy in self.planner.policies if policy.group_by)
         return run_facts(
             run=self._run,
             metrics=list(self.metrics.values()),
             policies=self.planner.policies,
-            group=next(iter(groups), None),
+            group=self._group,
             teacher=None if self.teachers is None else self._teacher,
             dataset=self.dataset.fingerprint,
             seed=self.planner.seed,

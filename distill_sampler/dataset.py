@@ -130,8 +130,14 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
                 raise ValueError(unknown_name("column", needed, self.column_names, "in the data set") + cure)
         self._read_tokens()
         self.scorable: BoolArray = self.num_scored > 0
-        self.cut: BoolArray = np.zeros(len(self), bool)
-        """`[samples]` True where truncation cut off the response: `truncation.cut_responses`, which `attach` calls."""
+        self.tokens_cut: IntArray = np.zeros(len(self), np.int64)
+        """`[samples]` tokens of the response that truncation cut off; -1: some, nobody knows how many. `attach` sets
+        it."""
+        self.source_rows: IntArray = np.arange(len(self))
+        """`[samples]` the number of each row in the data that the trainer was given, which may have had more rows, or
+        another order. `attach` sets it."""
+        self.dropped: pa.Table | None = None
+        """The rows that the trainer dropped, with their plain columns; None if it dropped none. `attach` sets it."""
         missing = np.flatnonzero(~self.scorable)
         if len(missing) and (unscorable == "error" or len(missing) == len(self)):
             raise ValueError(
@@ -151,6 +157,12 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
         if _is_arrow(self.rows):
             return cast("list[str]", self.rows.column_names)  # type: ignore[attr-defined]
         return list(self.rows[0])
+
+    @property
+    def cut(self) -> BoolArray:
+        """`[samples]` True where truncation cut off the response, or some of it."""
+        cut: BoolArray = self.tokens_cut != 0
+        return cut
 
     @cached_property
     def fingerprint(self) -> str:

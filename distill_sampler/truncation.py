@@ -1,21 +1,49 @@
-"""What truncation has done to prepared samples: which responses end where the trainer cut them off, and whose they are.
+"""What a trainer's `max_length` did to the data: which responses it cut, by how much, and which rows it dropped.
 
-A trainer cuts rows at `max_length` before anything of ours sees them. A row of exactly that length that does not end in
-an end-of-turn marker is taken to be one of them.
+A trainer cuts rows at `max_length` before anything of ours sees them. Where the text of a row is still there, the
+response is counted in it (`response_tokens_cut`). Where only tokens are left, a row of exactly `max_length` tokens that
+does not end in an end-of-turn marker is taken to be cut, by a number of tokens that nobody knows (`cut_responses`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from distill_sampler.dataset import TEMPLATE_TAIL, ScoredDataset
-from distill_sampler.types import BoolArray, Column
+from distill_sampler.types import BoolArray, Column, IntArray
 
 _ROWS = 1024
 """Rows that are read at a time."""
+
+UNKNOWN = -1
+"""In place of a number of tokens: the response was cut, and nobody knows by how many tokens."""
+
+
+def response_tokens_cut(
+    input_ids: Sequence[int], is_response: BoolArray, kept: slice, end_token_ids: Iterable[int] = ()
+) -> int:
+    """How many tokens of a row's response truncation cut off.
+
+    The end-of-turn marker is one of them. What the template writes after it is not, so a row that lost only that is
+    whole.
+
+    Args:
+        input_ids: `[tokens]` the whole row.
+        is_response: `[tokens]` True for the tokens of the response, markers included.
+        kept: the part of the row that was kept, from its first token to the one after its last.
+        end_token_ids: the end-of-turn markers.
+    """
+    places = np.flatnonzero(is_response)
+    tail = places[-1 - TEMPLATE_TAIL :]
+    ends = tail[np.isin(np.asarray(input_ids)[tail], np.fromiter(end_token_ids, np.int64))]
+    if len(ends):
+        places = places[places <= ends[-1]]
+    return int(((places < kept.start) | (places >= kept.stop)).sum())
 
 
 def cut_responses(
@@ -55,32 +83,68 @@ def cut_responses(
     return cut
 
 
-def count_by_teacher(cut: BoolArray, teachers: Column) -> dict[str, tuple[int, int]]:
-    """Of each teacher: how many of its responses were cut off, and how many it has.
+def cut_sentence(tokens_cut: IntArray, teachers: Column | None, *, by: str) -> str:
+    """How many responses truncation cut off and by how much, whose they are, and the cure.
 
     Args:
-        cut: `[samples]` what `cut_responses` gave.
-        teachers: `[samples]` who wrote each: `dataset.column("teacher")`.
-    """
-    size = len(teachers.values)
-    cut_off, all_of = (np.bincount(codes, minlength=size) for codes in (teachers.codes[cut], teachers.codes))
-    return {
-        str(name): (int(some), int(number)) for name, some, number in zip(teachers.values, cut_off, all_of, strict=True)
-    }
-
-
-def cut_sentence(cut: BoolArray, teachers: Column | None) -> str:
-    """How many responses truncation cut off, whose they are, and the cure.
-
-    Args:
-        cut: `[samples]` what `cut_responses` gave.
+        tokens_cut: `[samples]` tokens of each response that truncation cut off, or `UNKNOWN`.
         teachers: who wrote each, if the data say so.
+        by: what cut them.
     """
-    whose = ""
-    if teachers is not None:
-        counts = count_by_teacher(cut, teachers)
-        whose = f" ({', '.join(f'{name}: {some} of {number}' for name, (some, number) in counts.items() if some)})"
+    cut = tokens_cut != 0
+    if teachers is None:
+        by_how_much = f", {_lost(tokens_cut[cut])}"
+    else:
+        whose = []
+        for code, name in enumerate(teachers.values):
+            own = teachers.codes == code
+            if (cut & own).any():
+                whose.append(f"{name}: {(cut & own).sum()} of {own.sum()} {_lost(tokens_cut[cut & own])}")
+        by_how_much = f" ({'; '.join(whose)})"
     return (
-        f"{cut.sum()} of {len(cut)} responses were cut off at the trainer's max_length{whose}. BestOf prefers whole "
-        "responses; a larger max_length keeps more of them whole."
+        f"{cut.sum()} of {len(cut)} responses were cut off at {by}{by_how_much}. BestOf prefers whole responses; a "
+        "larger one keeps more of them whole."
     )
+
+
+def truncation_notes(dataset: ScoredDataset, *, teacher: str, group: str | None) -> list[str]:
+    """What the trainer's `max_length` did to the data: a sentence on rows that are gone, and one on responses it cut.
+
+    Args:
+        dataset: the rows that are left, with those that are not in `dropped`.
+        teacher: the column that says who wrote a response, if there is such a column.
+        group: the column that says which rows answer the same prompt, if there is one.
+    """
+    notes = []
+    if dataset.dropped is not None:
+        notes.append(_dropped_sentence(dataset, dataset.dropped, teacher, group))
+    if dataset.cut.any():
+        teachers = dataset.column(teacher) if teacher in dataset.column_names else None
+        notes.append(cut_sentence(dataset.tokens_cut, teachers, by="the trainer's max_length"))
+    return notes
+
+
+def _dropped_sentence(dataset: ScoredDataset, dropped: pa.Table, teacher: str, group: str | None) -> str:
+    whose = gone = ""
+    if teacher in dropped.column_names:
+        counts = pc.value_counts(dropped[teacher]).to_pylist()
+        whose = " ({})".format(", ".join(f"{one['values']}: {one['counts']}" for one in counts))
+    if group is not None and group in dropped.column_names:
+        lost = set(dropped[group].to_pylist()) - set(dataset.column(group).values)
+        if lost:
+            prompts = "1 prompt has" if len(lost) == 1 else f"{len(lost)} prompts have"
+            gone = f" {prompts} no row left (such as {group} = {min(map(str, lost))})."
+    return (
+        f"the trainer dropped {len(dropped)} of {len(dropped) + len(dataset)} rows{whose}, because its max_length left "
+        f"no token of their response.{gone}"
+    )
+
+
+def _lost(tokens_cut: IntArray) -> str:
+    """By how much some responses were cut: `35 tokens on average`."""
+    known = tokens_cut[tokens_cut != UNKNOWN]
+    if not len(known):
+        return "by an unknown number of tokens"
+    mean = round(known.mean())
+    lost = f"by {mean} token{'' if mean == 1 else 's'}{' on average' if len(known) > 1 else ''}"
+    return lost if len(known) == len(tokens_cut) else f"{lost} where that is known"

@@ -45,9 +45,11 @@ def sample_rows(dataset: ScoredDataset, columns: Sequence[str]) -> pa.Table:
     return pa.table(
         {
             "sample": np.arange(len(dataset)),
+            "source_row": dataset.source_rows,
             **{name + "_in_data" * (name in OWN_COLUMNS): column_values(dataset, name) for name in columns},
             "num_tokens": dataset.num_scored,
             "length": dataset.lengths,
+            "tokens_cut": dataset.tokens_cut,
             "content_hash": dataset.content_hash,
             "prompt_hash": dataset.prompt_hash,
         }

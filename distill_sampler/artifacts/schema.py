@@ -3,8 +3,10 @@
 A scores file has one row for each measurement, with these columns:
 
 - `sample`, the row number in the prepared data set;
+- in a run's file `source_row`, the row's number in the data that the trainer was given;
 - the user's own columns (prompt id, teacher, correctness, …);
-- `num_tokens` (of the response), `length` (prompt included), `content_hash` and `prompt_hash`;
+- `num_tokens` (of the response), `length` (prompt included), `tokens_cut` (tokens of the response that truncation cut
+  off; -1: some, nobody knows how many), `content_hash` and `prompt_hash`;
 - in a run's file `pass`, `epoch`, `step` and `observed`;
 - the numbers of the metrics, and for each metric a column `…_missing` that says why a sample has no score.
 
@@ -24,14 +26,14 @@ from distill_sampler.serialize import as_typed, described
 from distill_sampler.specs import known_metrics, recorded_metric
 from distill_sampler.types import FloatArray, Sample, TokenStats
 
-VERSION = 2
+VERSION = 3
 PREFIX = b"distill_sampler."
 """Prefix of our entries in a file's metadata."""
 
 TRACE_COLUMNS = ("prompt_text", "tokens", "token_ranks", "token_surprisals")
 RUN_COLUMNS = ("pass", "epoch", "step", "observed")
-FACT_COLUMNS = ("num_tokens", "length", "content_hash", "prompt_hash")
-OWN_COLUMNS = ("sample", *RUN_COLUMNS, *FACT_COLUMNS, *TRACE_COLUMNS)
+FACT_COLUMNS = ("num_tokens", "length", "tokens_cut", "content_hash", "prompt_hash")
+OWN_COLUMNS = ("sample", "source_row", *RUN_COLUMNS, *FACT_COLUMNS, *TRACE_COLUMNS)
 """Names of our columns. A column of the data set with such a name is renamed."""
 
 

@@ -26,7 +26,7 @@ from distill_sampler.planning.sampler import fit_length
 from distill_sampler.planning.why import ExplainedPlan, PolicyFacts
 from distill_sampler.protocols import Metric, Policy, Pool
 from distill_sampler.store import drifted
-from distill_sampler.types import Column, EpochPlan, FloatArray, HashArray, IntArray, unknown_name
+from distill_sampler.types import BoolArray, Column, EpochPlan, FloatArray, HashArray, IntArray, unknown_name
 
 
 class Values(Sequence[Any]):
@@ -257,6 +257,11 @@ class Scores:
         """A column of whole numbers; None if there is no such column."""
         return np.asarray(self.read([name], epoch=epoch)[name].to_numpy(), np.int64) if name in self.names else None
 
+    def cut(self, *, epoch: int | None = None) -> BoolArray | None:
+        """`[samples]` True where truncation cut off the response; None: the file does not say."""
+        tokens = self.integers("tokens_cut", epoch=epoch)
+        return None if tokens is None else tokens != 0
+
     def hashes(self, *, epoch: int | None = None) -> HashArray:
         """`[samples]` the content hash, which breaks ties; the sample's number if the file has no hashes."""
         name = "content_hash" if "content_hash" in self.names else "sample"
@@ -327,6 +332,7 @@ class Scores:
             columns=columns,
             lengths=lengths,
             content_hash=hashes,
+            cut=self.cut(epoch=epoch),
         )
         candidates = np.arange(len(hashes)) if tokens is None else np.flatnonzero(tokens > 0)
         choice = ExplainedPlan.from_policies(policies, candidates, pool, seed)
@@ -364,6 +370,7 @@ class Scores:
             columns=columns,
             lengths=lengths,
             content_hash=self.hashes(epoch=epoch),
+            cut=self.cut(epoch=epoch),
             missing=self.missing(epoch=epoch),
         )
 

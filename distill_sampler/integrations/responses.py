@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Collection, Mapping, Sequence, Sized
 from typing import Any
 
 import datasets
@@ -15,6 +15,8 @@ from transformers import ProcessorMixin
 from distill_sampler.dataset import IGNORED_LABEL
 from distill_sampler.integrations.trl import as_trl_writes, is_sft_trainer, keeps_text
 from distill_sampler.sources.templates import Markers, Written, cut_off, markers, responses_of, tokenised
+from distill_sampler.truncation import UNKNOWN, response_tokens_cut
+from distill_sampler.types import IntArray
 
 logger = logging.getLogger(__name__)
 
@@ -23,11 +25,17 @@ RESPONSE_LABELS = "response_labels"
 
 _FOUND = "response_found"
 _LOST_TURNS = "response_turns_lost"
+_TOKENS_CUT = "response_tokens_cut"
 
 
 def with_response_labels(
-    trainer: Any, rows: Any, labels: str | None, *, score_whole_text: bool = False
-) -> tuple[Any, str | None]:
+    trainer: Any,
+    rows: Any,
+    labels: str | None,
+    *,
+    score_whole_text: bool = False,
+    end_token_ids: Collection[int] = (),
+) -> tuple[Any, str | None, IntArray | None]:
     """The data set with a column that labels only those trained tokens that belong to a response.
 
     With `SFTTrainer`, the columns that a row was made from are still there, and are read as TRL reads them: `prompt`
@@ -41,18 +49,21 @@ def with_response_labels(
         rows: the prepared data set.
         labels: its column of labels; None: every token is trained on.
         score_whole_text: label all of a row in which no response can be found.
+        end_token_ids: the end-of-turn markers, which end a response that truncation did not cut.
 
     Returns:
-        The data set and the name of its label column; both unchanged if the labels are the responses already.
+        The data set and the name of its label column; both unchanged if the labels are the responses already. Then
+        `[rows]` how many tokens of each response truncation has cut off, `truncation.UNKNOWN` where the text of a row
+        is not there; None if no text was read.
 
     Raises:
         ValueError: nothing shows which tokens of a row are the response.
     """
     if not isinstance(rows, Sized) or not len(rows) or not {"input_ids", labels or "input_ids"} <= set(_columns(rows)):
-        return rows, labels  # ScoredDataset will say what is missing
+        return rows, labels, None  # ScoredDataset will say what is missing
     sft = is_sft_trainer(trainer) and labels == "labels" and keeps_text(_columns(rows), trainer.args.dataset_text_field)
     if not sft and labels is not None and _leaves_out(rows, labels):
-        return rows, labels
+        return rows, labels, None
     tokenizer: Any = trainer.processing_class
     chat_template = trainer.chat_template if is_sft_trainer(trainer) else None
     if isinstance(tokenizer, ProcessorMixin):
@@ -63,6 +74,7 @@ def with_response_labels(
         "chat_template": chat_template,
         "text_column": trainer.args.dataset_text_field if sft else None,
     }
+    settings["end_token_ids"] = tuple(end_token_ids)
     settings["marks"] = settings["tokenizer"] and markers(tokenizer, chat_template)
     with trainer.args.main_process_first(desc="finding the responses"):
         if isinstance(rows, datasets.Dataset):
@@ -75,11 +87,13 @@ def with_response_labels(
                 desc="Finding the responses",
             )
             found, lost = np.asarray(labelled[_FOUND][:]), sum(labelled[_LOST_TURNS][:])
-            labelled = labelled.remove_columns([_FOUND, _LOST_TURNS])
+            tokens_cut = np.asarray(labelled[_TOKENS_CUT][:], np.int64)
+            labelled = labelled.remove_columns([_FOUND, _LOST_TURNS, _TOKENS_CUT])
         else:
             each: list[Mapping[str, Any]] = [rows[row] for row in range(len(rows))]  # type: ignore[index]
             columns = _response_labels({name: [row[name] for row in each] for name in each[0]}, **settings)
             found, lost = np.asarray(columns[_FOUND]), sum(columns[_LOST_TURNS])
+            tokens_cut = np.asarray(columns[_TOKENS_CUT], np.int64)
             labelled = _WithColumn(rows, RESPONSE_LABELS, columns[RESPONSE_LABELS])
     if lost:
         logger.warning(
@@ -89,7 +103,7 @@ def with_response_labels(
         )
     if not found.all():
         _allow_whole_text(np.flatnonzero(~found), len(rows), settings, score_whole_text)
-    return labelled, RESPONSE_LABELS
+    return labelled, RESPONSE_LABELS, tokens_cut
 
 
 def _allow_whole_text(missing: Any, num_rows: int, settings: Mapping[str, Any], allowed: bool) -> None:
@@ -124,24 +138,28 @@ def _response_labels(
     chat_template: str | None,
     marks: Markers | None,
     text_column: str | None,
+    end_token_ids: tuple[int, ...],
 ) -> dict[str, list[Any]]:
-    """For some rows: the labels of their responses, whether a response was found, and how many turns were not."""
+    """For some rows: the labels of their responses, whether a response was found, how many turns were not, and how many
+    tokens of it truncation has cut off."""
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     written: list[Written | None] = [None] * len(rows)
     if text_column is not None and tokenizer is not None:
         written = [as_trl_writes(row, tokenizer, chat_template, marks, text_column) for row in rows]
     read = iter(tokenised([row for row in written if row is not None], tokenizer))
-    result: dict[str, list[Any]] = {RESPONSE_LABELS: [], _FOUND: [], _LOST_TURNS: []}
+    result: dict[str, list[Any]] = {RESPONSE_LABELS: [], _FOUND: [], _LOST_TURNS: [], _TOKENS_CUT: []}
     for row, text in zip(rows, written, strict=True):
         input_ids, trained = (np.asarray(row[name]).tolist() for name in ("input_ids", labels or "input_ids"))
-        is_response = None
+        is_response, tokens_cut = None, UNKNOWN
         if text is not None:
             tokens = next(read)
             cut = cut_off(tokens.input_ids, input_ids)
             if cut is not None and text.responses:
                 is_response = np.zeros(len(input_ids), bool)
-                kept = tokens.is_response[cut : cut + len(input_ids)]
+                part = slice(cut, cut + len(input_ids))
+                kept = tokens.is_response[part]
                 is_response[: len(kept)] = kept
+                tokens_cut = response_tokens_cut(tokens.input_ids, tokens.is_response, part, end_token_ids)
         if is_response is None and IGNORED_LABEL not in trained and tokenizer is not None:
             is_response = responses_of(input_ids, tokenizer, marks)
             is_response = is_response if is_response.any() else None
@@ -150,6 +168,7 @@ def _response_labels(
             trained = np.where(is_response, trained, IGNORED_LABEL).tolist()
         result[RESPONSE_LABELS].append(trained)
         result[_FOUND].append(found)
+        result[_TOKENS_CUT].append(tokens_cut)
         result[_LOST_TURNS].append(0 if text is None else text.lost_turns)
     return result
 

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 import transformers
 from packaging.version import Version
 from torch import nn
@@ -42,10 +43,10 @@ from distill_sampler.integrations.seams import (
     step_through,
     train_through,
 )
-from distill_sampler.integrations.trl import is_sft_trainer
+from distill_sampler.integrations.trl import dropped_rows, is_sft_trainer, source_rows
 from distill_sampler.protocols import Objective, Tap
 from distill_sampler.sources.templates import markers
-from distill_sampler.truncation import cut_responses
+from distill_sampler.truncation import UNKNOWN, cut_responses
 
 if Version(transformers.__version__) < Version("5.3"):
     raise ImportError(f"distill_sampler needs transformers 5.3 or later; {transformers.__version__} is installed.")
@@ -112,21 +113,24 @@ def attach(
     refuse_settings(trainer)
     refuse_second_host(curriculum)
     args = trainer.args
-    rows: Any = trainer.train_dataset
-    rows, labels = with_response_labels(trainer, rows, labels, score_whole_text=score_whole_text)
-    dataset = ScoredDataset(
-        rows,
-        labels=labels,
-        end_token_ids=() if score_end_marker else end_token_ids(trainer.processing_class, trainer.model),
-        unscorable=unscorable,
+    end_tokens = end_token_ids(trainer.processing_class, trainer.model)
+    rows, labels, tokens_cut = with_response_labels(
+        trainer, trainer.train_dataset, labels, score_whole_text=score_whole_text, end_token_ids=end_tokens
     )
+    dataset = ScoredDataset(
+        rows, labels=labels, end_token_ids=() if score_end_marker else end_tokens, unscorable=unscorable
+    )
+    dataset.source_rows = source_rows(trainer.train_dataset)
     if is_sft_trainer(trainer):
-        dataset.cut = cut_responses(
+        dataset.dropped = dropped_rows(trainer)
+        cut = cut_responses(
             dataset,
             max_length=args.max_length,  # type: ignore[attr-defined]  # of SFTConfig
-            end_token_ids=end_token_ids(trainer.processing_class, trainer.model),
+            end_token_ids=end_tokens,
             truncation_mode=args.truncation_mode,  # type: ignore[attr-defined]
         )
+        unknown = np.where(cut, UNKNOWN, 0)
+        dataset.tokens_cut = unknown if tokens_cut is None else np.where(tokens_cut == UNKNOWN, unknown, tokens_cut)
     curriculum.use_tokenizer(trainer.processing_class)
     sampler = curriculum.bind(dataset, applies_weights=True, observes=True)
     sampler.in_whole_steps(samples_per_step(args), cut=args.dataloader_drop_last)

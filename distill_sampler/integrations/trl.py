@@ -1,4 +1,4 @@
-"""What is specific to TRL's `SFTTrainer`: which settings hide samples, and how a row becomes text."""
+"""What is specific to TRL's `SFTTrainer`: which settings hide samples, how a row becomes text, which rows it drops."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import datasets
+import numpy as np
+import pyarrow as pa
+
 from distill_sampler.sources.templates import Markers, Written, conversation, plain_text, prompt_and_completion
+from distill_sampler.types import IntArray
 
 
 def is_sft_trainer(trainer: object) -> bool:
@@ -32,6 +37,31 @@ def refuse_sft_settings(trainer: Any) -> None:
             "train_dataset has images. TRL tokenises such data sets batch by batch, so there are no token ids to score "
             "before training. Use a data set of text."
         )
+
+
+def source_rows(rows: Any) -> IntArray:
+    """`[rows]` the number of each row in the table that a data set is a selection of, its own number if it is none.
+
+    `SFTTrainer` writes a table of all rows that it was given, in their order, and drops or shuffles rows by selecting.
+    """
+    selected = rows._indices if isinstance(rows, datasets.Dataset) else None
+    return np.arange(len(rows)) if selected is None else np.asarray(selected.column(0), np.int64)
+
+
+def dropped_rows(trainer: Any) -> pa.Table | None:
+    """The rows that `SFTTrainer` dropped because `max_length` left nothing of them to train on; None if there are none.
+
+    They are still in the table that its data set is a selection of. Lists, such as tokens and messages, are left out.
+    """
+    rows, args = trainer.train_dataset, trainer.args
+    if args.max_length is None or (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        return None  # it has cut nothing; whatever is selected, the user selected it
+    if not isinstance(rows, datasets.Dataset) or rows.data.num_rows == len(rows):
+        return None
+    dropped = np.setdiff1d(np.arange(rows.data.num_rows), source_rows(rows))
+    table = rows.data.table
+    names = [field.name for field in table.schema if not pa.types.is_nested(field.type)]
+    return table.select(names).take(pa.array(dropped))
 
 
 def as_trl_writes(
