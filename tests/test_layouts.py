@@ -326,14 +326,11 @@ def student_path(tmp_path: Path, merging: PreTrainedTokenizerBase, model: PreTra
     return tmp_path / "student"
 
 
-ON_DISK = [as_messages, as_prompt_completion, as_strings, as_strings_with_header, as_text]
-
-
 def test_every_layout_gives_the_trainers_numbers_on_the_command_line(
     tmp_path: Path, student_path: Path, merging: PreTrainedTokenizerBase, model: PreTrainedModel
 ) -> None:
     in_training = scores(attached(sft_trainer(tmp_path, model, merging, laid_out(rows(), as_messages, merging))), model)
-    for layout in ON_DISK:
+    for layout in LAYOUTS:
         data = write_lines(tmp_path / f"{layout.__name__}.jsonl", laid_out(rows(), layout, merging))
         output = tmp_path / f"{layout.__name__}.parquet"
         ended = call("score", data, "--model", student_path, "--output", output)

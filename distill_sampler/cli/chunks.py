@@ -193,7 +193,7 @@ class Intake:
             if done == len(several):
                 continue
             fresh = several[done:]
-            encoded = encoder(fresh)
+            encoded = encoder(fresh, end_token_ids)
             waiting += zip(fresh, encoded, keep[done:], strict=True)
             size += sum(len(each.input_ids) for each in encoded)
             if size >= tokens or len(waiting) >= MAX_ROWS:
@@ -216,7 +216,12 @@ class Intake:
         self._say.print(f"Columns: {self.layout.describe()}", markup=False)
         if self.layout.teacher is None and self.layout.candidates is None:
             self._say.print("  No column says who wrote a response; name it with --teacher-column to compare teachers.")
-        if self.layout.group is None and self.layout.text:
+        if self.layout.group is None and self.layout.tokens:
+            self._say.print(
+                "  Rows whose tokens before the first labelled one are the same are one group; name the column that "
+                "says which answer the same prompt with --group-column."
+            )
+        elif self.layout.group is None and self.layout.text:
             self._say.print(
                 "  Each text is a group of its own; name the column that says which answer the same prompt with "
                 "--group-column."

@@ -67,7 +67,7 @@ class Job:
         self.seconds = 0.0
         self.non_finite = 0
         self.too_long = 0
-        self.cut = 0
+        self.emptied = 0
         """Candidates without a token to score, because max_length left none."""
 
     def run(self, facts: dict[str, Any]) -> None:
@@ -124,7 +124,7 @@ class Job:
         there, known = self.output.known(chunk.hashes, chunk.traced, names)
         fresh = np.flatnonzero(~there)
         unread = chunk.take(fresh) if known is not None or there.any() else chunk
-        self.cut += int((unread.counts == 0).sum())
+        self.emptied += int((unread.counts == 0).sum())
         numbers = self.tables.numbers(unread, self._read(unread, advance))
         if known is not None:
             order = np.argsort(np.r_[np.flatnonzero(there), fresh], kind="stable")
@@ -215,7 +215,7 @@ class Job:
         for number, what in (
             (self.output.taken, "candidates that an earlier run had scored, not scored again"),
             (self.intake.bad, "bad rows, left out"),
-            (self.cut, "candidates without a score because --max-length cut off all of their response"),
+            (self.emptied, "candidates without a score because --max-length cut off all of their response"),
             (self.non_finite, "candidates without a score because the student's logits for them are NaN or infinite"),
             (self.too_long, "candidates without some score because the student has no positions for so many tokens"),
             (self.encoder.lost_turns, "earlier turns not scored because the template rewrites them"),

@@ -35,7 +35,7 @@ from distill_sampler.types import IntArray
 
 ROWS = 1024
 """Rows of a Parquet output that are put together at a time."""
-_OURS = ("prompt", "completion", "messages", "tools", "weight", "reason")
+_OURS = ("prompt", "completion", "messages", "input_ids", "labels", "tools", "weight", "reason")
 """What the columns of a training set are called, whatever its metrics are."""
 
 
@@ -123,10 +123,13 @@ def _keep(
 
 
 def _record(candidate: Candidate, layout: Layout, taken: Collection[str], chat: bool) -> dict[str, Any]:
-    """A candidate as TRL reads it: `prompt` and `completion`, `messages` where every turn is trained on, or `text`. The
-    user's columns stand beside it, under another name where one of ours is called like them."""
+    """A candidate as TRL reads it: `prompt` and `completion`, `messages` where every turn is trained on, `text`, or
+    `input_ids` with `labels`. The user's columns stand beside it, under another name where one of ours is called like
+    them."""
     record: dict[str, Any] = {}
-    if candidate.text is not None:
+    if candidate.input_ids is not None:
+        record["input_ids"], record["labels"] = candidate.input_ids, candidate.labels or candidate.input_ids
+    elif candidate.text is not None:
         record["text"] = candidate.text
     elif not chat:
         record["prompt"], record["completion"] = (message["content"] for message in candidate.messages)

@@ -61,6 +61,7 @@ class RowTables:
             [
                 ("num_tokens", pa.int32()),
                 ("length", pa.int32()),
+                ("tokens_cut", pa.int32()),
                 ("content_hash", pa.uint64()),
                 ("prompt_hash", pa.uint64()),
                 *((name, pa.float32()) for name in columns_of(metrics)),
@@ -147,11 +148,15 @@ class RowTables:
         columns: dict[str, Any] = {
             "num_tokens": chunk.counts,
             "length": np.diff(chunk.offsets),
+            "tokens_cut": [encoded.tokens_cut for encoded in chunk.encoded],
             "content_hash": chunk.hashes,
             "prompt_hash": np.array([candidate.prompt_hash for candidate in chunk.candidates], np.uint64),
             **scores.columns,
             **{missing_column(name): codes for name, codes in scores.missing.items()},
-            "prompt_text": [c.prompt_text if trace else None for c, trace in zip(chunk.candidates, kept, strict=True)],
+            "prompt_text": [
+                None if trace is None else candidate.prompt_text or encoded.text
+                for candidate, encoded, trace in zip(chunk.candidates, chunk.encoded, kept, strict=True)
+            ],
             "tokens": texts,
             "token_ranks": [None if t is None or t.rank is None else t.rank.astype(np.int32) for t in kept],
             "token_surprisals": [None if t is None else t.surprisal for t in kept],

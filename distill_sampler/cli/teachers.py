@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from distill_sampler.artifacts.scorefile import Scores
-from distill_sampler.report.leaderboard import Leaderboard, domain_sentence, rank_domains, rank_teachers
+from distill_sampler.report.leaderboard import Leaderboard, cut_note, domain_sentence, rank_domains, rank_teachers
 from distill_sampler.report.verdict import Estimate
 
 
@@ -49,6 +50,8 @@ def summary(path: Path, say: Console, *, ranked: bool) -> None:
     except ValueError as error:  # the scores are there all the same
         say.print(f"[yellow]note:[/] {error}")
         board = None
+    if cut := cut_note(Scores.open(path)):
+        say.print(f"[yellow]note:[/] {escape(cut)}")
     if board is not None and len(board.lines) > 1:
         say.print(_table(board, wide=say.width >= 110), soft_wrap=False)
     say.print(

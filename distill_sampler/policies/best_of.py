@@ -76,9 +76,7 @@ class BestOf(Policy):
                 goodness = np.where(scores < self.min_score, np.nan, goodness)
             if self.max_score is not None:
                 goodness = np.where(scores > self.max_score, np.nan, goodness)
-        order = best_first_order(goodness, pool.content_hash[plan.indices], groups)
-        if self.prefer_whole and pool.cut is not None and pool.cut.any():
-            last = pool.cut[plan.indices] | np.isnan(goodness)  # what has no score is never kept
-            order = order[np.lexsort((np.isnan(goodness)[order], last[order], groups[order]))]
+        cut = pool.cut[plan.indices] if self.prefer_whole and pool.cut is not None else None
+        order = best_first_order(goodness, pool.content_hash[plan.indices], groups, last=cut)
         best = order[first_of_each(groups[order], self.k)]
         return plan.take(np.sort(best[~np.isnan(goodness[best])]))

@@ -99,8 +99,21 @@ def sort_by(first: HashArray, *then: tuple[HashArray, int]) -> IntArray:
     return order
 
 
-def best_first_order(goodness: FloatArray, content: HashArray, groups: IntArray | None = None) -> IntArray:
-    """`[n]` the order by group, then best first; ties by content hash, NaN last in its group."""
+def best_first_order(
+    goodness: FloatArray, content: HashArray, groups: IntArray | None = None, *, last: BoolArray | None = None
+) -> IntArray:
+    """`[n]` the order by group, then best first; ties by content hash, NaN last in its group.
+
+    Args:
+        goodness: `[n]` higher is better.
+        content: `[n]` breaks ties.
+        groups: `[n]` equal numbers for one group. None: all are one group.
+        last: `[n]` True for those that come after all others of their group that have a score. None: none.
+    """
+    if last is not None and last.any():
+        order = best_first_order(goodness, content, groups)
+        last = last | np.isnan(goodness)
+        return order[np.lexsort((last[order], np.zeros(len(order)) if groups is None else groups[order]))]
     bits = descending_bits(goodness)
     by_content = (content, 32), (content, 0)
     if groups is None:

@@ -18,6 +18,7 @@ from distill_sampler.artifacts.scorefile import Scores
 from distill_sampler.policies.keys import best_first_order, first_of_each, num_distinct, num_distinct_in, renumbered
 from distill_sampler.protocols import Metric
 from distill_sampler.report.verdict import Estimate, TeacherLine, verdict_of, warnings_of
+from distill_sampler.truncation import cut_sentence
 from distill_sampler.types import BoolArray, Column, FloatArray, HashArray, IntArray
 
 MAX_DOMAINS = 8
@@ -54,6 +55,7 @@ def leaderboard(
     num_tokens: IntArray,
     content_hash: HashArray | None = None,
     correct: Column | None = None,
+    cut: BoolArray | None = None,
     among: BoolArray | None = None,
     shared_only: bool = False,
     draws: int | None = None,
@@ -70,6 +72,7 @@ def leaderboard(
         num_tokens: `[samples]` number of response tokens.
         content_hash: `[samples]` breaks ties between responses to a prompt. By default the sample's number does.
         correct: whether each response is correct, if that is known.
+        cut: `[samples]` True where truncation cut off the response. A whole one is the best of its prompt before these.
         among: `[samples]` True for the samples to compare. By default all.
         shared_only: compare only on the prompts that every teacher answered.
         draws: number of bootstrap draws. None: 1000, fewer for very large data. 0: no intervals.
@@ -103,7 +106,7 @@ def leaderboard(
     groups = renumbered(groups[order])
     num_prompts = int(groups.max()) + 1
     goodness = rows[metric] if ranking.higher_is_better else -rows[metric]
-    by_prompt = best_first_order(goodness, content_hash[order], groups)
+    by_prompt = best_first_order(goodness, content_hash[order], groups, last=None if cut is None else cut[order])
     is_best = np.zeros(len(order))  # 1 for the best response of each prompt
     is_best[by_prompt[first_of_each(groups[by_prompt])]] = 1.0
     bounds = np.flatnonzero(np.r_[True, codes[1:] != codes[:-1], True])
@@ -203,10 +206,13 @@ def rank_teachers(
         num_tokens=samples * 0 if tokens is None else tokens,
         content_hash=scores.hashes(epoch=epoch),
         correct=scores.column(scores.correct, epoch=epoch),
+        cut=scores.cut(epoch=epoch),
         among=among,
         shared_only=shared,
         draws=draws,
     )
+    if note := cut_note(scores, epoch=epoch):
+        board = replace(board, warnings=[note, *board.warnings])
     if mixed := scores.mixed_prompts(epoch=epoch):
         values = "1 value" if len(mixed) == 1 else f"{len(mixed):,} values"
         sentence = (
@@ -216,6 +222,16 @@ def rank_teachers(
         )
         board = replace(board, warnings=[sentence, *board.warnings])
     return board
+
+
+def cut_note(scores: Scores, *, epoch: int | None = None) -> str | None:
+    """Whose responses truncation cut off, and by how much; None if it cut none, or the file does not say."""
+    tokens_cut = scores.integers("tokens_cut", epoch=epoch)
+    if tokens_cut is None or not tokens_cut.any():
+        return None
+    length = scores.facts.get("max_length")
+    by = "the trainer's max_length" if length is None else f"--max-length {length}"
+    return cut_sentence(tokens_cut, scores.column(scores.teacher, epoch=epoch), by=by)
 
 
 def rank_domains(

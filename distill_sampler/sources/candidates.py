@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from distill_sampler.column_names import GROUPS, TEACHERS
+from distill_sampler.dataset import IGNORED_LABEL
 from distill_sampler.sources.files import Bad, Row, Sources
 
 Message = dict[str, Any]
@@ -19,6 +20,10 @@ Message = dict[str, Any]
 PROMPTS = ("prompt", "question", "instruction", "problem", "query", "input")
 RESPONSES = ("response", "completion", "output", "solution", "generation", "answer", "text", "content")
 MESSAGES = ("messages", "conversations", "conversation")
+TOKENS = "input_ids"
+"""Rows that were tokenised already. Read only where no text is there: text fits every student's tokenizer."""
+MASKS = ("completion_mask", "assistant_masks")
+"""Beside tokens without labels: 1 where a token is trained on."""
 TEXT = "text"
 """Alone, without a prompt: both in one text, as a chat template wrote them."""
 NESTED = ("candidates", "responses", "completions", "generations", "solutions", "outputs", "traces")
@@ -39,6 +44,8 @@ class Layout:
     """Column with prompt and response in one text."""
     candidates: str | None = None
     """Column with several responses to the row's prompt."""
+    tokens: str | None = None
+    """Column with token ids of prompt and response, where there is no text."""
     group: str | None = None
     teacher: str | None = None
 
@@ -65,19 +72,20 @@ class Layout:
                 guess = replace(guess, response=guess.response or first(names))
             if not guess.prompt and not self.response and guess.response == TEXT and isinstance(values[TEXT], str):
                 guess = replace(guess, response=None, text=TEXT)
+        text_is_there = guess.messages or guess.text or (guess.prompt and (guess.response or guess.candidates))
+        if not text_is_there and not (self.prompt or self.response) and first((TOKENS,), _is_tokens):
+            guess = replace(guess, prompt=None, response=None, tokens=TOKENS)
         guess = replace(guess, group=guess.group or first(GROUPS), teacher=guess.teacher or first(TEACHERS))
         for part in fields(self):
             name = getattr(self, part.name)
             # a nested candidate may bring its own response and teacher
             if name and name not in values and not (guess.candidates and part.name in ("response", "teacher")):
                 raise ValueError(f"--{part.name}-column: there is no column '{name}' in the data; it has {columns}.")
-        if not (guess.messages or guess.text) and not (guess.prompt and (guess.response or guess.candidates)):
-            tokenised = " Token ids alone cannot be checked against the student's tokenizer: give the text."
+        if not text_is_there and not guess.tokens:
             raise ValueError(
                 f"None of the columns ({columns}) looks like a prompt with a response, or like messages. Name them "
-                "with --prompt-column and --response-column, or with --messages-column."
-                + tokenised
-                * ("input_ids" in values)
+                f"with --prompt-column and --response-column, or with --messages-column. Rows of tokens have them in "
+                f"'{TOKENS}'."
             )
         return guess
 
@@ -101,6 +109,10 @@ class Candidate:
     teacher: str | None
     text: str | None = None
     """Prompt and response in one text; there are no `messages` then."""
+    input_ids: Sequence[int] | None = None
+    """Prompt and response as tokens; there are neither `messages` nor `text` then."""
+    labels: Sequence[int] | None = None
+    """Of the tokens, -100 where one is not trained on; None: all are."""
     tools: Any = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Other single values of the row: domain, correctness, the number of the sample."""
@@ -112,18 +124,20 @@ class Candidate:
         """64 bits of all that decides its scores, the same wherever the row stands: the text of prompt and response,
         the tools that the template writes, the values that metrics read."""
         more = {name: value for name, value in (("tools", self.tools), ("read", self.read)) if value}
+        if self.input_ids is not None:
+            return _hash([list(self.input_ids), self.labels and list(self.labels), more])
         if self.text is not None:
             return _hash([self.text, more] if more else self.text)
         return _hash([self.messages, self.first, more] if more else [self.messages, self.first])
 
     @property
     def prompt_hash(self) -> int:
-        """64 bits of what was asked: equal for candidates that can be compared; of one text, its group."""
-        return _hash(_asked(self.messages, self.first) if self.text is None else self.group)
+        """64 bits of what was asked: equal for candidates that can be compared; of one text or of tokens, its group."""
+        return _hash(_asked(self.messages, self.first) if self.messages else self.group)
 
     @property
     def prompt_text(self) -> str:
-        """What the user asked first, for a person; all of a text."""
+        """What the user asked first, for a person; all of a text; of tokens nothing."""
         if self.text is not None:
             return self.text
         return next((str(message["content"]) for message in self.messages if message["role"] == "user"), "")
@@ -178,7 +192,7 @@ def read_candidates(
 
 def _candidates(row: Row, layout: Layout, read: Sequence[str]) -> Iterator[Candidate]:
     values = row.values
-    for part in ("prompt", "response", "messages", "text", "candidates"):
+    for part in ("prompt", "response", "messages", "text", "candidates", "tokens"):
         name = getattr(layout, part)
         if name and name not in values and not (layout.candidates and part == "response"):
             raise ValueError(f"it has no column '{name}' (only {', '.join(values)}), unlike the first row")
@@ -190,6 +204,9 @@ def _candidates(row: Row, layout: Layout, read: Sequence[str]) -> Iterator[Candi
     if layout.messages:
         messages = _conversation(values[layout.messages], layout.messages)
         yield _candidate(row.where, messages, 0, False, teacher=teacher, extra=extra, read=_read(values, read), **told)
+        return
+    if layout.tokens:
+        yield _tokenised(row.where, values, group, teacher, extra, _read(values, read))
         return
     if layout.text:
         yield _written(row.where, values[layout.text], group, teacher, extra, _read(values, read))
@@ -278,6 +295,35 @@ def _written(where: str, text: Any, group: Any, teacher: Any, extra: Any, read: 
     )
 
 
+def _tokenised(where: str, values: Mapping[str, Any], group: Any, teacher: Any, extra: Any, read: Any) -> Candidate:
+    input_ids = values[TOKENS]
+    if not _is_tokens(input_ids):
+        raise ValueError(f"'{TOKENS}' is {_kind(input_ids)}, not a list of token ids")
+    labels = values.get("labels")
+    masks = [values[name] for name in MASKS if values.get(name) is not None]
+    if any(len(each) != len(input_ids) for each in (*masks, *([labels] if labels is not None else []))):
+        raise ValueError(f"its labels or masks are not as many as its {len(input_ids)} token ids")
+    if labels is None and masks:
+        labels = [token if all(bits) else IGNORED_LABEL for token, *bits in zip(input_ids, *masks, strict=True)]
+    if group in _UNSAID:
+        first = next((place for place, label in enumerate(labels or ()) if label != IGNORED_LABEL), 0)
+        # of tokens that are all trained on nobody knows yet which are the prompt; a prompt's last token may have been
+        # merged with the response
+        group = f"{_hash(list(input_ids[: first - 1] if first else input_ids)):016x}"
+    return Candidate(
+        where=where,
+        messages=[],
+        first=0,
+        as_text=False,
+        group=str(group),
+        teacher=None if teacher in _UNSAID else str(teacher),
+        input_ids=input_ids,
+        labels=labels,
+        extra=extra,
+        read=read,
+    )
+
+
 def _asked(messages: list[Message], first: int) -> list[Message]:
     """The messages before the response; of a whole conversation those before the assistant's first turn."""
     return messages[: first or next(number for number, m in enumerate(messages) if m["role"] == "assistant")]
@@ -313,6 +359,10 @@ def _is_conversation(value: Any) -> bool:
         and len(value) > 0
         and all(isinstance(m, Mapping) and ("role" in m or "from" in m) for m in value)
     )
+
+
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0 and type(value[0]) is int
 
 
 def _is_nested(value: Any) -> bool:

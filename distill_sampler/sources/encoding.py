@@ -11,6 +11,7 @@ import numpy as np
 from distill_sampler.dataset import IGNORED_LABEL
 from distill_sampler.sources.candidates import Candidate
 from distill_sampler.sources.templates import (
+    Tokens,
     Written,
     all_of,
     conversation,
@@ -18,8 +19,11 @@ from distill_sampler.sources.templates import (
     markers,
     plain_text,
     prompt_and_completion,
+    responses_of,
+    text_of,
     tokenised,
 )
+from distill_sampler.truncation import response_tokens_cut
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +36,8 @@ class Encoded:
     text: str
     ends: list[int]
     """Where in the text each token ends."""
+    tokens_cut: int
+    """Tokens of the response that `max_length` cut off."""
 
     def token_text(self, token: int) -> str:
         """What a token adds to the text: empty if it completes a character that one before it began."""
@@ -53,6 +59,11 @@ def choose_template(first: Candidate, tokenizer: Any, *, plain: bool) -> tuple[b
     found = "the response lies between the chat template's markers"
     if first.text is not None:
         return False, f"none is applied: each text is read as it is, and {found}."
+    if first.input_ids is not None:
+        return False, (
+            "none is applied: rows are token ids, taken to be this student's. The response is what is labelled, and "
+            "where every token is, it lies between the chat template's markers."
+        )
     if not first.as_text:
         if plain:
             raise ValueError("--plain reads text, but the data holds messages; leave --plain out.")
@@ -102,34 +113,77 @@ class Encoder:
         self.wrapped_twice = 0
         """Prompts that were written in the template already, unlike the first, and were wrapped once more."""
 
-    def __call__(self, candidates: Sequence[Candidate]) -> list[Encoded]:
+    def __call__(self, candidates: Sequence[Candidate], end_token_ids: Sequence[int] = ()) -> list[Encoded]:
         """The tokens of some candidates.
 
+        Args:
+            candidates: what to encode.
+            end_token_ids: markers that end a response, the last of its tokens that truncation can cut off.
+
         Raises:
-            ValueError: nothing in a text says which part is the response.
+            ValueError: nothing in a row says which part is the response, or a token is not the student's.
         """
-        written = [self._write(candidate) for candidate in candidates]
-        encoded = []
-        for row, tokens in zip(written, tokenised(written, self._tokenizer), strict=True):
-            input_ids = tokens.input_ids[: self._max_length]
-            labels = np.where(tokens.is_response[: self._max_length], input_ids, IGNORED_LABEL)
-            ends = tokens.ends[: self._max_length]
-            encoded.append(Encoded(input_ids=input_ids, labels=labels.tolist(), text=row.text, ends=ends))
-        return encoded
+        written = [None if candidate.input_ids is not None else self._write(candidate) for candidate in candidates]
+        read = iter(tokenised([row for row in written if row is not None], self._tokenizer))
+        return [
+            self._cut(*(self._tokens(candidate) if row is None else (row.text, next(read))), end_token_ids)
+            for candidate, row in zip(candidates, written, strict=True)
+        ]
+
+    def _cut(self, text: str, tokens: Tokens, end_token_ids: Sequence[int]) -> Encoded:
+        kept = slice(0, len(tokens.input_ids) if self._max_length is None else self._max_length)
+        input_ids = tokens.input_ids[kept]
+        return Encoded(
+            input_ids=input_ids,
+            labels=np.where(tokens.is_response[kept], input_ids, IGNORED_LABEL).tolist(),
+            text=text,
+            ends=tokens.ends[kept],
+            tokens_cut=response_tokens_cut(tokens.input_ids, tokens.is_response, kept, end_token_ids),
+        )
+
+    def _tokens(self, candidate: Candidate) -> tuple[str, Tokens]:
+        """The text and the response of a row of tokens."""
+        input_ids = list(candidate.input_ids or ())
+        strange = [token for token in input_ids if not 0 <= token < len(self._tokenizer)]
+        if strange:
+            raise ValueError(
+                f"{candidate.where}: the token {strange[0]} is none of the {len(self._tokenizer)} of the student's "
+                "tokenizer, so another one has made these rows. Tokenise them with this student's, or give the text."
+            )
+        text, _, ends = text_of(input_ids, self._tokenizer)
+        labels = candidate.labels
+        if labels is not None and IGNORED_LABEL in labels:
+            is_response = np.array(labels) != IGNORED_LABEL
+        else:
+            is_response = responses_of(input_ids, self._tokenizer, self._markers)
+            if not is_response.any():
+                self._whole(candidate)
+                is_response = np.ones(len(input_ids), bool)
+        return text, Tokens(input_ids=input_ids, is_response=is_response, ends=ends.tolist())
+
+    def _whole(self, candidate: Candidate) -> None:
+        """Refuse a row in which no response is found, or count it if it is to be scored whole.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if not self._whole_text:
+            what, cure = "text", "name the template that the text is written in with --chat-template FILE"
+            if candidate.input_ids is not None:
+                what, cure = "row is all trained on and", "give labels that are -100 outside of it"
+            raise ValueError(
+                f"{candidate.where}: the {what} holds no turn of the assistant in the model's chat template, so "
+                "nothing says which part of it is the response. Give prompt and response as two columns, or as "
+                f"messages; {cure}; or score all of it, the prompt too, with --whole-text."
+            )
+        self.whole_texts += 1
 
     def _write(self, candidate: Candidate) -> Written:
         if candidate.text is not None:
             written = plain_text(candidate.text, self._markers)
             if written.responses:
                 return written
-            if not self._whole_text:
-                raise ValueError(
-                    f"{candidate.where}: the text holds no turn of the assistant in the model's chat template, so "
-                    "nothing says which part of it is the response. Give prompt and response as two columns, or as "
-                    "messages; name the template that the text is written in with --chat-template FILE; or score all "
-                    "of it, the prompt too, with --whole-text."
-                )
-            self.whole_texts += 1
+            self._whole(candidate)
             return all_of(written)
         if not self.template:
             prompt, response = (str(message["content"]) for message in candidate.messages)
