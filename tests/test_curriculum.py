@@ -153,9 +153,9 @@ def test_saved_scores_carry_their_origin(dataset: ScoredDataset, model: PreTrain
     columns = ["mean_rank", "mean_surprisal", RSR]
     curriculum.save_run(tmp_path, "teacher")
     table = pq.read_table(tmp_path / "scores.parquet")
-    facts = ("num_tokens", "length", "content_hash", "prompt_hash")
+    facts = ("num_tokens", "length", "tokens_cut", "content_hash", "prompt_hash")
     run = ("pass", "epoch", "step", "observed")
-    assert table.column_names == ["sample", "teacher", *facts, *run, *columns, f"{RSR}_missing"]
+    assert table.column_names == ["sample", "source_row", "teacher", *facts, *run, *columns, f"{RSR}_missing"]
     assert table.num_rows == 36
     assert table["step"].to_pylist() == [0] * 18 + [3] * 18
     told = decode_facts(table.schema.metadata)

@@ -91,7 +91,7 @@ def run(
     if told is None:
         say.print(
             f"{path} holds no text, so this is a list: 'sample' is the number of a row in the data set that the "
-            "trainer prepared, 'weight' its weight in the loss, and your columns tell which row of yours it is.",
+            "trainer prepared, 'source_row' in the data that it was given, 'weight' its weight in the loss.",
             markup=False,
         )
 
