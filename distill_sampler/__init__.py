@@ -32,18 +32,22 @@ if TYPE_CHECKING:
     from distill_sampler.planning.rescore import Rescore
     from distill_sampler.planning.sampler import DistillSampler
     from distill_sampler.policies.best_of import BestOf
+    from distill_sampler.policies.best_single_teacher import BestSingleTeacher
     from distill_sampler.policies.best_teacher import BestTeacher
     from distill_sampler.policies.competence_pacing import CompetencePacing
-    from distill_sampler.policies.expressions import Lexicographic, RankAverage
+    from distill_sampler.policies.expressions import Column, Lexicographic, RankAverage
     from distill_sampler.policies.group_by_length import GroupByLength
     from distill_sampler.policies.interleave import Interleave
+    from distill_sampler.policies.keep_by_margin import KeepByMargin
     from distill_sampler.policies.keep_correct import KeepCorrect
     from distill_sampler.policies.keep_top import KeepTop
+    from distill_sampler.policies.match_teachers import MatchTeachers
     from distill_sampler.policies.mix_domains import MixDomains
     from distill_sampler.policies.mix_teachers import MixTeachers
     from distill_sampler.policies.sample_by_softmax import SampleBySoftmax
     from distill_sampler.policies.shuffle import Shuffle
     from distill_sampler.policies.sort_by import SortBy
+    from distill_sampler.policies.weight_by_column import WeightByColumn
     from distill_sampler.policies.weight_by_softmax import WeightBySoftmax
     from distill_sampler.policies.within_length import WithinLength
     from distill_sampler.protocols import Metric, Objective, Policy, Pool, Reader, Tap
@@ -76,19 +80,24 @@ _HOMES = {
     "planning.sampler": ("DistillSampler",),
     "policies": (
         "BestOf",
+        "BestSingleTeacher",
         "BestTeacher",
+        "Column",
         "CompetencePacing",
         "GroupByLength",
         "Interleave",
+        "KeepByMargin",
         "KeepCorrect",
         "KeepTop",
         "Lexicographic",
+        "MatchTeachers",
         "MixDomains",
         "MixTeachers",
         "RankAverage",
         "SampleBySoftmax",
         "Shuffle",
         "SortBy",
+        "WeightByColumn",
         "WeightBySoftmax",
         "WithinLength",
     ),
@@ -103,7 +112,9 @@ __all__ = [
     "AslecDrop",
     "Batch",
     "BestOf",
+    "BestSingleTeacher",
     "BestTeacher",
+    "Column",
     "CompetencePacing",
     "Curriculum",
     "CurriculumLoop",
@@ -113,10 +124,12 @@ __all__ = [
     "GlobalNaturalness",
     "GroupByLength",
     "Interleave",
+    "KeepByMargin",
     "KeepCorrect",
     "KeepTop",
     "Lexicographic",
     "LocalNaturalness",
+    "MatchTeachers",
     "Metric",
     "MixDomains",
     "MixTeachers",
@@ -144,6 +157,7 @@ __all__ = [
     "TeacherStudentGap",
     "TokenStats",
     "View",
+    "WeightByColumn",
     "WeightBySoftmax",
     "WithinLength",
     "attach",

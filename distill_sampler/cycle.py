@@ -34,7 +34,7 @@ from distill_sampler.scoring import PassRunner
 from distill_sampler.serialize import described, differences, digest, pack, unpack
 from distill_sampler.store import ScoreStore, replay, replay_missing
 from distill_sampler.truncation import truncation_notes
-from distill_sampler.types import Column, EpochPlan, FloatArray, IntArray
+from distill_sampler.types import EncodedColumn, EpochPlan, FloatArray, IntArray
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Cycle:
         self.scorer = scorer
         replans = rescore.every_steps is not None
         self.planner = Planner(dataset, self.metrics, policies, seed=seed, num_samples=num_samples, plans_rest=replans)
-        self.teachers: Column | None = None
+        self.teachers: EncodedColumn | None = None
         if teacher in dataset.column_names:
             self.teachers = self.planner.columns.get(teacher) or dataset.column(teacher)
         self._teacher = teacher

@@ -22,7 +22,7 @@ import torch.utils.data
 
 from distill_sampler.hashing import splitmix64
 from distill_sampler.serialize import hash_of
-from distill_sampler.types import BoolArray, Column, HashArray, IntArray, Sample, unknown_name
+from distill_sampler.types import BoolArray, EncodedColumn, HashArray, IntArray, Sample, unknown_name
 
 IGNORED_LABEL = -100
 """Label of tokens that are not trained on, as everywhere in PyTorch."""
@@ -252,7 +252,7 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
         values = json.dumps([str(value) for value in column.values])
         return hash_of(column.codes.tobytes(), values.encode(errors="surrogatepass"))
 
-    def column(self, name: str, *, complete: bool = False) -> Column:
+    def column(self, name: str, *, complete: bool = False) -> EncodedColumn:
         """A column, dictionary-encoded. Lists and dictionaries are compared by value.
 
         Args:
@@ -277,7 +277,7 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
         if pa.types.is_nested(values.type):
             values = pa.array([json.dumps(value.as_py(), sort_keys=True, default=str) for value in values])
         encoded = values.dictionary_encode(null_encoding="encode")
-        return Column(
+        return EncodedColumn(
             codes=np.asarray(encoded.indices.to_numpy(zero_copy_only=False), np.int64),
             values=encoded.dictionary.to_pylist(),
         )

@@ -18,7 +18,7 @@ from distill_sampler.field_docs import documents_fields
 from distill_sampler.types import (
     Batch,
     BoolArray,
-    Column,
+    EncodedColumn,
     EpochPlan,
     FloatArray,
     HashArray,
@@ -201,7 +201,7 @@ class Pool:
     """The metrics that are scored, by name."""
     scores: Mapping[str, FloatArray]
     """Every number the metrics gave, `[samples]` each; NaN where a sample has no finite score."""
-    columns: Mapping[str, Column]
+    columns: Mapping[str, EncodedColumn]
     """The data set's columns that the policies asked for."""
     lengths: IntArray
     """`[samples]` tokens in the row, prompt included."""
@@ -247,7 +247,7 @@ class Pool:
         scores = self.scores[metric]
         return scores if self.metrics[metric].higher_is_better else -scores
 
-    def column(self, name: str) -> Column:
+    def column(self, name: str) -> EncodedColumn:
         """The data set's column `name`.
 
         Raises:
@@ -282,6 +282,11 @@ class Policy(Protocol):
         None if it chooses among no groups. When the rest of an epoch is planned anew, a sample that was trained counts
         for its whole group."""
         return None
+
+    @property
+    def explained_by(self) -> tuple[str, ...]:
+        """Names of the metrics and columns whose values tell why it left a sample out. By default all that it reads."""
+        return (*self.uses_metrics, *self.uses_columns)
 
     @property
     def length_depends_on_scores(self) -> bool:

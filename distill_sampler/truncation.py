@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from distill_sampler.dataset import TEMPLATE_TAIL, ScoredDataset
-from distill_sampler.types import BoolArray, Column, IntArray
+from distill_sampler.types import BoolArray, EncodedColumn, IntArray
 
 _ROWS = 1024
 """Rows that are read at a time."""
@@ -83,7 +83,7 @@ def cut_responses(
     return cut
 
 
-def cut_sentence(tokens_cut: IntArray, teachers: Column | None, *, by: str) -> str:
+def cut_sentence(tokens_cut: IntArray, teachers: EncodedColumn | None, *, by: str) -> str:
     """How many responses truncation cut off and by how much, whose they are, and the cure.
 
     Args:

@@ -133,8 +133,8 @@ class Missing(IntEnum):
 
 @documents_fields
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Column:
-    """A categorical column of the data set, dictionary-encoded."""
+class EncodedColumn:
+    """A column of the data set, dictionary-encoded. (`policies.Column` is what users type to name a numeric one.)"""
 
     codes: IntArray
     """`[samples]` for each row the position of its value in `values`."""

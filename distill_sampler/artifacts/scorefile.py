@@ -26,7 +26,7 @@ from distill_sampler.planning.sampler import fit_length
 from distill_sampler.planning.why import ExplainedPlan, PolicyFacts
 from distill_sampler.protocols import Metric, Policy, Pool
 from distill_sampler.store import drifted
-from distill_sampler.types import BoolArray, Column, EpochPlan, FloatArray, HashArray, IntArray, unknown_name
+from distill_sampler.types import BoolArray, EncodedColumn, EpochPlan, FloatArray, HashArray, IntArray, unknown_name
 
 
 class Values(Sequence[Any]):
@@ -267,14 +267,14 @@ class Scores:
         name = "content_hash" if "content_hash" in self.names else "sample"
         return np.asarray(self.read([name], epoch=epoch)[name].to_numpy()).astype(np.uint64)
 
-    def column(self, name: str | None, *, epoch: int | None = None) -> Column | None:
+    def column(self, name: str | None, *, epoch: int | None = None) -> EncodedColumn | None:
         """A categorical column, dictionary-encoded; None if there is no such column, or it is empty."""
         if name is None or name not in self.names:
             return None
         encoded = self._encoded(name, epoch)
         if not any(value is not None for value in encoded.dictionary[:2].to_pylist()):
             return None
-        return Column(codes=_codes(encoded), values=Values(encoded.dictionary))
+        return EncodedColumn(codes=_codes(encoded), values=Values(encoded.dictionary))
 
     def codes(self, name: str | None, *, epoch: int | None = None) -> IntArray | None:
         """The codes of a categorical column without its values, which saves reading millions of prompt names."""
@@ -374,7 +374,7 @@ class Scores:
             missing=self.missing(epoch=epoch),
         )
 
-    def _columns_of_data(self, names: Iterable[str], epoch: int | None) -> dict[str, Column]:
+    def _columns_of_data(self, names: Iterable[str], epoch: int | None) -> dict[str, EncodedColumn]:
         """Columns by their names in the data: one that is called like one of ours is kept as `NAME_in_data`."""
         kept = {name: f"{name}_in_data" if f"{name}_in_data" in self.names else name for name in names}
         found = {name: self.column(ours, epoch=epoch) for name, ours in kept.items()}

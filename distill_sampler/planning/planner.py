@@ -15,7 +15,7 @@ from distill_sampler.policies import apply_one_by_one
 from distill_sampler.protocols import Metric, Policy, Pool
 from distill_sampler.reading.reduce import columns_of
 from distill_sampler.serialize import as_typed
-from distill_sampler.types import Column, EpochPlan, FloatArray, IntArray
+from distill_sampler.types import EncodedColumn, EpochPlan, FloatArray, IntArray
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,7 +65,7 @@ class Planner:
         self.seed = seed
         self.candidates = np.flatnonzero(dataset.scorable)
         names = dict.fromkeys(name for policy in policies for name in policy.uses_columns)
-        self.columns: dict[str, Column] = {name: dataset.column(name, complete=True) for name in names}
+        self.columns: dict[str, EncodedColumn] = {name: dataset.column(name, complete=True) for name in names}
         self.facts = [PolicyFacts.of(policy) for policy in policies]
         self.groups = self._groups(plans_rest)
         """`[samples]` equal numbers for samples of the same group, within which a policy chooses."""

@@ -14,7 +14,7 @@ from distill_sampler.metrics.groups import group_score
 from distill_sampler.policies import effective_sample_size
 from distill_sampler.policies.keys import num_distinct
 from distill_sampler.protocols import Metric
-from distill_sampler.types import Column, EpochPlan, FloatArray, IntArray
+from distill_sampler.types import EncodedColumn, EpochPlan, FloatArray, IntArray
 
 PREFIX = "curriculum/"
 """Prefix of every name in a trainer's log."""
@@ -165,7 +165,7 @@ def summarise(
     plan: EpochPlan,
     metrics: Mapping[str, Metric],
     scores: Mapping[str, FloatArray],
-    teacher: Column | None,
+    teacher: EncodedColumn | None,
     candidates: IntArray,
     num_scored: IntArray,
     scoring: ScoringSummary,

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from distill_sampler.policies import apply_one_by_one
+from distill_sampler.policies import Column, apply_one_by_one
+from distill_sampler.policies.expressions import numbers_of
 from distill_sampler.policies.keys import best_first_order, occurrence
 from distill_sampler.protocols import Policy, Pool
 from distill_sampler.serialize import as_typed
-from distill_sampler.types import BoolArray, Column, EpochPlan, FloatArray, IntArray, Missing
+from distill_sampler.types import BoolArray, EncodedColumn, EpochPlan, FloatArray, IntArray, Missing
 
 KEPT = -1
 """Value in `left_out_by`: every policy kept the sample."""
@@ -33,16 +34,28 @@ class PolicyFacts:
     text: str
     """The policy as a user would type it."""
     metrics: tuple[str, ...]
+    """The metrics whose values explain its choice."""
     columns: tuple[str, ...]
+    """The columns of the data set whose values explain its choice."""
     group_by: str | None
+    ranks_by: str | None = None
+    """The metric or column that it ranks samples by; None: it ranks by none, or by an expression of several."""
+    higher_is_better: bool | None = None
+    """Which way a column that it ranks by is better. None: it ranks by none."""
 
     @classmethod
     def of(cls, policy: Policy) -> PolicyFacts:
+        explained_by = policy.explained_by
+        metrics = tuple(name for name in policy.uses_metrics if name in explained_by)
+        metric = getattr(policy, "metric", metrics[0] if len(metrics) == 1 else None)
+        by_column = metric if isinstance(metric, Column) else None
         return cls(
             text=as_typed(policy),
-            metrics=tuple(policy.uses_metrics),
-            columns=tuple(policy.uses_columns),
+            metrics=metrics,
+            columns=tuple(name for name in policy.uses_columns if name in explained_by),
             group_by=policy.group_by,
+            ranks_by=by_column.name if by_column else metric if metric in metrics else None,
+            higher_is_better=by_column.higher_is_better if by_column else None,
         )
 
     @classmethod
@@ -53,6 +66,9 @@ class PolicyFacts:
             metrics=tuple(recorded["metrics"]),
             columns=tuple(recorded["columns"]),
             group_by=recorded["group_by"],
+            # older files do not say: a policy with one metric ranked by it
+            ranks_by=recorded.get("ranks_by", recorded["metrics"][0] if len(recorded["metrics"]) == 1 else None),
+            higher_is_better=recorded.get("higher_is_better"),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -101,7 +117,7 @@ class ExplainedPlan:
     """The numbers that the policies used: by column, `[samples]` each."""
     higher_is_better: Mapping[str, bool]
     """By metric."""
-    columns: Mapping[str, Column]
+    columns: Mapping[str, EncodedColumn]
     lengths: IntArray
     content_hash: Any
     cut: BoolArray | None = None
@@ -144,7 +160,7 @@ class ExplainedPlan:
         if self.in_plan[sample]:
             if by != KEPT:
                 return "trained on before the epoch was replanned"
-            deciding = [policy_index for policy_index, policy in enumerate(self.policies) if policy.metrics]
+            deciding = [index for index, policy in enumerate(self.policies) if policy.metrics or policy.ranks_by]
             if not deciding:
                 return f"kept by {', '.join(self._names)}" if self.policies else "kept: there is no policy"
             return f"kept by {self._names[deciding[0]]}{self._standing(sample, deciding[0])}"
@@ -175,21 +191,29 @@ class ExplainedPlan:
     def _standing(self, sample: int, policy_index: int) -> str:
         """How a sample ranked among those that the policy at `policy_index` was given, as the end of a sentence."""
         policy = self.policies[policy_index]
-        if not policy.metrics:
+        name = policy.ranks_by
+        if not policy.metrics and name is None:
             values = [f"{name} = {self._value(name, sample)}" for name in policy.columns]
             return f": {', '.join(values or [f'{self.lengths[sample]} tokens'])}"
-        for name in policy.metrics:
-            if np.isnan(self.scores[name][sample]):
-                return f": it has no {name}{self._why_missing(name, sample)}"
-        if len(policy.metrics) > 1:
-            return f": {', '.join(f'{name} {self.scores[name][sample]:.4g}' for name in policy.metrics)}"
-        (name,) = policy.metrics
-        score = self.scores[name]
+        for metric in policy.metrics:
+            if np.isnan(self.scores[metric][sample]):
+                return f": it has no {metric}{self._why_missing(metric, sample)}"
+        if name is None:
+            scores = [f"{metric} {self.scores[metric][sample]:.4g}" for metric in policy.metrics]
+            values = [f"{column} = {self._value(column, sample)}" for column in policy.columns]
+            return f": {', '.join(scores + values)}"
+        score, _ = self._score(policy_index)
+        if np.isnan(score[sample]):
+            return f": it has no {name}"
         number, size, best = self._rankings(policy_index)
         rivals = str(size[sample])
         if policy.group_by is not None:
             rivals += f" with {policy.group_by} = {self._value(policy.group_by, sample)}"
-        others = [f"{column} = {self._value(column, sample)}" for column in policy.columns if column != policy.group_by]
+        others = [
+            f"{column} = {self._value(column, sample)}"
+            for column in policy.columns
+            if column not in (policy.group_by, name)
+        ]
         details = f" ({', '.join(others)})" if others else ""
         first = "" if number[sample] == 0 else f"; the best, sample {best[sample]}, has {score[best[sample]]:.4g}"
         cut = "; its response was cut off by truncation" if self.cut is not None and self.cut[sample] else ""
@@ -207,8 +231,8 @@ class ExplainedPlan:
         if policy_index not in self._ranked:
             policy = self.policies[policy_index]
             given = np.flatnonzero((self.left_out_by == KEPT) | (self.left_out_by >= policy_index))
-            (name,) = policy.metrics
-            goodness = self.scores[name] if self.higher_is_better[name] else -self.scores[name]
+            score, higher_is_better = self._score(policy_index)
+            goodness = score if higher_is_better else -score
             groups = np.zeros(len(goodness), np.int64)
             if policy.group_by is not None:
                 groups = self.columns[policy.group_by].codes
@@ -221,6 +245,14 @@ class ExplainedPlan:
             size = np.bincount(groups[given], minlength=len(first))
             self._ranked[policy_index] = number, size[groups], first[groups]
         return self._ranked[policy_index]
+
+    def _score(self, policy_index: int) -> tuple[FloatArray, bool]:
+        """`[samples]` the metric or column that a policy ranks by, and whether higher is better."""
+        policy = self.policies[policy_index]
+        assert policy.ranks_by is not None
+        if policy.higher_is_better is None:
+            return self.scores[policy.ranks_by], self.higher_is_better[policy.ranks_by]
+        return numbers_of(self.columns[policy.ranks_by], policy.ranks_by), policy.higher_is_better
 
     @cached_property
     def _ranked(self) -> dict[int, tuple[IntArray, IntArray, IntArray]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from distill_sampler.field_docs import documents_fields
-from distill_sampler.policies.expressions import MetricExpression, metric_names
+from distill_sampler.policies.expressions import Column, MetricExpression, column_names, metric_names, raw_scores
 from distill_sampler.policies.keys import best_first_order, first_of_each, group_codes
 from distill_sampler.protocols import Policy, Pool
 from distill_sampler.types import EpochPlan
@@ -25,7 +25,8 @@ class BestOf(Policy):
     """
 
     metric: str | MetricExpression
-    """Name of the metric, for example `"rank_surprisal_ratio"`, or an expression such as `RankAverage`."""
+    """Name of the metric, for example `"rank_surprisal_ratio"`, a `Column` of the data set, or an expression such as
+    `RankAverage`."""
     per: str
     """Column that identifies the prompt, for example `"prompt_id"`. Rows with the same value are one group."""
     k: int = 1
@@ -40,10 +41,10 @@ class BestOf(Policy):
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ValueError(f"BestOf(k={self.k}): k must be at least 1.")
-        if (self.min_score, self.max_score) != (None, None) and not isinstance(self.metric, str):
+        if (self.min_score, self.max_score) != (None, None) and not isinstance(self.metric, (str, Column)):
             raise ValueError(
                 f"BestOf(min_score={self.min_score}, max_score={self.max_score}): bounds are in a metric's "
-                f"units, and {self.metric} has none. Give the name of one metric, or leave the bounds out."
+                f"units, and {self.metric} has none. Give the name of one metric or a Column, or leave the bounds out."
             )
         if self.min_score is not None and self.max_score is not None and not self.min_score <= self.max_score:
             raise ValueError(
@@ -53,7 +54,7 @@ class BestOf(Policy):
 
     @property
     def length_depends_on_scores(self) -> bool:
-        return (self.min_score, self.max_score) != (None, None)
+        return (self.min_score, self.max_score) != (None, None) and isinstance(self.metric, str)
 
     @property
     def uses_metrics(self) -> tuple[str, ...]:
@@ -61,7 +62,7 @@ class BestOf(Policy):
 
     @property
     def uses_columns(self) -> tuple[str, ...]:
-        return (self.per,)
+        return tuple(dict.fromkeys((self.per, *column_names(self.metric))))
 
     @property
     def group_by(self) -> str | None:
@@ -70,8 +71,8 @@ class BestOf(Policy):
     def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
         goodness = pool.goodness(self.metric)[plan.indices]
         groups = group_codes(plan, pool, self.per, "BestOf")
-        if isinstance(self.metric, str) and not pool.dry_run:
-            scores = pool.scores[self.metric][plan.indices]
+        if isinstance(self.metric, Column) or (isinstance(self.metric, str) and not pool.dry_run):
+            scores = raw_scores(self.metric, pool)[plan.indices]
             if self.min_score is not None:
                 goodness = np.where(scores < self.min_score, np.nan, goodness)
             if self.max_score is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from distill_sampler.field_docs import documents_fields
-from distill_sampler.policies.expressions import MetricExpression, metric_names
+from distill_sampler.policies.expressions import MetricExpression, column_names, metric_names
 from distill_sampler.policies.keys import best_first_order, random_keys
 from distill_sampler.protocols import Policy, Pool
 from distill_sampler.types import EpochPlan
@@ -26,7 +26,8 @@ class CompetencePacing(Policy):
     """
 
     metric: str | MetricExpression
-    """Name of the metric, for example `"global_naturalness"`, or an expression such as `RankAverage`."""
+    """Name of the metric, for example `"global_naturalness"`, a `Column` of the data set, or an expression such as
+    `RankAverage`."""
     initial: float
     """The share c in epoch 0, in (0, 1]; c0 in the paper."""
     epochs: int
@@ -43,6 +44,10 @@ class CompetencePacing(Policy):
     @property
     def uses_metrics(self) -> tuple[str, ...]:
         return metric_names(self.metric)
+
+    @property
+    def uses_columns(self) -> tuple[str, ...]:
+        return column_names(self.metric)
 
     def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
         goodness = pool.goodness(self.metric)[plan.indices]

@@ -1,11 +1,11 @@
-"""Metric expressions: several metrics combined into one, usable wherever a policy takes the name of a metric."""
+"""Metric expressions: a column, or several metrics combined, usable wherever a policy takes the name of a metric."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -13,23 +13,59 @@ import numpy.typing as npt
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.policies.keys import descending_bits, first_of_each, sort_by
 from distill_sampler.protocols import Metric, Pool
-from distill_sampler.types import FloatArray
+from distill_sampler.types import EncodedColumn, FloatArray
 
 
+@runtime_checkable
 class MetricExpression(Protocol):
     """A score computed from other scores. Calling it gives `[samples]` numbers; higher is better, NaN: no score."""
 
     @property
     def uses_metrics(self) -> tuple[str, ...]:
         """Names of the metrics it reads from the pool."""
-        ...
+        return ()
+
+    @property
+    def uses_columns(self) -> tuple[str, ...]:
+        """Names of the data set's columns it reads from the pool."""
+        return ()
 
     def __call__(self, pool: Pool) -> FloatArray: ...
 
 
 @documents_fields
+@dataclass(frozen=True)
+class Column(MetricExpression):
+    """A numeric column of the data set as a score: `SortBy(Column("difficulty", higher_is_better=False))`.
+
+    Numbers and booleans (True counts as 1) are scores. A sample without a value has no score.
+    """
+
+    name: str
+    """The column."""
+    higher_is_better: bool = True
+    """Whether samples with larger values are better."""
+
+    @property
+    def uses_columns(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def values(self, pool: Pool) -> npt.NDArray[np.float64]:
+        """`[samples]` the column's numbers as they are; NaN where a sample has none.
+
+        Raises:
+            ValueError: the column holds something else than numbers.
+        """
+        return numbers_of(pool.column(self.name), self.name)
+
+    def __call__(self, pool: Pool) -> FloatArray:
+        values = self.values(pool)
+        return values if self.higher_is_better else -values
+
+
+@documents_fields
 @dataclass(frozen=True, init=False, repr=False)
-class RankAverage:
+class RankAverage(MetricExpression):
     """The mean of a sample's ranks by several metrics, which does not depend on the metrics' units.
 
     Each metric ranks the samples of the pool that have every score, from near 0 (worst) to near 1 (best). Equal scores
@@ -63,6 +99,10 @@ class RankAverage:
     def uses_metrics(self) -> tuple[str, ...]:
         return metric_names(*self.metrics)
 
+    @property
+    def uses_columns(self) -> tuple[str, ...]:
+        return column_names(*self.metrics)
+
     def __call__(self, pool: Pool) -> FloatArray:
         goodness = [pool.goodness(metric) for metric in self.metrics]
         scored = np.flatnonzero(~np.any(np.isnan(goodness), axis=0))
@@ -74,7 +114,7 @@ class RankAverage:
 
 @documents_fields
 @dataclass(frozen=True, init=False, repr=False)
-class Lexicographic:
+class Lexicographic(MetricExpression):
     """Rank by the first metric; use each next one only where all metrics before it tie.
 
     Useful if the first metrics have few distinct values (correct or not, a count). A sample that lacks one of the
@@ -95,6 +135,10 @@ class Lexicographic:
     @property
     def uses_metrics(self) -> tuple[str, ...]:
         return metric_names(*self.metrics)
+
+    @property
+    def uses_columns(self) -> tuple[str, ...]:
+        return column_names(*self.metrics)
 
     def __call__(self, pool: Pool) -> FloatArray:
         goodness = [pool.goodness(metric) for metric in self.metrics]
@@ -119,6 +163,33 @@ def metric_names(*metrics: str | MetricExpression) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def column_names(*metrics: str | MetricExpression | None) -> tuple[str, ...]:
+    """The names of all columns of the data set that these expressions read, each once."""
+    expressions = [metric for metric in metrics if metric is not None and not isinstance(metric, str)]
+    names = [name for expression in expressions for name in expression.uses_columns]
+    return tuple(dict.fromkeys(names))
+
+
+def numbers_of(column: EncodedColumn, name: str) -> npt.NDArray[np.float64]:
+    """`[samples]` the numbers of a numeric column of the data set; NaN where a sample has none.
+
+    Raises:
+        ValueError: the column holds something else than numbers.
+    """
+    distinct = np.asarray(column.values)
+    if distinct.dtype.kind not in "biuf":  # a missing value among them, or no numbers at all
+        distinct = np.array([_number(value, name) for value in column.values])
+    numbers = distinct.astype(np.float64)
+    numbers[~np.isfinite(numbers)] = np.nan
+    result: npt.NDArray[np.float64] = numbers[column.codes]
+    return result
+
+
+def raw_scores(metric: str | Column, pool: Pool) -> FloatArray:
+    """`[samples]` a metric's scores or a column's numbers as they are, whichever direction is better."""
+    return pool.scores[metric] if isinstance(metric, str) else metric.values(pool)
+
+
 def rank_shares(numbers: FloatArray) -> npt.NDArray[np.float64]:
     """`[n]` mid-ranks divided by n, in (0, 1), highest for the largest: `[7, 9, 7, 8] -> [.25, .875, .25, .625]`."""
     order = np.argsort(numbers, kind="stable")
@@ -127,3 +198,13 @@ def rank_shares(numbers: FloatArray) -> npt.NDArray[np.float64]:
     ranks = np.empty(len(order))
     ranks[order] = np.repeat((edges[1:] + edges[:-1]) / 2, np.diff(edges)) / max(len(order), 1)
     return ranks
+
+
+def _number(value: Any, column: str) -> float:
+    if value is None:
+        return math.nan
+    if isinstance(value, (bool, int, float, np.number, np.bool_)):
+        return float(value)
+    raise ValueError(
+        f"Column('{column}') holds {value!r}, which is no number. Convert the column to numbers, or name another one."
+    )

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from distill_sampler.field_docs import documents_fields
-from distill_sampler.policies.expressions import MetricExpression, metric_names
+from distill_sampler.policies.expressions import MetricExpression, column_names, metric_names
 from distill_sampler.policies.keys import best_first_order, first_of_each, group_codes, num_distinct
 from distill_sampler.protocols import Policy, Pool
 from distill_sampler.types import EpochPlan
@@ -59,7 +59,8 @@ class KeepCorrect(Policy):
 
     @property
     def uses_columns(self) -> tuple[str, ...]:
-        return (self.column,) if self.per is None else (self.column, self.per)
+        names = (self.column, *(() if self.per is None else (self.per,)), *column_names(self.metric))
+        return tuple(dict.fromkeys(names))
 
     @property
     def group_by(self) -> str | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from distill_sampler.field_docs import documents_fields
-from distill_sampler.policies.expressions import MetricExpression, metric_names
+from distill_sampler.policies.expressions import MetricExpression, column_names, metric_names
 from distill_sampler.policies.keys import best_first_order
 from distill_sampler.protocols import Policy, Pool
 from distill_sampler.types import EpochPlan
@@ -27,7 +27,8 @@ class KeepTop(Policy):
     """
 
     metric: str | MetricExpression
-    """Name of the metric, for example `"rank_surprisal_ratio"`, or an expression such as `RankAverage`."""
+    """Name of the metric, for example `"rank_surprisal_ratio"`, a `Column` of the data set, or an expression such as
+    `RankAverage`."""
     fraction: float | None = None
     """Share to keep, in (0, 1], rounded up to whole samples."""
     num: int | None = None
@@ -52,11 +53,15 @@ class KeepTop(Policy):
 
     @property
     def length_depends_on_scores(self) -> bool:
-        return self.max_tokens is not None
+        return self.max_tokens is not None and bool(self.uses_metrics)
 
     @property
     def uses_metrics(self) -> tuple[str, ...]:
         return metric_names(self.metric)
+
+    @property
+    def uses_columns(self) -> tuple[str, ...]:
+        return column_names(self.metric)
 
     def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
         keep = len(plan) if self.num is None else self.num

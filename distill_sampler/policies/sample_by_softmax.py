@@ -8,7 +8,7 @@ import numpy as np
 
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.hashing import splitmix64
-from distill_sampler.policies.expressions import MetricExpression, metric_names
+from distill_sampler.policies.expressions import MetricExpression, column_names, metric_names
 from distill_sampler.policies.keys import (
     HALF,
     best_first_order,
@@ -38,7 +38,8 @@ class SampleBySoftmax(Policy):
     """
 
     metric: str | MetricExpression
-    """Name of the metric, for example `"rank_surprisal_ratio"`, or an expression such as `RankAverage`."""
+    """Name of the metric, for example `"rank_surprisal_ratio"`, a `Column` of the data set, or an expression such as
+    `RankAverage`."""
     temperature: float
     """In the metric's units: a sample better by this much is e times as likely."""
     num_samples: int | None = None
@@ -70,7 +71,8 @@ class SampleBySoftmax(Policy):
 
     @property
     def uses_columns(self) -> tuple[str, ...]:
-        return () if self.per is None else (self.per,)
+        columns = column_names(self.metric)
+        return columns if self.per is None else (self.per, *columns)
 
     @property
     def group_by(self) -> str | None:

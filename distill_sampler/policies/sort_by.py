@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from distill_sampler.field_docs import documents_fields
-from distill_sampler.policies.expressions import MetricExpression, metric_names
+from distill_sampler.policies.expressions import MetricExpression, column_names, metric_names
 from distill_sampler.policies.keys import best_first_order, random_keys, to_unit_interval
 from distill_sampler.protocols import Policy, Pool
 from distill_sampler.types import EpochPlan
@@ -24,7 +24,8 @@ class SortBy(Policy):
     """
 
     metric: str | MetricExpression
-    """Name of the metric, for example `"global_naturalness"`, or an expression such as `RankAverage`."""
+    """Name of the metric, for example `"global_naturalness"`, a `Column` of the data set, or an expression such as
+    `RankAverage`."""
     best_first: bool = True
     """Whether the best come first. False: the worst first, for an anti-curriculum control."""
     jitter: float = 0.0
@@ -37,6 +38,10 @@ class SortBy(Policy):
     @property
     def uses_metrics(self) -> tuple[str, ...]:
         return metric_names(self.metric)
+
+    @property
+    def uses_columns(self) -> tuple[str, ...]:
+        return column_names(self.metric)
 
     def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
         goodness = pool.goodness(self.metric)[plan.indices]

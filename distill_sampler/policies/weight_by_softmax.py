@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from distill_sampler.field_docs import documents_fields
-from distill_sampler.policies.expressions import MetricExpression, metric_names
+from distill_sampler.policies.expressions import MetricExpression, column_names, metric_names
 from distill_sampler.protocols import Policy, Pool
 from distill_sampler.types import EpochPlan
 
@@ -24,7 +24,8 @@ class WeightBySoftmax(Policy):
     """
 
     metric: str | MetricExpression
-    """Name of the metric, for example `"rank_surprisal_ratio"`, or an expression such as `RankAverage`."""
+    """Name of the metric, for example `"rank_surprisal_ratio"`, a `Column` of the data set, or an expression such as
+    `RankAverage`."""
     temperature: float
     """In the metric's units: a sample better by this much counts e times as much."""
     floor: float = 0.0
@@ -41,6 +42,10 @@ class WeightBySoftmax(Policy):
     @property
     def uses_metrics(self) -> tuple[str, ...]:
         return metric_names(self.metric)
+
+    @property
+    def uses_columns(self) -> tuple[str, ...]:
+        return column_names(self.metric)
 
     def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
         goodness = pool.goodness(self.metric)[plan.indices].astype(np.float64)

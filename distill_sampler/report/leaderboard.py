@@ -19,7 +19,7 @@ from distill_sampler.policies.keys import best_first_order, first_of_each, num_d
 from distill_sampler.protocols import Metric
 from distill_sampler.report.verdict import Estimate, TeacherLine, verdict_of, warnings_of
 from distill_sampler.truncation import cut_sentence
-from distill_sampler.types import BoolArray, Column, FloatArray, HashArray, IntArray
+from distill_sampler.types import BoolArray, EncodedColumn, FloatArray, HashArray, IntArray
 
 MAX_DOMAINS = 8
 """At most this many domains get their own leaderboard: the largest ones."""
@@ -50,11 +50,11 @@ def leaderboard(
     metrics: Mapping[str, Metric],
     metric: str,
     numbers: Mapping[str, FloatArray],
-    teachers: Column,
+    teachers: EncodedColumn,
     groups: IntArray,
     num_tokens: IntArray,
     content_hash: HashArray | None = None,
-    correct: Column | None = None,
+    correct: EncodedColumn | None = None,
     cut: BoolArray | None = None,
     among: BoolArray | None = None,
     shared_only: bool = False,
@@ -303,7 +303,7 @@ def _ties(badness: npt.NDArray[np.float64], ranked: IntArray) -> set[int]:
     return {t for t in ranked[1:].tolist() if not np.nanquantile(behind[:, t], 0.025) > 0}
 
 
-def _correctness(correct: Column, order: IntArray) -> npt.NDArray[np.float64]:
+def _correctness(correct: EncodedColumn, order: IntArray) -> npt.NDArray[np.float64]:
     """`[samples]` 1: correct, 0: incorrect, NaN: unknown."""
     values = [float(v) if isinstance(v, (bool, int, float)) and v in (0, 1) else math.nan for v in correct.values]
     return np.array(values)[correct.codes[order]]

@@ -23,7 +23,7 @@ from distill_sampler.policies import BestOf
 from distill_sampler.protocols import Policy
 from distill_sampler.report.leaderboard import Leaderboard, domain_sentence, rank_domains, rank_teachers
 from distill_sampler.report.verdict import Estimate
-from distill_sampler.types import Column, FloatArray, IntArray
+from distill_sampler.types import EncodedColumn, FloatArray, IntArray
 
 MAX_POINTS = 4000
 """At most this many samples are in the pictures, drawn at random; figures in tables use all samples."""
@@ -121,7 +121,7 @@ def _mark(character: str) -> str:
 
 
 def _choice(
-    scores: Scores, policies: Sequence[Policy], seed: int, metric: str, groups: Column | None
+    scores: Scores, policies: Sequence[Policy], seed: int, metric: str, groups: EncodedColumn | None
 ) -> ExplainedPlan | None:
     """The choice to show: by the given policies, else the run's last plan, else the best response of each prompt."""
     if policies:
@@ -133,7 +133,7 @@ def _choice(
     return scores.choose([BestOf(metric, per=scores.group)], seed=seed)
 
 
-def _named(column: Column | None, size: int, board: Leaderboard | None) -> tuple[IntArray, list[str]]:
+def _named(column: EncodedColumn | None, size: int, board: Leaderboard | None) -> tuple[IntArray, list[str]]:
     """Codes and names in the order of the leaderboard, or by frequency. Values beyond `MAX_NAMES` become one."""
     if column is None:
         return np.zeros(size, np.int64), []
@@ -150,7 +150,7 @@ def _named(column: Column | None, size: int, board: Leaderboard | None) -> tuple
     return new[column.codes], names
 
 
-def _correctness(correct: Column | None, size: int) -> IntArray:
+def _correctness(correct: EncodedColumn | None, size: int) -> IntArray:
     """`[samples]` 1: correct, 0: incorrect, -1: unknown."""
     if correct is None:
         return np.full(size, -1)
@@ -291,7 +291,7 @@ def _traces(
     chosen: Any,
     teachers: IntArray,
     domains: IntArray,
-    correct: Column | None,
+    correct: EncodedColumn | None,
 ) -> list[dict[str, Any]]:
     """Prompts with their responses token by token, as many as fit."""
     if not set(TRACE_COLUMNS) <= set(scores.names):

@@ -11,7 +11,7 @@ import numpy as np
 
 from distill_sampler.protocols import Metric, Policy, Pool
 from distill_sampler.testing.verdict import Verdict
-from distill_sampler.types import Column, EpochPlan, FloatArray, IntArray, Sample, TokenStats
+from distill_sampler.types import EncodedColumn, EpochPlan, FloatArray, IntArray, Sample, TokenStats
 
 
 def check_policy(
@@ -301,13 +301,13 @@ def _plan(num: int, rng: np.random.Generator) -> EpochPlan:
     return EpochPlan(indices=indices, weights=weights / weights.mean())
 
 
-def _encoded(values: Sequence[Any]) -> Column:
+def _encoded(values: Sequence[Any]) -> EncodedColumn:
     """A column as the data set has it: distinct values in order of first appearance."""
     distinct = tuple(dict.fromkeys(values))
-    return Column(codes=np.array([distinct.index(value) for value in values], np.int64), values=distinct)
+    return EncodedColumn(codes=np.array([distinct.index(value) for value in values], np.int64), values=distinct)
 
 
-def _permuted(column: Column, old_row: IntArray) -> Column:
+def _permuted(column: EncodedColumn, old_row: IntArray) -> EncodedColumn:
     return _encoded([column.values[code] for code in column.codes[old_row]])
 
 

@@ -45,7 +45,7 @@ from distill_sampler.policies import BestOf, KeepCorrect, MixDomains, Shuffle, S
 from distill_sampler.protocols import Metric, Pool
 from distill_sampler.reading.blocks import in_reading_order
 from distill_sampler.reading.scored import Scored
-from distill_sampler.types import Column, EpochPlan, FloatArray, IntArray, Sample, TokenStats
+from distill_sampler.types import EncodedColumn, EpochPlan, FloatArray, IntArray, Sample, TokenStats
 
 POLICIES = [
     KeepCorrect("correct", if_none="keep_best", metric="score", per="prompt_id"),
@@ -95,9 +95,9 @@ def make_pool(size: int) -> Pool:
         metrics={"score": Score()},
         scores={"score": scores},
         columns={
-            "prompt_id": Column(codes=groups, values=range(size // 4)),
-            "correct": Column(codes=rng.integers(2, size=size), values=(False, True)),
-            "domain": Column(codes=domains, values=("reasoning", "general")),
+            "prompt_id": EncodedColumn(codes=groups, values=range(size // 4)),
+            "correct": EncodedColumn(codes=rng.integers(2, size=size), values=(False, True)),
+            "domain": EncodedColumn(codes=domains, values=("reasoning", "general")),
         },
         lengths=rng.integers(100, 32_000, size=size),
         content_hash=rng.integers(2**64, size=size, dtype=np.uint64),

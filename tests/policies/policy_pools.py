@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from distill_sampler.protocols import Pool
-from distill_sampler.types import Column, EpochPlan, FloatArray, Sample
+from distill_sampler.types import EncodedColumn, EpochPlan, FloatArray, Sample
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Score:
 METRICS = {"up": Score("up"), "down": Score("down", higher_is_better=False)}
 
 
-def encode(values: Sequence[Any]) -> Column:
+def encode(values: Sequence[Any]) -> EncodedColumn:
     """A column as the data set encodes it: distinct values in order of first appearance."""
     distinct = tuple(dict.fromkeys(values))
-    return Column(codes=np.array([distinct.index(value) for value in values], np.int64), values=distinct)
+    return EncodedColumn(codes=np.array([distinct.index(value) for value in values], np.int64), values=distinct)
 
 
 def make_pool(
@@ -104,6 +104,8 @@ def pools_and_plans(draw: st.DrawFn, min_size: int = 0) -> tuple[Pool, EpochPlan
         teacher=column(*"TUV"),
         domain=column("reasoning", "general"),
         correct=column(True, False, None),
+        difficulty=column(1, 2.5, 4, None),
+        weight=column(0, 1, 0.5),
     )
     pool = replace(pool, content_hash=source.integers(2**64, size=num, dtype=np.uint64))
     indices = source.permutation(num)[:length] if distinct else source.integers(num, size=length)

@@ -17,19 +17,24 @@ from policy_pools import pools_and_plans, rng
 import distill_sampler.policies
 from distill_sampler.policies import (
     BestOf,
+    BestSingleTeacher,
     BestTeacher,
+    Column,
     CompetencePacing,
     GroupByLength,
     Interleave,
+    KeepByMargin,
     KeepCorrect,
     KeepTop,
     Lexicographic,
+    MatchTeachers,
     MixDomains,
     MixTeachers,
     RankAverage,
     SampleBySoftmax,
     Shuffle,
     SortBy,
+    WeightByColumn,
     WeightBySoftmax,
     WithinLength,
     apply_one_by_one,
@@ -44,17 +49,24 @@ EXAMPLES: list[Policy] = [
     BestOf("up", per="prompt_id"),
     BestOf("down", per="prompt_id", k=2, min_score=-1.0, max_score=2.5),
     BestOf(RankAverage("up", "down", weights=(2, 1)), per="prompt_id"),
+    BestOf(Column("difficulty", higher_is_better=False), per="prompt_id", min_score=2),
+    BestSingleTeacher(Column("difficulty"), per="prompt_id"),
+    BestSingleTeacher("down"),
     BestTeacher("up", num_samples=2),
     BestTeacher("down", per_domain="domain"),
     CompetencePacing("up", initial=0.3, epochs=3),
     GroupByLength(mega_batch=4),
     Interleave("teacher"),
+    KeepByMargin("up", per="prompt_id", k=2),
     KeepCorrect("correct", metric="up", per="prompt_id"),
     KeepCorrect("correct", if_none="drop"),
     KeepTop("up", fraction=0.4),
     KeepTop(Lexicographic("down", "up"), num=3),
     KeepTop("up", max_tokens=20),
     KeepTop("down", fraction=0.5, max_tokens=30),
+    KeepTop(Column("difficulty"), num=3),
+    MatchTeachers(of=BestOf("up", per="prompt_id")),
+    MatchTeachers(of=[BestOf("up", per="prompt_id", k=2), KeepTop("down", num=5)], per="prompt_id"),
     MixDomains(SHARES),
     MixDomains(SHARES, num=11),
     MixDomains(SHARES, by="tokens"),
@@ -68,22 +80,26 @@ EXAMPLES: list[Policy] = [
     SortBy("up"),
     SortBy("down", best_first=False),
     SortBy("up", jitter=0.3),
+    WeightByColumn("weight"),
     WeightBySoftmax("up", temperature=1.0),
     WeightBySoftmax("down", temperature=0.1, floor=0.2),
     WithinLength(min_tokens=3, max_tokens=7),
 ]
-SELECTS_BY_METRIC = (BestOf, CompetencePacing, KeepTop, SampleBySoftmax)
-KEEPS_LENGTH = (CompetencePacing, GroupByLength, Interleave, Shuffle, SortBy, WeightBySoftmax)
+SELECTS_BY_METRIC = (BestOf, CompetencePacing, KeepByMargin, KeepTop, SampleBySoftmax)
+WEIGHS = (KeepByMargin, WeightByColumn, WeightBySoftmax)
+ONE_TEACHER = (BestSingleTeacher, BestTeacher)
+KEEPS_LENGTH = (CompetencePacing, GroupByLength, Interleave, Shuffle, SortBy, WeightByColumn, WeightBySoftmax)
 KEEPS_ORDER = (
+    *ONE_TEACHER,
+    *WEIGHS,
     BestOf,
-    BestTeacher,
     CompetencePacing,
     KeepCorrect,
     KeepTop,
+    MatchTeachers,
     MixDomains,
     MixTeachers,
     SampleBySoftmax,
-    WeightBySoftmax,
     WithinLength,
 )
 
@@ -93,7 +109,7 @@ def every_policy() -> list[type]:
     found = []
     for module in pkgutil.iter_modules(distill_sampler.policies.__path__, "distill_sampler.policies."):
         for _, item in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
-            if item.__module__ == module.name and hasattr(item, "uses_columns"):
+            if item.__module__ == module.name and hasattr(item, "group_by"):
                 found.append(item)
     return found
 
@@ -131,8 +147,13 @@ def test_every_policy_is_explained_exported_and_has_an_example_here(policy: type
 def test_a_policy_keeps_its_contract(policy: Policy) -> None:
     check_policy(
         policy,
-        columns={"correct": (True, False, None), "domain": ("reasoning", "general")},
-        fixed_length=False if isinstance(policy, BestTeacher) else None,
+        columns={
+            "correct": (True, False, None),
+            "domain": ("reasoning", "general"),
+            "difficulty": (1, 2.5, 4, None),
+            "weight": (0, 1, 0.5),
+        },
+        fixed_length=False if isinstance(policy, ONE_TEACHER) else None,
     )
 
 
@@ -149,7 +170,7 @@ def test_what_is_kept_does_not_depend_on_the_order_of_the_plan(
 @law
 def test_a_kept_sample_takes_its_weight_along(policy: Policy, candidates: tuple[Pool, EpochPlan]) -> None:
     pool, plan = candidates
-    if isinstance(policy, WeightBySoftmax):
+    if isinstance(policy, WEIGHS):
         return
     weight_of = {index: 1.0 + index for index in set(plan.indices.tolist())}
     weights = np.array([weight_of[index] for index in plan.indices.tolist()])
@@ -200,7 +221,7 @@ def test_constant_scores_of_a_dry_run_are_enough(policy: Policy, candidates: tup
         assert len(run(policy, plan, replace(pool, scores=zeros, dry_run=True))) == len(result)
     # Where the scores decide nothing but who, the dry run has the length of the real one.
     all_scored = {name: np.where(np.isnan(numbers), 1.0, numbers) for name, numbers in pool.scores.items()}
-    if not isinstance(policy, BestTeacher) and not policy.length_depends_on_scores:
+    if not isinstance(policy, ONE_TEACHER) and not policy.length_depends_on_scores:
         assert len(result) == len(run(policy, plan, replace(pool, scores=all_scored)))
 
 

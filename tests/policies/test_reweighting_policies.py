@@ -14,7 +14,7 @@ from policy_pools import everything, make_pool, pools_and_plans, rng
 
 from distill_sampler.policies import SampleBySoftmax, WeightBySoftmax, effective_sample_size
 from distill_sampler.protocols import Pool
-from distill_sampler.types import Column, EpochPlan, FloatArray
+from distill_sampler.types import EncodedColumn, EpochPlan, FloatArray
 
 NAN = float("nan")
 quick = settings(max_examples=100, deadline=None)
@@ -45,7 +45,9 @@ def many_groups(num_groups: int, scores: FloatArray) -> Pool:
     return replace(
         pool,
         scores={"up": np.tile(scores, num_groups), "down": -np.tile(scores, num_groups)},
-        columns={"prompt_id": Column(codes=np.repeat(np.arange(num_groups), len(scores)), values=range(num_groups))},
+        columns={
+            "prompt_id": EncodedColumn(codes=np.repeat(np.arange(num_groups), len(scores)), values=range(num_groups))
+        },
         lengths=np.ones(num, np.int64),
         content_hash=rng(7).integers(2**64, size=num, dtype=np.uint64),
     )

@@ -9,7 +9,7 @@ import pytest
 from distill_sampler.correlation import spearman
 from distill_sampler.metrics import LocalNaturalness, RankSurprisalRatio
 from distill_sampler.report.leaderboard import Leaderboard, leaderboard
-from distill_sampler.types import Column
+from distill_sampler.types import EncodedColumn
 
 RSR = "rank_surprisal_ratio"
 
@@ -28,7 +28,7 @@ def board(
         metrics={RSR: RankSurprisalRatio()},
         metric=RSR,
         numbers={"mean_rank": rank, "mean_surprisal": surprisal, RSR: rank / surprisal},
-        teachers=Column(codes=np.asarray(teachers), values=names),
+        teachers=EncodedColumn(codes=np.asarray(teachers), values=names),
         groups=np.asarray(groups),
         **settings,
     )
@@ -141,7 +141,7 @@ def test_samples_that_lack_one_metric_can_be_ranked_by_another() -> None:
             **{name: np.array([2.0, nan, nan, nan], np.float32) for name in ratio.columns},
             **{name: np.array([-1.0, -3.0, -1.5, -1.5], np.float32) for name in local.columns},
         },
-        teachers=Column(codes=np.array([0, 0, 1, 1]), values=["short", "long"]),
+        teachers=EncodedColumn(codes=np.array([0, 0, 1, 1]), values=["short", "long"]),
         groups=np.array([0, 1, 0, 1]),
         num_tokens=np.full(4, 10),
         draws=50,
