@@ -107,8 +107,9 @@ class RankAverage(MetricExpression):
         goodness = [pool.goodness(metric) for metric in self.metrics]
         scored = np.flatnonzero(~np.any(np.isnan(goodness), axis=0))
         result = np.full(len(pool.content_hash), np.nan)
-        ranks = [rank_shares(numbers[scored]) for numbers in goodness]
-        result[scored] = np.average(ranks, axis=0, weights=self.weights)
+        if len(scored):
+            ranks = [rank_shares(numbers[scored]) for numbers in goodness]
+            result[scored] = np.average(ranks, axis=0, weights=self.weights)
         return result
 
 

@@ -59,6 +59,12 @@ def test_expressions_go_wherever_a_metrics_name_goes() -> None:
     assert KeepTop(RankAverage(both, "down"), num=1)(everything(pool), pool, rng()).indices.tolist() == [1]
 
 
+def test_an_expression_scores_nothing_where_no_sample_has_all_scores() -> None:
+    pool = make_pool([NAN, 1.0], [1.0, NAN])
+    for expression in (RankAverage("up", "down"), Lexicographic("up", "down")):
+        assert np.isnan(pool.goodness(expression)).all()
+
+
 def test_an_expression_tells_which_metrics_it_uses_each_once() -> None:
     expression: MetricExpression = RankAverage("a", Lexicographic("b", "a"), "c")
     assert expression.uses_metrics == ("a", "b", "c")
