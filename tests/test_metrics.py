@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import distill_sampler.metrics
-from distill_sampler import GlobalNaturalness, RankSurprisalRatio
+from distill_sampler import AslecDrop, GlobalNaturalness, RankSurprisalRatio
 from distill_sampler.protocols import Metric, PassInfo, Read, Reader
 from distill_sampler.testing import check_metric
 from distill_sampler.testing.metric import Characters
@@ -73,6 +73,22 @@ def test_every_metric_of_the_folder_is_public() -> None:
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
 def test_a_metric_keeps_its_contract(metric: Metric) -> None:
     check_metric(metric)
+
+
+def test_the_guard_of_rsr_touches_no_surprisal_but_zero() -> None:
+    for surprisal, expected in ((0.05, 20.0), (1e-6, 1e6), (0.0, 1e12)):
+        stats = TokenStats(surprisal=np.full(3, surprisal, np.float32), rank=np.ones(3, np.int64))
+        found = RankSurprisalRatio().reduce(SAMPLE, [stats])
+        assert found["rank_surprisal_ratio"] == pytest.approx(expected, rel=1e-5)
+        group = RankSurprisalRatio().aggregate({name: np.array([value]) for name, value in found.items()})
+        assert group == pytest.approx(expected, rel=1e-5)
+
+
+def test_aslec_drop_keeps_the_last_token_of_a_step_whatever_it_skips() -> None:
+    surprisal = np.array([5.0, 3.0, 2.0], np.float32)
+    for skip, expected in ((0, -10 / 3), (1, -2.5), (2, -2.0), (3, -2.0), (9, -2.0)):
+        assert AslecDrop(skip=skip).of_step(surprisal) == pytest.approx(expected)
+        assert AslecDrop(skip=skip).of_step(surprisal[:1]) == -5.0
 
 
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)

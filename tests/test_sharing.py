@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from distill_sampler.cli import app
 from distill_sampler.protocols import PassInfo
 from distill_sampler.reading import sharing
+from distill_sampler.reading.batching import Wave, token_batches, waves
 from distill_sampler.reading.forward import Forward, reading
 from distill_sampler.reading.model_reader import ModelReader, _Session
 from distill_sampler.reading.sharing import can_share, trial
@@ -172,6 +173,56 @@ def test_every_statistic_of_every_token_must_be_the_same(name: str, change: floa
         return [TokenStats(rank=ranks, ties=np.zeros(99, np.int64), **values)]
 
     assert (not sharing._difference(stats(), stats(**{name: change}), exact=True)) == same
+
+
+@pytest.mark.parametrize(
+    ("everywhere", "at_one_token", "same"),
+    [(0.04, 0.0, True), (0.06, 0.0, False), (0.0, 0.45, True), (0.0, 0.55, False)],
+)
+def test_in_low_precision_the_mean_and_the_largest_change_are_bounded(
+    everywhere: float, at_one_token: float, same: bool
+) -> None:
+    before, after = np.ones(99, np.float32), np.full(99, 1 + everywhere, np.float32)
+    after[50] += at_one_token
+    one, other = ([TokenStats(surprisal=values, rank=np.full(99, 7))] for values in (before, after))
+    assert (not sharing._difference(one, other, exact=False)) == same
+
+
+def view(prompt: int, response: int) -> View:
+    ids = np.arange(1, prompt + response + 1)
+    return View(input_ids=ids, scored=np.arange(len(ids)) > prompt)
+
+
+@pytest.mark.parametrize(("response", "shared"), [(12, True), (13, False)])
+def test_a_prompt_is_shared_where_that_saves_a_fifth(response: int, shared: bool) -> None:
+    """Two views of a prompt of 8 tokens: 8 are saved of 40, or of 42."""
+    views = [view(8, response), view(8, response)]
+    found = list(waves(views, [one.shareable for one in views], budget=1))
+    assert any(wave.prompts for wave in found) is shared
+
+
+def test_prompts_are_shared_where_that_saves_more_than_a_forward_costs() -> None:
+    views = [view(20, 5) for _ in range(3)]  # saves 40 tokens
+    for budget, shared in ((320, True), (321, False)):
+        found = list(waves(views, [one.shareable for one in views], budget=budget))
+        assert any(wave.prompts for wave in found) is shared
+
+
+def test_a_batch_may_be_exactly_full_and_kept_prompts_count_a_quarter() -> None:
+    assert [len(batch) for batch in token_batches(np.array([5, 5, 5]), 10)] == [2, 1]
+    views = [view(40, 10) for _ in range(4)]
+    # each goes on with 10 tokens, from 40 that take the memory of 10
+    for budget, sizes in ((40, [2, 2]), (39, [1, 1, 1, 1])):
+        (wave,) = waves(views, [one.shareable for one in views], budget=budget)
+        assert [len(prompt) for prompt in wave.prompts] == [40]
+        assert [len(batch) for batch in wave.batches] == sizes
+
+
+def test_a_wave_is_renumbered_with_its_prompts() -> None:
+    wave = Wave(prompts=[np.arange(3), np.arange(4)], row={0: 1, 1: 0, 2: 1}, batches=[[1], [2, 0]])
+    moved = wave.renumbered(np.array([7, 5, 9]))
+    assert moved.row == {7: 1, 5: 0, 9: 1}
+    assert moved.batches == [[5], [9, 7]]
 
 
 def test_prompts_are_tried_past_the_sliding_window_where_that_costs_little() -> None:

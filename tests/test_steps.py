@@ -103,6 +103,17 @@ def test_short_steps_are_joined_and_long_ones_cut() -> None:
     assert steps == [(0, 5), (5, 11), (11, 17), (17, 23), (23, 30)]
 
 
+def test_a_step_of_exactly_the_fewest_tokens_is_kept() -> None:
+    ids = np.array(TOKENIZER("abc.def.gh.i")["input_ids"], np.int64)
+    for least, expected in (
+        (5, [(0, 12)]),  # what is too short at the end is joined with the step before
+        (4, [(0, 4), (4, 8), (8, 12)]),
+        (1, [(0, 4), (4, 8), (8, 11), (11, 12)]),
+    ):
+        found = token_steps(ids, TOKENIZER, by_pattern(r"\."), min_tokens=least, max_tokens=99)
+        assert found == expected
+
+
 @pytest.mark.parametrize("places", [[-1], [999], [3, 1], [(0, 3), (2, 5)], [0.5], ["a."]])
 def test_a_splitter_must_return_ascending_positions(places: list[Any]) -> None:
     with pytest.raises(ValueError, match=r"The splitter .* ascending order \(for spans, their starts\)"):

@@ -39,6 +39,23 @@ def test_processes_get_nearly_the_same_tokens(world_size: int, order: str) -> No
     assert max(loads) / np.mean(loads) < 1.01
 
 
+@pytest.mark.parametrize("other", ["00000000000b", "00000000000a"])
+def test_processes_that_hold_different_things_stop(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulated: what the second process sends."""
+
+    def gathered(room: list[torch.Tensor], mine: torch.Tensor) -> None:
+        room[0].copy_(mine)
+        room[1].fill_(int(other, 16))
+
+    monkeypatch.setattr("distill_sampler.distributed.dist.all_gather", gathered)
+    ranks = Ranks(rank=0, world_size=2)
+    if other == "00000000000a":
+        ranks.require_equal("00000000000a", "plan")
+        return
+    with pytest.raises(ValueError, match=r"same plan: rank 0 has 00000000000a, rank 1 has 00000000000b.*same data"):
+        ranks.require_equal("00000000000a", "plan")
+
+
 def test_one_process_sends_nothing() -> None:
     assert not torch.distributed.is_initialized()
     alone = Ranks.current(torch.device("cpu"))

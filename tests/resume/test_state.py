@@ -3,19 +3,24 @@
 import errno
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill_sampler import BestOf, Curriculum, EpochPlan, RankSurprisalRatio, Rescore, ScoredDataset, Scorer, Shuffle
 from distill_sampler.artifacts.parts import Parts
 from distill_sampler.distributed import Ranks
+from distill_sampler.protocols import Metric
 from distill_sampler.serialize import pack, unpack
 from distill_sampler.store import ScoreStore
+from distill_sampler.types import Sample
 from tests import tiny
 
 RSR = "rank_surprisal_ratio"
@@ -275,8 +280,33 @@ def test_a_pass_is_known_by_all_that_decides_its_last_bits(
     monkeypatch.setattr(Ranks, "current", classmethod(lambda cls, device: Ranks(world_size=2)))
     assert identity() != first
     monkeypatch.undo()
+    monkeypatch.setattr(type(reader), "device", torch.device("meta"))
+    assert identity() != first
+    monkeypatch.undo()
     model.model.norm.weight.data += 1e-3
     assert identity() != first
+    model.model.norm.weight.data -= 1e-3
+
+
+def test_a_pass_is_known_by_the_columns_that_its_metrics_read(dataset: ScoredDataset, model: PreTrainedModel) -> None:
+    @dataclass(frozen=True)
+    class OfTeacher(Metric):
+        name: str = "of_teacher"
+        uses_columns: tuple[str, ...] = ("teacher",)
+
+        def reduce(self, sample: Sample, stats: Any) -> dict[str, float]:
+            return {self.name: float(len(sample.columns["teacher"]))}
+
+    rows = [dict(row) for row in dataset.rows]
+    identities = []
+    for teacher in ("ada", "bob"):
+        rows[0]["teacher"] = teacher
+        curriculum = Curriculum(metrics=[OfTeacher()], policies=[Shuffle()])
+        curriculum.bind(ScoredDataset(datasets.Dataset.from_list(rows), end_token_ids=[257]))
+        scoring = curriculum.cycle.pass_runner
+        identities.append(scoring._identity_of_pass(scoring.scorer.reader(model), 0, 0, scoring.candidates))
+    assert identities[0] != identities[1]
+    assert {name for name in identities[0] if identities[0][name] != identities[1][name]} == {"columns"}
 
 
 def test_what_was_spent_comes_back_with_the_state(dataset: ScoredDataset, model: PreTrainedModel) -> None:
@@ -300,6 +330,7 @@ def test_every_plan_is_compared_across_processes_before_it_is_trained(
     plan = curriculum.start_epoch(0, model)
     assert ("plan", plan.fingerprint) in compared
     assert ("data set", dataset.fingerprint) in compared
+    compared.clear()
     again = curriculum.replan(tiny.model(seed=4), step=1, into_epoch=1, start=3)
     assert again is not None
     assert ("plan", curriculum.cycle.record.plans[-1].plan.fingerprint) in compared
