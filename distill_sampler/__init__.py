@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from distill_sampler.metrics.rank_surprisal_ratio import RankSurprisalRatio
     from distill_sampler.metrics.teacher_sentences import TeacherSentences
     from distill_sampler.metrics.teacher_student_gap import TeacherStudentGap
+    from distill_sampler.objectives.attention_transfer import AttentionTransfer
+    from distill_sampler.objectives.hidden_hints import HiddenHints
     from distill_sampler.objectives.soft_targets import SoftTargets
     from distill_sampler.planning.rescore import Rescore
     from distill_sampler.planning.sampler import DistillSampler
@@ -75,6 +77,8 @@ _HOMES = {
         "TeacherStudentGap",
     ),
     "metrics.provenance": ("Provenance",),
+    "objectives.attention_transfer": ("AttentionTransfer",),
+    "objectives.hidden_hints": ("HiddenHints",),
     "objectives.soft_targets": ("SoftTargets",),
     "planning.rescore": ("Rescore",),
     "planning.sampler": ("DistillSampler",),
@@ -110,6 +114,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AslecDrop",
+    "AttentionTransfer",
     "Batch",
     "BestOf",
     "BestSingleTeacher",
@@ -123,6 +128,7 @@ __all__ = [
     "ExcessLoss",
     "GlobalNaturalness",
     "GroupByLength",
+    "HiddenHints",
     "Interleave",
     "KeepByMargin",
     "KeepCorrect",

@@ -384,11 +384,18 @@ class Objective(Protocol):
         """What it is logged as."""
         ...
 
+    def prepare(self, student: Any) -> None:
+        """The student is about to be trained: add what is learned beside it, before its optimizer is made."""
+
+    def withdraw(self, student: Any) -> None:
+        """Training is over: take away what `prepare` added."""
+
     @abstractmethod
-    def tap(self, *, num_tokens: int | None = None) -> ObjectiveTap:
+    def tap(self, teachers: Any, *, num_tokens: int | None = None) -> ObjectiveTap:
         """The objective at work in one run.
 
         Args:
+            teachers: the run's `objectives.live.Teachers`: objectives of the same teacher share its forward pass.
             num_tokens: how many tokens the student's tokenizer has; None: unknown.
         """
         ...

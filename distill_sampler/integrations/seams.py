@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from distill_sampler.distributed import Ranks
 from distill_sampler.integrations.checkpoints import checkpoint_to_resume, claimed, entry_of, new_run, read_state
 from distill_sampler.objectives.places import IGNORED
-from distill_sampler.protocols import ObjectiveTap
+from distill_sampler.protocols import Objective, ObjectiveTap
 
 
 class Follower(Protocol):
@@ -158,6 +158,34 @@ def loss_through(trainer: Trainer, objectives: Sequence[ObjectiveTap]) -> None:
         return (loss, *result[1:]) if return_outputs else loss
 
     trainer.compute_loss = compute_with_objectives  # type: ignore[method-assign]
+
+
+def prepare_through(trainer: Trainer, objectives: Sequence[Objective]) -> None:
+    """Have objectives add to the student what is learned beside it, from the start of training to its end.
+
+    Raises:
+        ValueError: when training starts, if something was added and the trainer has an optimizer without it.
+    """
+    train = trainer.train
+
+    def train_with_additions(*args: Any, **kwargs: Any) -> Any:
+        model = trainer.model
+        assert model is not None
+        before = len(list(model.parameters()))
+        for objective in objectives:
+            objective.prepare(model)
+        if trainer.optimizer is not None and len(list(model.parameters())) > before:
+            raise ValueError(
+                f"objective={objectives[0].name}: the trainer has an optimizer already (optimizers=, or it was trained "
+                "before), which does not know the projections. Let a new trainer make its own optimizer."
+            )
+        try:
+            return train(*args, **kwargs)
+        finally:
+            for objective in objectives:
+                objective.withdraw(model)
+
+    trainer.train = train_with_additions  # type: ignore[method-assign]
 
 
 def save_through(trainer: Trainer, callback: Follower) -> None:

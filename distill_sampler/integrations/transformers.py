@@ -38,12 +38,14 @@ from distill_sampler.integrations.seams import (
     log_through,
     loss_through,
     output_of,
+    prepare_through,
     sample_through,
     save_through,
     step_through,
     train_through,
 )
 from distill_sampler.integrations.trl import dropped_rows, is_sft_trainer, source_rows
+from distill_sampler.objectives.live import Teachers
 from distill_sampler.protocols import Objective, Tap
 from distill_sampler.sources.templates import markers
 from distill_sampler.truncation import UNKNOWN, cut_responses
@@ -145,7 +147,9 @@ def attach(
     objectives = checked_objectives(objective)
     refuse_for_objectives(objectives, args)
     tokenizer: Any = trainer.processing_class
-    objective_taps = [each.tap(num_tokens=None if tokenizer is None else len(tokenizer)) for each in objectives]
+    teachers = Teachers()
+    num_tokens = None if tokenizer is None else len(tokenizer)
+    objective_taps = [each.tap(teachers, num_tokens=num_tokens) for each in objectives]
     taps += objective_taps
     callback = CurriculumCallback(trainer, curriculum, taps=taps, accept_changes=accept_changes)
     sample_through(trainer, sampler)
@@ -157,6 +161,7 @@ def attach(
         step_through(trainer, callback)
     if objective_taps:
         loss_through(trainer, objective_taps)
+        prepare_through(trainer, objectives)
     if curriculum.observe:
         save_through(trainer, callback)
     curriculum.driven_by = type(trainer).__name__

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,53 +17,194 @@ from distill_sampler.reading.observer import transform_of
 from distill_sampler.reading.token_stats import linear
 
 
-class LiveTeacher:
-    """A frozen causal language model: what it predicts at the positions of a batch.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Seen:
+    """What one forward pass of a decoder showed."""
+
+    last: Tensor
+    """`[rows, width, hidden]` what goes into the output head."""
+    layers: Mapping[int, Tensor]
+    """`[rows, width, hidden]` the output of each layer that was asked for."""
+    attention: Mapping[int, Tensor]
+    """`[rows, heads, width, width]` the attention of each layer that was asked for."""
+
+
+class Watch:
+    """Keeps what a decoder's layers give in a forward pass, for those who ask.
 
     Args:
-        model: whole in each process.
-        columns: how many columns of its output head count; see `shared_columns`.
-
-    Raises:
-        ValueError: its logits are not made from its decoder's hidden states by its output head.
+        model: a causal language model of transformers, wrapped or not.
     """
 
-    def __init__(self, model: nn.Module, *, columns: int) -> None:
-        self._model = model.eval().requires_grad_(False)
-        self._inner = unwrap(model)
-        self._decoder: nn.Module = self._inner.get_decoder()
-        self._takes = set(inspect.signature(self._decoder.forward).parameters)
-        self._transform = transform_of(model, purpose="SoftTargets(teacher=)")
-        self._columns = columns
+    def __init__(self, model: nn.Module) -> None:
+        self.model = unwrap(model)
+        self.decoder: nn.Module = self.model.get_decoder()
+        self._layers: set[int] = set()
+        self._attention: set[int] = set()
+        self._outputs: dict[int, Tensor] = {}
+        self._maps: dict[int, Tensor] = {}
+
+    def ask(self, *, layers: Collection[int] = (), attention: Collection[int] = ()) -> None:
+        """Keep these layers' outputs, and these layers' attention."""
+        self._layers |= set(layers)
+        self._attention |= set(attention)
+
+    @contextmanager
+    def open(self, then: Callable[[Seen], None]) -> Iterator[None]:
+        """Watch, and call `then` inside each forward pass of the decoder, at its end."""
+        with ExitStack() as hooks:
+            for number, layer in enumerate(layers_of(self.model)):
+                if number in self._layers:
+                    hooks.callback(layer.register_forward_hook(self._keep(self._outputs, number)).remove)
+                if number in self._attention:
+                    hooks.callback(
+                        attention_of(layer).register_forward_hook(self._keep(self._maps, number, part=1)).remove
+                    )
+
+            def at_the_end(decoder: nn.Module, args: Any, output: Any) -> None:
+                seen = Seen(last=output[0], layers=dict(self._outputs), attention=dict(self._maps))
+                self._outputs.clear()
+                self._maps.clear()
+                then(seen)
+
+            hooks.callback(self.decoder.register_forward_hook(at_the_end).remove)
+            yield
+
+    @staticmethod
+    def _keep(into: dict[int, Tensor], number: int, *, part: int = 0) -> Any:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            into[number] = output[part] if isinstance(output, tuple) else output
+
+        return keep
+
+
+class LiveTeacher:
+    """A frozen causal language model beside the student. Objectives of the same teacher share its forward pass.
+
+    Args:
+        model: whole in each process. It is put into evaluation mode, and moved to the student's device when training
+            starts.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.watch = Watch(model.eval().requires_grad_(False))
+        self._takes = set(inspect.signature(self.watch.decoder.forward).parameters) - {"use_cache"}
+        self._transform: Any = None
+        self._seen: Seen | None = None
+        self._read: Any = None
 
     @torch.no_grad()
-    def states(self, inputs: Mapping[str, Any], counted: Tensor) -> Tensor:
-        """`[positions, hidden]` the teacher's hidden states where `counted` is True.
+    def read(self, inputs: Mapping[str, Any]) -> Seen:
+        """What the teacher makes of a batch. Read once, however many objectives ask.
 
         Args:
             inputs: the batch as the student gets it.
-            counted: `[rows, width]`.
         """
-        own = {name: value for name, value in inputs.items() if name in self._takes and name != "use_cache"}
-        output = self._decoder(**own, use_cache=False)
-        states: Tensor = output[0][counted]
-        return states
+        if self._read is not inputs["input_ids"]:
+            with self.watch.open(self._keep):
+                self.watch.decoder(**{k: v for k, v in inputs.items() if k in self._takes}, use_cache=False)
+            self._read = inputs["input_ids"]
+        assert self._seen is not None
+        return self._seen
 
-    def targets(self, states: Tensor, *, temperature: float) -> Targets:
-        """The teacher's predictions at these positions."""
-        head = self._inner.get_output_embeddings()
+    def _keep(self, seen: Seen) -> None:
+        self._seen = seen
+
+    def forget(self) -> None:
+        """The batch is over: free what was read."""
+        self._seen = self._read = None
+
+    def targets(self, states: Tensor, *, temperature: float, columns: int) -> Targets:
+        """The teacher's predictions.
+
+        Args:
+            states: `[positions, hidden]` what goes into its output head.
+            temperature: of the softmax.
+            columns: how many columns count; see `shared_columns`.
+
+        Raises:
+            ValueError: its logits are not made from its decoder's hidden states by its output head.
+        """
+        if self._transform is None:
+            self._transform = transform_of(self.watch.model, purpose="SoftTargets(teacher=)")
+        head = self.watch.model.get_output_embeddings()
         project = linear(head.weight, head.bias, self._transform)
 
         def cells(start: int, stop: int) -> Cells:
             with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
-                logits = project(states[start:stop])[:, : self._columns].div_(temperature)
+                logits = project(states[start:stop])[:, :columns].div_(temperature)
                 return Cells(log_probs=logits.sub_(logits.logsumexp(1, keepdim=True)))
 
         return cells
 
 
+class Teachers:
+    """The teachers of a run, each one once."""
+
+    def __init__(self) -> None:
+        self._live: dict[int, LiveTeacher] = {}
+
+    def live(self, model: nn.Module) -> LiveTeacher:
+        """The teacher that reads with this model."""
+        return self._live.setdefault(id(model), LiveTeacher(model))
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The layers of a causal language model's decoder, from the input to the output.
+
+    Raises:
+        ValueError: there is no list of as many modules as the configuration has layers.
+    """
+    inner = unwrap(model)
+    number = inner.config.get_text_config().num_hidden_layers
+    for module in inner.get_decoder().modules():
+        if isinstance(module, nn.ModuleList) and len(module) == number:
+            return module
+    raise ValueError(f"{type(inner).__name__} has no list of {number} layers, so its hidden states cannot be matched.")
+
+
+def attention_of(layer: nn.Module) -> nn.Module:
+    """The self-attention of a decoder layer.
+
+    Raises:
+        ValueError: it has none, as in linear or recurrent layers.
+    """
+    for name, module in layer.named_children():
+        if name in ("self_attn", "attn", "attention", "self_attention"):
+            return module
+    raise ValueError(f"{type(layer).__name__} has no self-attention whose maps could be matched. Leave it out.")
+
+
+def chosen_layers(layers: Mapping[int, int], student: nn.Module, teacher: nn.Module, *, what: str) -> dict[int, int]:
+    """Layers of the student and of the teacher that belong together, counted from the input.
+
+    Args:
+        layers: student's layer to teacher's layer; negative numbers count from the last layer.
+        student: the student.
+        teacher: the teacher.
+        what: the objective, for the message.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    chosen: dict[int, int] = {}
+    for pair in layers.items():
+        found = []
+        for number, model, whose in zip(pair, (student, teacher), ("student", "teacher"), strict=True):
+            total = len(layers_of(model))
+            if not -total <= number < total:
+                raise ValueError(
+                    f"{what}(layers={dict(layers)}): the {whose} has {total} layers, so there is no layer {number}. "
+                    f"Give numbers from 0 to {total - 1}, or from -1 to {-total} to count from the last."
+                )
+            found.append(number % total)
+        chosen[found[0]] = found[1]
+    return chosen
+
+
 def shared_columns(student: nn.Module, teacher: nn.Module, *, tokens: int | None = None) -> int:
-    """How many columns, from the first, student and teacher have in common. Vocabularies are often padded.
+    """How many columns of their output heads, from the first, student and teacher have in common. Vocabularies are
+    often padded.
 
     Args:
         student: the student.
@@ -71,8 +214,8 @@ def shared_columns(student: nn.Module, teacher: nn.Module, *, tokens: int | None
     Raises:
         ValueError: one of the two has no column for some tokens, so they have different vocabularies.
     """
-    sizes = [len(unwrap(model).get_output_embeddings().weight) for model in (student, teacher)]
-    columns = min(sizes)
+    sizes = [unwrap(model).config.get_text_config().vocab_size for model in (student, teacher)]
+    columns: int = min(sizes)
     if columns < (tokens or 0) or (tokens is None and max(sizes) - columns > _PADDING):
         raise ValueError(
             f"SoftTargets(teacher=): the student predicts {sizes[0]} tokens and the teacher {sizes[1]}, so they have "

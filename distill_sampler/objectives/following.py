@@ -1,0 +1,153 @@
+"""What objectives have in common: from the batch that a host announces to a number in the student's forward pass."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill_sampler.objectives.live import LiveTeacher, Seen, Watch
+from distill_sampler.objectives.places import predicting, weights_of_positions
+from distill_sampler.protocols import ObjectiveTap
+from distill_sampler.reading.forward import unwrap
+from distill_sampler.types import Batch
+
+
+class FollowsTeacher(ObjectiveTap):
+    """An objective that compares the student with a teacher at each token that is trained on.
+
+    Args:
+        name: of the objective.
+        teacher: who reads the same batches.
+    """
+
+    def __init__(self, name: str, teacher: LiveTeacher) -> None:
+        self.name = name
+        self.teacher = teacher
+        self.student: Any = None
+        self.factor = 0.0
+        """How much of the objective is in the loss of this batch. At 0 the teacher is not read."""
+        self._batch: Batch | None = None
+        self._counted: Tensor | None = None
+        self._of_teacher: Seen | None = None
+        self._value: Tensor | None = None
+        self._sums = torch.zeros(2, dtype=torch.float64)
+        """Sum of the weighted values since the last report, and of the weights."""
+
+    @abstractmethod
+    def factor_at(self, progress: float) -> float:
+        """How much of the objective is in the loss at this point of the run."""
+
+    @abstractmethod
+    def begin(self, student: Watch) -> None:
+        """Training starts: check that student and teacher fit, and ask them for what is compared.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+
+    @abstractmethod
+    def compare(self, student: Seen, teacher: Seen, counted: Tensor, weights: Tensor) -> Tensor:
+        """The objective of a batch, summed over its positions: a scalar with gradients for the student.
+
+        Called inside the student's forward pass, where sharded weights can be gathered.
+
+        Args:
+            student: what the student showed.
+            teacher: the same of the teacher.
+            counted: `[rows, width]` True at the positions that count.
+            weights: `[positions]` loss weights, where `counted` is True.
+        """
+
+    @contextmanager
+    def open(self, model: nn.Module, *, step: int) -> Iterator[None]:
+        self.student = unwrap(model)
+        self.teacher.watch.model.to(next(self.student.parameters()).device)
+        watch = Watch(model)
+        self.begin(watch)
+        with watch.open(self._see):
+            yield
+
+    def before(self, batch: Batch) -> None:
+        self._batch = batch
+
+    def after(self, batch: Batch) -> None:
+        self._batch = None
+        self.teacher.forget()
+
+    def expect(self, inputs: Mapping[str, Any], *, progress: float) -> None:
+        self._value = self._counted = self._of_teacher = None
+        self.factor = self.factor_at(progress)
+        if self.factor:
+            self._counted = predicting(inputs)
+            self._of_teacher = self.teacher.read(inputs)
+
+    def added_to(self, loss: Tensor, *, scale: float | Tensor) -> Tensor:
+        """The loss of the batch.
+
+        Raises:
+            ValueError: the student's decoder was not run.
+        """
+        if not self.factor:
+            return loss
+        if self._value is None:
+            raise ValueError(
+                f"objective={self.name}: this trainer's forward pass did not run the decoder of "
+                f"{type(self.student).__name__}, so there is nothing to compare with the teacher. Leave it out."
+            )
+        value, self._value, self._counted, self._of_teacher = self._value, None, None, None
+        return self.joined(loss, self.factor * scale * value)
+
+    def joined(self, loss: Tensor, own: Tensor) -> Tensor:
+        """The loss with the objective's part."""
+        return loss + own
+
+    def sums(self) -> Mapping[str, tuple[float, float]]:
+        total, weight = self._sums.tolist()
+        self._sums.zero_()
+        return {self.name: (total, weight)}
+
+    def _see(self, seen: Seen) -> None:
+        counted = self._counted
+        if counted is None or self._value is not None or not torch.is_grad_enabled():
+            return  # evaluation, or a host's second look at the same batch
+        if seen.last.shape[:2] != counted.shape:
+            raise ValueError(
+                f"objective={self.name}: the student has states for {tuple(seen.last.shape[:2])} positions, but the "
+                f"batch has {tuple(counted.shape)} tokens (prompt tuning?). Leave it out for this student."
+            )
+        weights = torch.ones(counted.shape) if self._batch is None else weights_of_positions(self._batch)
+        assert self._of_teacher is not None
+        chosen = weights.to(counted.device)[counted]
+        self._value = self.compare(seen, self._of_teacher, counted, chosen)
+        self._sums += torch.stack([self._value.detach().double(), chosen.double().sum()]).cpu()
+
+
+def scheduled(value: Any, progress: float, *, argument: str, highest: float = float("inf")) -> float:
+    """A number, or a function of progress, at this point of the run.
+
+    Raises:
+        ValueError: it is negative, or above `highest`.
+    """
+    number = value(progress) if callable(value) else value
+    if not 0 <= number <= highest:
+        bounds = "from 0 on" if highest == float("inf") else f"from 0 to {highest:g}"
+        raise ValueError(f"{argument}: it is {number} at progress {progress}. Give numbers {bounds}.")
+    return float(number)
+
+
+def require_model(teacher: Any, *, what: str) -> None:
+    """Refuse what is not a model in memory.
+
+    Raises:
+        ValueError: naming the argument and what it takes.
+    """
+    if not isinstance(teacher, nn.Module):
+        raise ValueError(
+            f"{what}(teacher={teacher!r}): give a causal language model, such as "
+            "AutoModelForCausalLM.from_pretrained(…)."
+        )

@@ -1,0 +1,120 @@
+"""Hints (FitNets, Romero et al. 2014, arXiv:1412.6550): the student's hidden states come close to the teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from distill_sampler.field_docs import documents_fields
+from distill_sampler.objectives.following import FollowsTeacher, require_model, scheduled
+from distill_sampler.objectives.live import Seen, Teachers, Watch, chosen_layers
+from distill_sampler.protocols import Objective, ObjectiveTap
+from distill_sampler.reading.forward import unwrap
+
+MODULE = "distillation_projections"
+"""Name of the projections in the student, while it is trained."""
+
+
+@documents_fields
+@dataclass(frozen=True)
+class HiddenHints(Objective):
+    """weight · the mean over layers of MSE(W h_student, h_teacher), added to the loss.
+
+    The error of a position is the mean over the teacher's dimensions. It is taken at every position that predicts a
+    token that is trained on, and normalised as the trainer normalises its loss. W is a learned matrix, where the two
+    widths differ.
+
+    The matrices are part of the student while it is trained: they are in its optimizer and its checkpoints, and come
+    back on a resume. When training ends they are taken out, so that the saved student is the student.
+    """
+
+    teacher: nn.Module
+    """A causal language model with the student's tokens. It is frozen, put into evaluation mode and moved to the
+    student's device."""
+    layers: Mapping[int, int] = field(default_factory=lambda: {-1: -1})
+    """Student's layer to teacher's layer. Layers count from 0; -1 is the last one."""
+    projection: Literal["auto", "always", "never"] = "auto"
+    """When there is a W: where the widths differ, always, or never."""
+    weight: float | Callable[[float], float] = 1.0
+    """Weight in the loss. A function gives it for the progress of the run, which goes from 0 to 1. At 0 the teacher is
+    not read."""
+
+    def __post_init__(self) -> None:
+        require_model(self.teacher, what="HiddenHints")
+        if not isinstance(self.layers, Mapping) or not self.layers:
+            raise ValueError(
+                f"HiddenHints(layers={self.layers!r}): give the student's layers with the teacher's, such as {{-1: -1}}"
+            )
+        if self.projection not in get_args(Literal["auto", "always", "never"]):
+            raise ValueError(f"HiddenHints(projection={self.projection!r}): choose 'auto', 'always' or 'never'.")
+        for progress in (0.0, 0.5, 1.0):
+            scheduled(self.weight, progress, argument="HiddenHints(weight=)")
+
+    @property
+    def name(self) -> str:
+        return "hidden_hints"
+
+    def prepare(self, student: nn.Module) -> None:
+        """Put the projections into the student, before its optimizer is made.
+
+        Raises:
+            ValueError: a layer does not exist, or the widths differ and `projection="never"`.
+        """
+        inner, teacher = unwrap(student), unwrap(self.teacher)
+        layers = chosen_layers(self.layers, inner, teacher, what="HiddenHints")
+        widths = [model.config.get_text_config().hidden_size for model in (inner, teacher)]
+        if self.projection == "never" and widths[0] != widths[1]:
+            raise ValueError(
+                f"HiddenHints(projection='never'): the student's states have {widths[0]} dimensions and the teacher's "
+                f"{widths[1]}. Use projection='auto', which learns a projection."
+            )
+        if self.projection == "never" or (self.projection == "auto" and widths[0] == widths[1]):
+            return
+        if hasattr(inner, "peft_config"):
+            raise ValueError(
+                "HiddenHints: the checkpoints of an adapter would not hold the projections, so a resume would start "
+                "them anew. Train the whole student, or match layers of the same width with projection='never'."
+            )
+        like = next(inner.parameters())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the same matrices in every process and after a restart
+            made = {
+                str(layer): nn.Linear(widths[0], widths[1], bias=False).to(like.device, like.dtype) for layer in layers
+            }
+        inner.add_module(MODULE, nn.ModuleDict(made))
+
+    def withdraw(self, student: nn.Module) -> None:
+        """Take the projections out of the student again."""
+        unwrap(student)._modules.pop(MODULE, None)
+
+    def tap(self, teachers: Teachers, *, num_tokens: int | None = None) -> ObjectiveTap:
+        return _HiddenHintsTap(self, teachers)
+
+
+class _HiddenHintsTap(FollowsTeacher):
+    def __init__(self, objective: HiddenHints, teachers: Teachers) -> None:
+        super().__init__(objective.name, teachers.live(objective.teacher))
+        self.objective = objective
+        self._layers: dict[int, int] = {}
+
+    def factor_at(self, progress: float) -> float:
+        return scheduled(self.objective.weight, progress, argument="HiddenHints(weight=)")
+
+    def begin(self, student: Watch) -> None:
+        self._layers = chosen_layers(self.objective.layers, student.model, self.teacher.watch.model, what="HiddenHints")
+        student.ask(layers=self._layers)
+        self.teacher.watch.ask(layers=self._layers.values())
+
+    def compare(self, student: Seen, teacher: Seen, counted: Tensor, weights: Tensor) -> Tensor:
+        total = weights.new_zeros(())
+        for own, other in self._layers.items():
+            states, hints = student.layers[own][counted], teacher.layers[other][counted]
+            if MODULE in self.student._modules:
+                states = self.student.get_submodule(f"{MODULE}.{own}")(states)
+            error = (states.float() - hints.float()).square().mean(1)
+            total = total + (weights * error).sum() / len(self._layers)
+        return total
