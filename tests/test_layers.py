@@ -27,7 +27,7 @@ LAYERS = [
     {"plugins"},
     {"specs"},
     {"artifacts"},
-    {"scoring"},
+    {"scoring", "tracing"},
     {"cycle"},
     {"curriculum"},
     {"objectives"},

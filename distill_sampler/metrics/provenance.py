@@ -17,6 +17,9 @@ from distill_sampler.types import BoolArray, FloatArray, IntArray
 
 CLASSES = ("shared", "teacher", "student", "boosted")
 """Names of the classes, in the order of their numbers."""
+BYTES_PER_TOKEN = 4.0
+"""What a token of today's vocabularies holds of English text, roughly: probabilities by bytes are then of the same size
+as those by tokens, and the same thresholds can be used."""
 SHARED, TEACHER, STUDENT_OWN, BOOSTED = range(4)
 
 
@@ -53,6 +56,11 @@ class Provenance:
                 f"Provenance(bytes_per_token={self.bytes_per_token}): give a positive number of bytes, such as 4, or "
                 "None for the models' own tokens."
             )
+
+    @property
+    def other_way(self) -> Provenance:
+        """The same thresholds for probabilities by bytes instead of tokens, or by tokens instead of bytes."""
+        return replace(self, bytes_per_token=BYTES_PER_TOKEN if self.bytes_per_token is None else None)
 
     def is_teacher(self, teacher: SentenceLogProbs, student: SentenceLogProbs) -> BoolArray:
         """`[sentences]` True where the teacher's probability is more than `beta` above the student's."""

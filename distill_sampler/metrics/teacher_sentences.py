@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -61,7 +61,7 @@ class TeacherSentences(SentenceMetric):
         begins = np.r_[0, np.cumsum(teacher.num_bytes)[:-1]]
         counted = begins < (np.inf if self.first_bytes is None else self.first_bytes)
         is_teacher = self._provenance.is_teacher(teacher, student)[counted]
-        other_way = self._other_way.is_teacher(teacher, student)[counted]
+        other_way = self._provenance.other_way.is_teacher(teacher, student)[counted]
         count, share = float(is_teacher.sum()), float(is_teacher.mean())
         flips = float((is_teacher != other_way).sum())
         score = count if self.by == "count" else share
@@ -70,12 +70,3 @@ class TeacherSentences(SentenceMetric):
     @property
     def _provenance(self) -> Provenance:
         return Provenance(beta=self.beta, bytes_per_token=self.bytes_per_token)
-
-    @property
-    def _other_way(self) -> Provenance:
-        return replace(self._provenance, bytes_per_token=BYTES_PER_TOKEN if self.bytes_per_token is None else None)
-
-
-BYTES_PER_TOKEN = 4.0
-"""What a token of today's vocabularies holds of English text, roughly: probabilities by bytes are then of the same size
-as those by tokens, and the same threshold can be used."""
