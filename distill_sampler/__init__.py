@@ -20,12 +20,16 @@ if TYPE_CHECKING:
     from distill_sampler.integrations.accelerate import CurriculumLoop
     from distill_sampler.integrations.transformers import attach
     from distill_sampler.metrics.aslec_drop import AslecDrop
+    from distill_sampler.metrics.aslec_parts import AslecParts
     from distill_sampler.metrics.controls import Random, ResponseLength, RuleQuality
     from distill_sampler.metrics.excess_loss import ExcessLoss
     from distill_sampler.metrics.global_naturalness import GlobalNaturalness
+    from distill_sampler.metrics.instruction_following_difficulty import InstructionFollowingDifficulty
+    from distill_sampler.metrics.lark import Lark
     from distill_sampler.metrics.local_naturalness import LocalNaturalness
     from distill_sampler.metrics.provenance import Provenance
     from distill_sampler.metrics.rank_surprisal_ratio import RankSurprisalRatio
+    from distill_sampler.metrics.rho1_share import Rho1Share
     from distill_sampler.metrics.teacher_sentences import TeacherSentences
     from distill_sampler.metrics.teacher_student_gap import TeacherStudentGap
     from distill_sampler.objectives.attention_transfer import AttentionTransfer
@@ -46,6 +50,7 @@ if TYPE_CHECKING:
     from distill_sampler.policies.match_teachers import MatchTeachers
     from distill_sampler.policies.mix_domains import MixDomains
     from distill_sampler.policies.mix_teachers import MixTeachers
+    from distill_sampler.policies.pool_scores import AslecCasl, LarkGain
     from distill_sampler.policies.sample_by_softmax import SampleBySoftmax
     from distill_sampler.policies.shuffle import Shuffle
     from distill_sampler.policies.sort_by import SortBy
@@ -66,12 +71,16 @@ _HOMES = {
     "integrations.transformers": ("attach",),
     "metrics": (
         "AslecDrop",
+        "AslecParts",
         "ExcessLoss",
         "GlobalNaturalness",
+        "InstructionFollowingDifficulty",
+        "Lark",
         "LocalNaturalness",
         "Random",
         "RankSurprisalRatio",
         "ResponseLength",
+        "Rho1Share",
         "RuleQuality",
         "TeacherSentences",
         "TeacherStudentGap",
@@ -83,6 +92,7 @@ _HOMES = {
     "planning.rescore": ("Rescore",),
     "planning.sampler": ("DistillSampler",),
     "policies": (
+        "AslecCasl",
         "BestOf",
         "BestSingleTeacher",
         "BestTeacher",
@@ -93,6 +103,7 @@ _HOMES = {
         "KeepByMargin",
         "KeepCorrect",
         "KeepTop",
+        "LarkGain",
         "Lexicographic",
         "MatchTeachers",
         "MixDomains",
@@ -113,8 +124,10 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AslecCasl",
     "AslecDrop",
     "AttentionTransfer",
+    "AslecParts",
     "Batch",
     "BestOf",
     "BestSingleTeacher",
@@ -129,10 +142,13 @@ __all__ = [
     "GlobalNaturalness",
     "GroupByLength",
     "HiddenHints",
+    "InstructionFollowingDifficulty",
     "Interleave",
     "KeepByMargin",
     "KeepCorrect",
     "KeepTop",
+    "Lark",
+    "LarkGain",
     "Lexicographic",
     "LocalNaturalness",
     "MatchTeachers",
@@ -150,6 +166,7 @@ __all__ = [
     "Reader",
     "Rescore",
     "ResponseLength",
+    "Rho1Share",
     "RuleQuality",
     "Sample",
     "SampleBySoftmax",

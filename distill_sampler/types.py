@@ -96,6 +96,10 @@ class TokenStats:
     """`[tokens]` entropy of the prediction, in nats."""
     top1: FloatArray | None = None
     """`[tokens]` probability of the most likely token. (The token itself is the most likely where its rank is 1.)"""
+    top50: FloatArray | None = None
+    """`[tokens]` what the probabilities of the 50 most likely tokens add up to."""
+    top50_sum_p2: FloatArray | None = None
+    """`[tokens]` sum of the squared probabilities of the 50 most likely tokens."""
     sum_p2: FloatArray | None = None
     """`[tokens]` sum of the squared probabilities."""
     cost: float | None = None

@@ -46,6 +46,15 @@ class Tutor(Reader):
         raise NotImplementedError
 
 
+@dataclasses.dataclass(frozen=True)
+class Sibling(Tutor):
+    """A second model with the student's tokenizer."""
+
+    @property
+    def tokenizer(self) -> Any:
+        return None
+
+
 NEEDED = {"teacher": Tutor(), "reference": Tutor()}
 """What metrics must be given."""
 
@@ -58,7 +67,8 @@ def all_metrics() -> list[Metric]:
             own = dataclasses.is_dataclass(item) and item.__module__ == module.name and hasattr(item, "reduce")
             if own and not inspect.isabstract(item):
                 missing = [each.name for each in dataclasses.fields(item) if each.default is dataclasses.MISSING]
-                found.append(item(**{name: NEEDED[name] for name in missing if name in NEEDED}))
+                needed = {"reference": Sibling()} if item.__name__ == "Rho1Share" else NEEDED
+                found.append(item(**{name: needed[name] for name in missing if name in needed}))
     return found
 
 

@@ -34,6 +34,8 @@ def reference(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
         "entropy": -(logp.exp() * logp.clamp(min=-1e9)).sum(1),
         "top1": logp.exp().amax(1),
         "sum_p2": logp.exp().square().sum(1),
+        "top50": logp.exp().topk(min(50, logp.shape[1])).values.sum(1),
+        "top50_sum_p2": logp.exp().topk(min(50, logp.shape[1])).values.square().sum(1),
     }
 
 

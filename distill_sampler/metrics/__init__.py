@@ -5,22 +5,30 @@ find it by listing this folder.
 """
 
 from distill_sampler.metrics.aslec_drop import AslecDrop
+from distill_sampler.metrics.aslec_parts import AslecParts
 from distill_sampler.metrics.controls import Random, ResponseLength, RuleQuality
 from distill_sampler.metrics.excess_loss import ExcessLoss
 from distill_sampler.metrics.global_naturalness import GlobalNaturalness
+from distill_sampler.metrics.instruction_following_difficulty import InstructionFollowingDifficulty
+from distill_sampler.metrics.lark import Lark
 from distill_sampler.metrics.local_naturalness import LocalNaturalness
 from distill_sampler.metrics.rank_surprisal_ratio import RankSurprisalRatio
+from distill_sampler.metrics.rho1_share import Rho1Share
 from distill_sampler.metrics.teacher_sentences import TeacherSentences
 from distill_sampler.metrics.teacher_student_gap import TeacherStudentGap
 
 METRICS = (
     "AslecDrop",
+    "AslecParts",
     "ExcessLoss",
     "GlobalNaturalness",
+    "InstructionFollowingDifficulty",
+    "Lark",
     "LocalNaturalness",
     "Random",
     "RankSurprisalRatio",
     "ResponseLength",
+    "Rho1Share",
     "RuleQuality",
     "TeacherSentences",
     "TeacherStudentGap",
@@ -29,12 +37,16 @@ METRICS = (
 
 __all__ = [
     "AslecDrop",
+    "AslecParts",
     "ExcessLoss",
     "GlobalNaturalness",
+    "InstructionFollowingDifficulty",
+    "Lark",
     "LocalNaturalness",
     "Random",
     "RankSurprisalRatio",
     "ResponseLength",
+    "Rho1Share",
     "RuleQuality",
     "TeacherSentences",
     "TeacherStudentGap",

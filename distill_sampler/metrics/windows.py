@@ -118,30 +118,14 @@ class WindowMetric(Metric):
         Raises:
             ValueError: there is no tokenizer, or the splitter does not return ascending positions in the text.
         """
-        cached = _STEPS.setdefault(sample, {})
-        key = (self.splitter, self.min_tokens, self.max_tokens, id(self.tokenizer))
-        if key in cached:
-            return cached[key]
-        kind = type(self).__name__
-        if self.tokenizer is None:
-            raise ValueError(f"{kind} reads text, so it needs a tokenizer: pass {kind}(tokenizer=…). attach does this.")
-        scored = np.flatnonzero(sample.scored)
-        steps: Steps = []
-        for stretch in np.split(scored, np.flatnonzero(np.diff(scored) > 1) + 1):
-            first = int(stretch[0])
-            try:
-                found = token_steps(
-                    sample.input_ids[stretch],
-                    self.tokenizer,
-                    self.splitter,
-                    min_tokens=self.min_tokens,
-                    max_tokens=self.max_tokens,
-                )
-            except ValueError as error:
-                raise ValueError(f"{kind}, sample {sample.index}: {error}") from error
-            steps += [(first + start, first + stop) for start, stop in found]
-        cached[key] = steps
-        return steps
+        return steps_of(
+            sample,
+            self.tokenizer,
+            self.splitter,
+            min_tokens=self.min_tokens,
+            max_tokens=self.max_tokens,
+            metric=type(self).__name__,
+        )
 
     def _steps_of_views(self, num_steps: int) -> list[tuple[int, int]]:
         """The range of steps that each view scores: `5 steps, window 1 -> (0, 2), (2, 3), (3, 4), (4, 5)`."""
@@ -154,3 +138,40 @@ class WindowMetric(Metric):
     def _context(self, before: int) -> int:
         """How many of the `before` earlier steps a step sees."""
         return min(before, self.window if isinstance(self.window, int) else math.ceil(self.window * before))
+
+
+def steps_of(
+    sample: Sample, tokenizer: Any, splitter: Splitter, *, min_tokens: int, max_tokens: int, metric: str
+) -> Steps:
+    """The steps of a sample's response, in order. Contiguous stretches of response tokens are split one by one.
+
+    Args:
+        sample: any.
+        tokenizer: decodes the tokens.
+        splitter: where steps begin in the text.
+        min_tokens: shorter steps are joined with the next one.
+        max_tokens: longer steps are cut into equal pieces.
+        metric: name of the metric's class, for error messages.
+
+    Raises:
+        ValueError: there is no tokenizer, or the splitter does not return ascending positions in the text.
+    """
+    cached = _STEPS.setdefault(sample, {})
+    key = (splitter, min_tokens, max_tokens, id(tokenizer))
+    if key in cached:
+        return cached[key]
+    if tokenizer is None:
+        raise ValueError(f"{metric} reads text, so it needs a tokenizer: pass {metric}(tokenizer=…). attach does this.")
+    scored = np.flatnonzero(sample.scored)
+    steps: Steps = []
+    for stretch in np.split(scored, np.flatnonzero(np.diff(scored) > 1) + 1):
+        first = int(stretch[0])
+        try:
+            found = token_steps(
+                sample.input_ids[stretch], tokenizer, splitter, min_tokens=min_tokens, max_tokens=max_tokens
+            )
+        except ValueError as error:
+            raise ValueError(f"{metric}, sample {sample.index}: {error}") from error
+        steps += [(first + start, first + stop) for start, stop in found]
+    cached[key] = steps
+    return steps

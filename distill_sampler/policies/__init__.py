@@ -19,6 +19,7 @@ from distill_sampler.policies.keep_top import KeepTop
 from distill_sampler.policies.match_teachers import MatchTeachers
 from distill_sampler.policies.mix_domains import MixDomains
 from distill_sampler.policies.mix_teachers import MixTeachers
+from distill_sampler.policies.pool_scores import AslecCasl, LarkGain
 from distill_sampler.policies.sample_by_softmax import SampleBySoftmax
 from distill_sampler.policies.shuffle import Shuffle
 from distill_sampler.policies.sort_by import SortBy
@@ -27,6 +28,7 @@ from distill_sampler.policies.weight_by_softmax import WeightBySoftmax, effectiv
 from distill_sampler.policies.within_length import WithinLength
 
 __all__ = [
+    "AslecCasl",
     "BestOf",
     "BestSingleTeacher",
     "BestTeacher",
@@ -37,6 +39,7 @@ __all__ = [
     "KeepByMargin",
     "KeepCorrect",
     "KeepTop",
+    "LarkGain",
     "Lexicographic",
     "MatchTeachers",
     "MetricExpression",

@@ -40,7 +40,7 @@ _TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 Impl = Literal["reference", "chunked", "compiled", "triton"]
 
-EXTRAS = ("entropy", "top1", "sum_p2")
+EXTRAS = ("entropy", "top1", "sum_p2", "top50", "top50_sum_p2")
 """Statistics that are only computed on request."""
 
 _CHUNK_LOGITS = 2**25
@@ -92,7 +92,8 @@ def token_stats(
 
     Always `surprisal` (nats, float32), `rank` (from 1, not clipped, int64) and `ties` (how many other columns have
     exactly the target's logit, int64). On request (`extras`, float32) `entropy` of the prediction (nats), `top1`, the
-    largest probability, and `sum_p2`, the sum of the squared probabilities.
+    largest probability, `sum_p2`, the sum of the squared probabilities, and `top50` and `top50_sum_p2`, the sums of the
+    50 largest probabilities and of their squares.
 
     A NaN or +inf logit makes the surprisal of its position non-finite. A logit of -inf is a token that cannot occur.
     Padded vocabulary columns count as they do in the model's own softmax.
@@ -112,14 +113,27 @@ def token_stats(
     pieces: dict[str, list[Tensor]] = {name: [] for name in ("surprisal", "rank", "ties", *sorted(extras))}
     with _compilation_allowed() if impl in ("compiled", "triton") else nullcontext():
         for start in range(0, len(targets), chunk):
-            logits = project(hidden[start : start + chunk])
-            for name, values in _REDUCTIONS[impl](logits, targets[start : start + chunk], extras).items():
-                pieces[name].append(values)
+            logits, some = project(hidden[start : start + chunk]), targets[start : start + chunk]
+            top = _largest(logits, some) if extras & _TOP50 else None  # a reduction may overwrite the logits
+            stats = _REDUCTIONS[impl](logits, some, extras)
+            if top is not None:
+                log_p = top - stats["surprisal"][:, None].float()
+                stats["top50"], stats["top50_sum_p2"] = log_p.exp().sum(1), (2 * log_p).exp().sum(1)
+            for name in pieces:
+                pieces[name].append(stats[name])
     none = torch.empty(0, device=hidden.device)
     return {
         name: torch.cat([none, *values]).to(torch.int64 if name in ("rank", "ties") else torch.float32)
         for name, values in pieces.items()
     }
+
+
+_TOP50 = {"top50", "top50_sum_p2"}
+
+
+def _largest(logits: Tensor, targets: Tensor) -> Tensor:
+    """`[tokens, 50]` the largest logits of each row minus the target's."""
+    return logits.topk(min(50, logits.shape[1])).values - logits.gather(1, targets[:, None])
 
 
 def chunk_for(vocab: int) -> int:

@@ -213,6 +213,8 @@ def _stats(tokens: int, given: set[str], rng: np.random.Generator, *, certain: b
         "ties": np.zeros(tokens, np.int64),
         "entropy": none if certain else rng.exponential(size=tokens).astype(np.float32),
         "top1": none + 1 if certain else rng.uniform(size=tokens).astype(np.float32),
+        "top50": none + 1 if certain else rng.uniform(0.5, 1, tokens).astype(np.float32),
+        "top50_sum_p2": none + 1 if certain else rng.uniform(0, 0.25, tokens).astype(np.float32),
         "sum_p2": none + 1 if certain else rng.uniform(size=tokens).astype(np.float32),
     }
     return TokenStats(**{name: values for name, values in drawn.items() if name in given or name == "surprisal"})

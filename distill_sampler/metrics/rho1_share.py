@@ -1,0 +1,64 @@
+"""Rho-1's choice of tokens, arXiv:2404.07965 (NeurIPS 2024), as a diagnostic: how many are worth learning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from distill_sampler.field_docs import documents_fields
+from distill_sampler.metrics.second_model import OwnTokens, SecondModelMetric
+from distill_sampler.protocols import Reader
+from distill_sampler.types import Sample, TokenStats
+
+
+@documents_fields
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Rho1Share(SecondModelMetric):
+    """Share of the response's tokens whose loss under the student exceeds a reference model's. Higher is better.
+
+    Rho-1 trains only on the tokens with the largest excess loss, student minus reference. This tells, for each sample,
+    how many tokens those are, and how much excess they hold; the loss itself stays as it is. `ExcessLoss` is the same
+    difference over the whole response. One forward of the student, shared with `RankSurprisalRatio`, and one of the
+    reference, which is read once in a run.
+
+    Columns: `rho1_excess` (nats: mean excess of the tokens that count, 0 if there is none) and `rho1_share`.
+
+    What to keep in mind: the paper takes the top 60 % or so of a *batch*, so its threshold moves with the student; here
+    it is fixed, which makes samples comparable. A reference that is no better than the student gives a share near one
+    half that means nothing.
+    """
+
+    reference: Reader
+    """The reference model, with the student's tokenizer: excess is told token by token."""
+    threshold: float = 0.0
+    """A token counts if its excess loss is above this, in nats."""
+    name: str = "rho1_share"
+    """Its name in policies, and the column of the score."""
+
+    @property
+    def readers(self) -> Mapping[str, Reader]:
+        return {"reference": self.reference}
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        prefix = "rho1" if self.name == "rho1_share" else self.name
+        return (f"{prefix}_excess", self.name)
+
+    def own_tokens(self, sample: Sample) -> OwnTokens | None:
+        own = super().own_tokens(sample)
+        if own is not None and own.begins is not None:
+            raise ValueError(
+                "Rho1Share(reference=): the reference model has another tokenizer than the student, so their tokens "
+                "cannot be compared one by one. Give a reference of the student's family, or use ExcessLoss, which "
+                "compares whole responses."
+            )
+        return own
+
+    def reduce(self, sample: Sample, stats: Sequence[TokenStats]) -> Mapping[str, float]:
+        student, reference = (each.surprisal.astype(np.float64) for each in stats)
+        excess = student - reference
+        counts = excess > self.threshold
+        mean = float(excess[counts].mean()) if counts.any() else 0.0
+        return dict(zip(self.columns, (mean, float(counts.mean())), strict=True))
