@@ -126,8 +126,8 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "AslecCasl",
     "AslecDrop",
-    "AttentionTransfer",
     "AslecParts",
+    "AttentionTransfer",
     "Batch",
     "BestOf",
     "BestSingleTeacher",
