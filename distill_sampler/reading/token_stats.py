@@ -91,16 +91,13 @@ def token_stats(
     """Statistics of the targets, by the names of the fields of `TokenStats`.
 
     Always `surprisal` (nats, float32), `rank` (from 1, not clipped, int64) and `ties` (how many other columns have
-    exactly the target's logit, int64). On request (`extras`, float32) `entropy` of the prediction (nats), `top1`, the
-    largest probability, `sum_p2`, the sum of the squared probabilities, and `top50` and `top50_sum_p2`, the sums of the
-    50 largest probabilities and of their squares.
+    exactly the target's logit, int64). On request (`extras`, float32) what the fields of `TokenStats` say.
 
     A NaN or +inf logit makes the surprisal of its position non-finite. A logit of -inf is a token that cannot occur.
     Padded vocabulary columns count as they do in the model's own softmax.
 
     Args:
-        hidden: input of the output head at the positions that predict the targets.
-        targets: the token that follows each position.
+        hidden: input of the output head at the positions that predict the targets; targets: the tokens that follow.
         project: the output head, with everything that the model does to its logits.
         extras: which of `EXTRAS` to compute.
         chunk: for how many positions logits exist at a time; `chunk_for` suggests a number.
@@ -108,16 +105,18 @@ def token_stats(
     """
     assert set(extras) <= set(EXTRAS), extras
     extras = frozenset(extras)
+    top50 = any(name.startswith("top50") for name in extras)
     if impl == "reference":
         chunk = max(1, len(targets))
     pieces: dict[str, list[Tensor]] = {name: [] for name in ("surprisal", "rank", "ties", *sorted(extras))}
     with _compilation_allowed() if impl in ("compiled", "triton") else nullcontext():
         for start in range(0, len(targets), chunk):
             logits, some = project(hidden[start : start + chunk]), targets[start : start + chunk]
-            top = _largest(logits, some) if extras & _TOP50 else None  # a reduction may overwrite the logits
+            if top50:  # now: a reduction may overwrite the logits
+                largest = logits.topk(min(50, logits.shape[1])).values - logits.gather(1, some[:, None])
             stats = _REDUCTIONS[impl](logits, some, extras)
-            if top is not None:
-                log_p = top - stats["surprisal"][:, None].float()
+            if top50:
+                log_p = largest - stats["surprisal"][:, None].float()
                 stats["top50"], stats["top50_sum_p2"] = log_p.exp().sum(1), (2 * log_p).exp().sum(1)
             for name in pieces:
                 pieces[name].append(stats[name])
@@ -126,14 +125,6 @@ def token_stats(
         name: torch.cat([none, *values]).to(torch.int64 if name in ("rank", "ties") else torch.float32)
         for name, values in pieces.items()
     }
-
-
-_TOP50 = {"top50", "top50_sum_p2"}
-
-
-def _largest(logits: Tensor, targets: Tensor) -> Tensor:
-    """`[tokens, 50]` the largest logits of each row minus the target's."""
-    return logits.topk(min(50, logits.shape[1])).values - logits.gather(1, targets[:, None])
 
 
 def chunk_for(vocab: int) -> int:
