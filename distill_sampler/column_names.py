@@ -1,12 +1,12 @@
-"""What columns are usually called, for those that nobody named."""
+"""The usual names of columns, to find those that the user has not named."""
 
 from __future__ import annotations
 
 GROUPS = ("prompt_id", "group_id", "problem_id", "question_id", "group")
-"""Which rows answer the same prompt."""
+"""Names of columns that are equal for rows that answer the same prompt."""
 TEACHERS = ("teacher", "teacher_model", "model", "model_name", "generator")
-"""Who wrote a response."""
+"""Names of columns with the teacher who wrote a response."""
 DOMAINS = ("domain", "category", "subject", "task", "topic", "level", "source")
-"""What kind of task a prompt is."""
+"""Names of columns with the kind of task of a prompt."""
 VERDICTS = ("correct", "is_correct", "passed")
-"""Whether a response is correct."""
+"""Names of columns that tell whether a response is correct."""

@@ -1,8 +1,7 @@
-"""What files hold, as hashes: two files are the same if their content is, whatever they are called.
+"""Hashes of the content of files, which identify files independently of their names.
 
-Contents are read in large pieces by several threads, at about 1 GB/s each where the disk allows it. The hash of a file
-is kept in the user's cache folder with the file's size, times and inode, so that a file that did not change is not read
-twice.
+Files are read in large pieces by several threads, at about 1 GB/s each where the disk allows it. The hash of a file is
+kept in the user's cache folder with the file's size, times and inode, so that an unchanged file is not read twice.
 """
 
 from __future__ import annotations

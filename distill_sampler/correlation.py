@@ -1,4 +1,4 @@
-"""Rank correlation, the one place for it."""
+"""Rank correlation."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What other people's packages add: metrics, policies and readers under a name, or by an import path.
+"""Plug-ins: metrics, policies and readers of other packages, found by a name or an import path.
 
-An installed package offers one by an entry point of the group in `GROUPS`. Nothing is looked up before somebody types a
-name, and only what is meant is imported.
+An installed package offers one by an entry point of a group in `GROUPS`. Entry points are only looked up when a user
+types a name, and only the one that is meant is imported.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ GROUPS = {
     "policy": "distill_sampler.policies",
     "reader": "distill_sampler.readers",
 }
-"""The entry points' group of each kind of thing that a package can offer."""
+"""The entry point group of each kind of object that a package can offer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plugin:
-    """A metric, policy or reader that an installed package offers by an entry point. Making one imports nothing."""
+    """A metric, policy or reader that an installed package offers by an entry point. It is imported by `load`."""
 
     kind: str
     """`"metric"`, `"policy"` or `"reader"`."""
     name: str
-    """What users type."""
+    """The name that users type."""
     path: str
-    """Where it is: `package.module:Name`."""
+    """Its import path: `package.module:Name`."""
     package: str
-    """The installed distribution."""
+    """The name of the installed distribution."""
 
     def load(self) -> Any:
         """Import it: a class, or a function that makes one.
@@ -47,8 +47,8 @@ class Plugin:
             return found
         except ValueError as error:
             raise ValueError(
-                f"The {self.kind} '{self.name}' of the installed package {self.package} cannot be used: {error} Repair "
-                f"or update {self.package}, or uninstall it."
+                f"The {self.kind} '{self.name}' of the installed package {self.package} cannot be used: {error} "
+                f"Correct, update or uninstall {self.package}."
             ) from None
 
 
@@ -56,7 +56,7 @@ def plugins(*kinds: str) -> list[Plugin]:
     """What installed packages offer, in alphabetical order. Nothing is imported.
 
     Args:
-        kinds: `"metric"`, `"policy"`, `"reader"`; none: all of them.
+        kinds: any of `"metric"`, `"policy"`, `"reader"`; without any, all of them.
     """
     from importlib.metadata import entry_points  # here, because only typed text needs it
 
@@ -74,7 +74,7 @@ def plugins(*kinds: str) -> list[Plugin]:
 
 
 def imported(path: str) -> Any:
-    """What an import path names.
+    """Import the object of an import path.
 
     Raises:
         ValueError: there is no such module or name, or importing it fails.
@@ -85,8 +85,8 @@ def imported(path: str) -> Any:
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
             raise ValueError(
-                f"{path} cannot be imported: there is no module '{error.name}'. Install the package that has it, or "
-                "run the command in the folder where it lies."
+                f"{path} cannot be imported: there is no module '{error.name}'. Install its package, or run the "
+                "command in the folder that has the module."
             ) from None
         raise ValueError(
             f"{path} cannot be imported: importing {module} fails with {type(error).__name__}: {error}."

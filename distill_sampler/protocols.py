@@ -30,26 +30,26 @@ from distill_sampler.types import (
 )
 
 Read = Callable[[Sequence[View]], Sequence[TokenStats]]
-"""What an open reader gives: views in, the statistics of each out, in the same order."""
+"""The function of an open reader: views in, the statistics of each out, in the same order."""
 
 
 def _no_progress(tokens: int) -> None:
-    """Tell nobody."""
+    """Do nothing: nobody follows the progress."""
 
 
 @documents_fields
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PassInfo:
-    """What a reader is told of a pass before it begins."""
+    """What a reader knows about a pass before it begins."""
 
     statistics: Collection[str] = ()
     """Fields of `TokenStats` that are wanted besides `surprisal`, `rank` and `ties`."""
     tokens: int = 0
     """About how many scored tokens there will be."""
     examples: Sequence[View] = ()
-    """Some views like those to come, the same ones on every process."""
+    """Some views like those to come, the same on every process."""
     progress: Callable[[int], None] = _no_progress
-    """To be called with the number of tokens of the views that have been read."""
+    """The reader calls it with the number of tokens of the views that it has just read."""
 
 
 @runtime_checkable
@@ -63,19 +63,19 @@ class Reader(Protocol):
     @property
     @abstractmethod
     def identity(self) -> str:
-        """What the numbers depend on besides the views, as text: for a frozen reader its weights by content. Scores of
-        readers with different identities are never mixed, and another one on a resume is refused."""
+        """What the numbers depend on besides the views, as text: for a frozen reader, a hash of its weights. Scores of
+        readers with different identities are never mixed, and a resume with another identity is refused."""
         ...
 
     @property
     def frozen(self) -> bool:
-        """Whether it always gives the same numbers. What a frozen reader gave is kept and never read again."""
+        """Whether it always gives the same numbers. A frozen reader's statistics are kept, so it reads a view once."""
         return True
 
     @property
     def numerics(self) -> Mapping[str, str]:
-        """What decides its numbers beyond rounding: dtypes, tie rule, quantization. Scores that differ in it must not
-        be compared."""
+        """Settings that change its numbers by more than rounding: dtypes, tie rule, quantization. Scores that differ in
+        them are not compared."""
         return {}
 
     @property
@@ -90,24 +90,24 @@ class Reader(Protocol):
 
     @property
     def tokenizer(self) -> Any:
-        """Turns text into its tokens and back; None if it shares the student's."""
+        """Its tokenizer; None if it shares the student's."""
         return None
 
     @property
     def block_tokens(self) -> int:
-        """How many tokens of views it wants at a time. All processes must say the same."""
+        """How many tokens of views it wants at a time. Must be the same in all processes."""
         return 16384
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether it gains by getting the views of equal prompts together."""
+        """Whether it is faster if it gets views that share a prompt together."""
         return False
 
     @abstractmethod
     def open(self, info: PassInfo) -> AbstractContextManager[Read]:
-        """Get ready for a pass.
+        """Prepare a pass. The context gives the function that reads views.
 
-        With several processes, each one calls the function that it gets equally often, perhaps with no views at all.
+        With several processes, each calls the function the same number of times, perhaps with no views at all.
         """
         ...
 
@@ -136,21 +136,22 @@ class Metric(Protocol):
     @property
     @abstractmethod
     def name(self) -> str:
-        """What users type in policies, and the column of the score."""
+        """The name that users type in policies, and the column of the score."""
         ...
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Every number that `reduce` gives, the score among them."""
+        """The names of all numbers that `reduce` returns, including the score."""
         return (self.name,)
 
     @property
     def higher_is_better(self) -> bool:
+        """Whether a higher score is better."""
         return True
 
     @property
     def uses_columns(self) -> tuple[str, ...]:
-        """Columns of the data set whose values it reads from `Sample.columns`. They belong to the score's identity:
+        """Columns of the data set whose values it reads from `Sample.columns`. They are part of the scores' identity:
         when they change, old scores are refused."""
         return ()
 
@@ -161,7 +162,7 @@ class Metric(Protocol):
 
     @property
     def readers(self) -> Mapping[str, Reader]:
-        """Readers of its views other than the student, by the name that the views use."""
+        """The readers of its views, other than the student, by the names that the views use."""
         return {}
 
     @property
@@ -248,7 +249,7 @@ class Pool:
         return scores if self.metrics[metric].higher_is_better else -scores
 
     def column(self, name: str) -> EncodedColumn:
-        """The data set's column `name`.
+        """The column `name` of the data set.
 
         Raises:
             ValueError: the data set has no such column.
@@ -290,18 +291,18 @@ class Policy(Protocol):
 
     @property
     def length_depends_on_scores(self) -> bool:
-        """Whether the values of the scores decide how many samples it gives. The length of an epoch must then be given,
-        because trainers lay it out before anything is scored."""
+        """Whether the values of the scores decide how many samples it keeps. Users must then give the length of an epoch,
+        because trainers need it before anything is scored."""
         return False
 
     def samples_to_score(self, plan: EpochPlan, pool: Pool) -> IntArray | None:
-        """The samples whose scores it will read, where it does not need them all; None: all of the plan.
+        """The samples whose scores it will read, if not all of the plan; None: all of them.
 
-        Asked once, before anything is scored. Must not depend on scores, and not on the order of the data set.
+        Called before anything is scored. The result must not depend on scores or on the order of the data set.
 
         Args:
-            plan: what the policies before this one make without scores.
-            pool: what is known of the samples; the scores are a constant.
+            plan: the plan of the policies before this one, made without scores.
+            pool: what is known of the samples; all scores are a constant.
         """
         return None
 
@@ -310,23 +311,24 @@ class Policy(Protocol):
         """The new plan.
 
         Args:
-            plan: what the policies before this one made.
+            plan: the plan of the policies before this one.
             pool: what is known of the samples.
-            rng: the only source of randomness, seeded from the run's seed, the epoch and the policy's position.
+            rng: the only source of randomness, seeded by the run's seed, the epoch and the policy's position.
         """
         ...
 
 
 @runtime_checkable
 class Tap(Protocol):
-    """Follows the batches of training: loss weights, observed scores, the sample log, a distillation loss.
+    """Is called for every batch of training: loss weights, observed scores, the sample log, a distillation loss.
 
     A host opens its taps when training starts, calls `before` and `after` around the forward and backward pass of each
-    batch, and closes them however training ends. A batch with other tokens than planned stops the run before.
+    batch, and closes them when training ends, also after an error. The host checks beforehand that the batch holds the
+    planned samples.
     """
 
     def open(self, model: Any, *, step: int) -> AbstractContextManager[Any]:
-        """Training starts, or goes on, after `step` optimizer steps. The context ends with training.
+        """Called when training starts or continues. The context that it returns ends with training.
 
         Args:
             model: the student as the host calls it.
@@ -335,11 +337,11 @@ class Tap(Protocol):
         ...
 
     def before(self, batch: Batch) -> None:
-        """The host is about to run the forward pass of this batch."""
+        """Called before the forward pass of a batch."""
         ...
 
     def after(self, batch: Batch) -> None:
-        """Its backward pass is over."""
+        """Called after the backward pass of the batch."""
         ...
 
 

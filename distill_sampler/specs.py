@@ -1,11 +1,12 @@
-"""Metrics and policies as people type them: `BestOf(rank_surprisal_ratio, per=prompt_id)`.
+"""Metrics and policies as users type them: `BestOf(rank_surprisal_ratio, per=prompt_id)`.
 
-The text is parsed, never evaluated: calls of names, with numbers, strings, lists, dictionaries and bare words, which
-stand for themselves. A name is one of ours, one that an installed package offers, or an import path:
+The text is parsed, never evaluated. It consists of calls with numbers, strings, lists, dictionaries and bare words,
+which stand for themselves. What is called is a name of the library, a name that an installed package offers, or an
+import path:
 
 - an installed package offers metrics, policies and readers by entry points (`plugins.py`);
-- `package.module:Name` is imported, from the working directory too. Text that comes out of a file is never imported by
-  its path (`recorded_metric`).
+- `package.module:Name` is imported, also from the working directory. An import path that was read from a file is never
+  followed (`recorded_metric`).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def parse_policies(texts: Sequence[str]) -> list[Policy]:
     """`["BestOf(rank_surprisal_ratio, per=prompt_id)", "Shuffle"]` as policies, in this order.
 
     Raises:
-        ValueError: no policy is called that, its arguments are wrong, or it cannot be imported.
+        ValueError: there is no such policy, its arguments are wrong, or it cannot be imported.
     """
     made: list[Policy] = []
     for text in texts:
@@ -60,11 +61,11 @@ def parse_metrics(text: str, **settings: Any) -> list[Metric]:
     """`"rank_surprisal_ratio,RankSurprisalRatio(rank_clip=50,name=rsr_50)"` as metrics.
 
     Args:
-        text: names, or calls of the classes, with commas between.
-        settings: values for the fields of that name of metrics that are given by name.
+        text: names, or calls of classes, separated by commas.
+        settings: values by field name, for those metrics in `text` that are bare names and have such a field.
 
     Raises:
-        ValueError: no metric is called that, its arguments are wrong, or it cannot be imported.
+        ValueError: there is no such metric, its arguments are wrong, or it cannot be imported.
     """
     names = _Names(what="metric", where="--metrics", kinds=("metric",), own=_own_metrics(), inside=("metric", "reader"))
     made: list[Metric] = []
@@ -80,7 +81,7 @@ def parse_rescore(text: str) -> Rescore:
     """`"Rescore(every_steps=200, fraction=0.1)"` as a budget.
 
     Raises:
-        ValueError: it is none, or its arguments are wrong.
+        ValueError: the text is not a call of `Rescore`, or its arguments are wrong.
     """
     names = _Names(what="budget", where=f"--rescore {text}", kinds=(), own={"Rescore": Rescore}, imports=False)
     nodes = _parsed(text, "--rescore")
@@ -93,10 +94,11 @@ def parse_rescore(text: str) -> Rescore:
 def recorded_metric(text: str) -> Metric | None:
     """The metric that a file was written with; None if no installed package offers it.
 
-    Nothing is imported by its path, and no reader is made: the file may come from anybody. A name of ours is ours.
+    The file may come from anybody, so no import path is followed and no reader is made. Where an installed package
+    offers a metric under a name of the library, the library's own is used.
 
     Args:
-        text: as `serialize.as_typed` wrote it.
+        text: the metric as `serialize.as_typed` wrote it.
     """
     names = _Names(what="metric", where=text, kinds=("metric",), own=_own_metrics(), imports=False, from_file=True)
     try:
@@ -104,16 +106,16 @@ def recorded_metric(text: str) -> Metric | None:
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or not names.knows(node.func.id):
             return None
         metric = names.value(node)
-    except Exception as error:  # whatever another package raises, the numbers in the file can be shown
-        logger.warning("%s is shown by its columns alone: %s", text, error)
+    except Exception as error:  # another package may raise anything; the numbers in the file can still be shown
+        logger.warning("The metric %s cannot be made, so only its numbers are shown: %s", text, error)
         return None
     return metric if isinstance(metric, Metric) else None
 
 
 def known_metrics(columns: Sequence[str]) -> dict[str, Metric]:
-    """The metrics, with their defaults, whose numbers a table has that does not say what made them.
+    """The metrics, with their defaults, whose columns a table has. For tables that do not record their metrics.
 
-    A broken one of an installed package is reported in the log, by its name, and left out.
+    A metric of an installed package that cannot be made is left out, with a warning that names it.
     """
     found: dict[str, Metric] = {}
     offered = [(item.__name__, item) for item in _own_classes()] + [(each.name, each) for each in plugins("metric")]
@@ -124,8 +126,8 @@ def known_metrics(columns: Sequence[str]) -> dict[str, Metric]:
                 continue
             metric = item()
             if not isinstance(metric, Metric):
-                raise ValueError(f"{name} gives a {type(metric).__name__}, which is no metric.")
-        except Exception as error:  # of another package
+                raise ValueError(f"{name} makes a {type(metric).__name__}, which is not a metric.")
+        except Exception as error:  # another package may raise anything
             logger.warning("%s", error)
             continue
         if set(metric.columns) <= set(columns):
@@ -138,7 +140,7 @@ def _own_classes() -> list[Any]:
 
 
 def _own_metrics() -> dict[str, Any]:
-    """Our metrics by class, and by the name that they have as they are."""
+    """The library's metrics by class name, and by the default of their `name`."""
     classes = {item.__name__: item for item in _own_classes()}
     names = {str(each.default): item for item in classes.values() for each in fields(item) if each.name == "name"}
     return {**names, **classes}
@@ -150,35 +152,36 @@ def _own_policies() -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Names:
-    """What the names in a text stand for."""
+    """Resolves the names in a text, and makes the objects that it describes."""
 
     what: str
+    """What the text should describe, in messages: `"metric"`, `"policy"`."""
     where: str
-    """How messages begin."""
+    """The beginning of messages: the option and its text."""
     kinds: tuple[str, ...]
-    """Whose entry points are meant."""
+    """The kinds of entry points in which names are looked up."""
     own: Mapping[str, Any]
-    """Ours."""
+    """The library's own classes by name."""
     inside: tuple[str, ...] = ()
-    """Whose entry points are meant within arguments, if others."""
+    """The kinds of entry points for names within arguments; empty: the same as `kinds`."""
     imports: bool = True
     """Whether import paths are followed."""
     from_file: bool = False
-    """Whether a file says it, which means ours by a name of ours."""
+    """Whether the text comes from a file. Then a name of the library always means the library's own class."""
 
     def knows(self, name: str) -> bool:
-        """Whether anybody offers this name."""
+        """Whether the library or an installed package offers this name."""
         return name in self.own or bool(self._offers(name, self.kinds))
 
     def made(self, node: ast.expr, settings: Mapping[str, Any] | None = None) -> Any:
-        """What a bare name stands for, made with its defaults and those `settings` that it has."""
+        """The object of a bare name, made with its defaults and those of the `settings` that it has fields for."""
         item = self._item(node, self.kinds)
         known = _parameters(item)
         given = {name: value for name, value in (settings or {}).items() if name in known and value is not None}
         return self._call(item, [], given)
 
     def value(self, node: ast.expr, *, nested: bool = False) -> Any:
-        """What a piece of the text stands for."""
+        """The value of a piece of the text."""
         match node:
             case ast.Constant(value=value) if isinstance(value, (str, int, float, type(None))):  # bool is an int
                 return value
@@ -200,35 +203,35 @@ class _Names:
                 named = {str(keyword.arg): self.value(keyword.value, nested=True) for keyword in keywords}
                 return self._call(item, [self.value(arg, nested=True) for arg in args], named)
         raise ValueError(
-            f"{self.where}: '{_shown(node)}' is not understood; use numbers, words, 'strings', [lists], "
-            "{dictionaries}, and package.module:Name for what is to be imported."
+            f"{self.where}: '{_shown(node)}' cannot be read. Use numbers, words, 'strings', [lists], {{dictionaries}}, "
+            "and package.module:Name for an import."
         )
 
     def no_such(self, made: Any, protocol: Any, node: ast.expr) -> str:
-        """The sentence for something that was made and is no metric, or no policy."""
+        """The message for an object that was made, but is not a metric or not a policy."""
         called = node.func if isinstance(node, ast.Call) else node
         offers = self._offers(called.id, self.kinds) if isinstance(called, ast.Name) else []
         package = f" of the installed package {offers[0].package}" if offers else ""
         return (
-            f"{self.where}: '{_shown(node)}'{package} is of type {type(made).__name__}, which is no {self.what}: it "
+            f"{self.where}: '{_shown(node)}'{package} is of type {type(made).__name__}, which is not a {self.what}: it "
             f"has no {', '.join(lacking(made, protocol))}. Subclass distill_sampler.{protocol.__name__}, a protocol "
-            "with defaults for most of it."
+            "with defaults for most members."
         )
 
     def _item(self, node: ast.expr, kinds: tuple[str, ...]) -> Any:
-        """The class or function that a name or an import path stands for.
+        """The class or function of a name or an import path.
 
         Raises:
-            ValueError: nobody offers it, several packages do, or it cannot be imported.
+            ValueError: no package offers it, several packages do, or it cannot be imported.
         """
         if (path := _path(node)) is not None:
             if not self.imports:
-                raise ValueError(f"{self.where}: {path} is an import path, which cannot be used here.")
+                raise ValueError(f"{self.where}: {path} is an import path, which cannot be used here. Use a name.")
             if os.getcwd() not in sys.path:
-                sys.path.append(os.getcwd())  # last, so that it hides nothing that is installed
+                sys.path.append(os.getcwd())  # at the end, so that it hides no installed module
             return imported(path)
         if not isinstance(node, ast.Name):
-            raise ValueError(f"{self.where}: '{_shown(node)}' is not understood; write Name or package.module:Name.")
+            raise ValueError(f"{self.where}: '{_shown(node)}' cannot be read. Write Name or package.module:Name.")
         name = node.id
         offers = self._offers(name, kinds)
         own = self.own.get(name)
@@ -250,7 +253,7 @@ class _Names:
         return offers[0].load()
 
     def _offers(self, name: str, kinds: tuple[str, ...]) -> list[Plugin]:
-        """What installed packages offer by a name; if none does, and neither do we, by the name of a class."""
+        """The plug-ins of a name. If there are none, and the library lacks it too, those whose class has the name."""
         every = plugins(*kinds) if kinds else []
         by_name = [each for each in every if each.name == name]
         if by_name or name in self.own:
@@ -261,7 +264,9 @@ class _Names:
     def _call(self, item: Any, positional: list[Any], named: dict[str, Any]) -> Any:
         called = getattr(item, "__name__", repr(item))
         if not callable(item):
-            raise ValueError(f"{self.where}: {called} is of type {type(item).__name__}, which makes no {self.what}.")
+            raise ValueError(
+                f"{self.where}: {called} is of type {type(item).__name__}, which cannot make a {self.what}."
+            )
         try:
             return item(*positional, **named)
         except TypeError as error:
@@ -273,7 +278,7 @@ def _parsed(text: str, option: str) -> list[ast.expr]:
     try:
         tree = ast.parse(_with_marked_colons(f"({text},)"), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise ValueError(f"{option} {text}: that cannot be read; write Name(argument, name=value).") from None
+        raise ValueError(f"{option} {text} cannot be read. Write Name(argument, name=value).") from None
     assert isinstance(tree, ast.Tuple)
     return tree.elts
 
@@ -281,7 +286,7 @@ def _parsed(text: str, option: str) -> list[ast.expr]:
 def _with_marked_colons(text: str) -> str:
     """The text with the colons of import paths as a name that Python can parse: `a.b:C() -> a.b.__colon__.C()`.
 
-    It stands between two names, and not inside a dictionary or a string.
+    Such a colon stands between two names, outside of dictionaries and strings.
 
     Raises:
         SyntaxError: a bracket or a string is not closed.
@@ -308,7 +313,7 @@ def _shown(node: ast.expr) -> str:
 
 
 def _path(node: ast.expr) -> str | None:
-    """The import path that a node is, `package.module:Name`; None if it is none."""
+    """The import path that a node holds, `package.module:Name`; None if it is not one."""
     shown = _shown(node) if isinstance(node, ast.Attribute) else ""
     module, colon, name = shown.partition(":")
     parts = (*module.split("."), *name.split("."))

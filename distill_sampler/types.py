@@ -3,12 +3,12 @@
 Vocabulary, used everywhere with these meanings:
 
 - a **sample** is one prompt with one response, a row of the prepared data set; its *index* is its row number there;
-- a **group** is the set of rows that answer the same prompt; a **teacher** is who wrote a response;
-- a **view** is one token sequence that a reader is shown, and which of its tokens count;
+- a **group** is the set of rows that answer the same prompt; a **teacher** is the model or person that wrote a response;
+- a **view** is one token sequence that a reader reads, and which of its tokens count;
 - a **reader** turns views into token statistics: the student, a frozen teacher, an engine in another process;
 - a **metric** turns the statistics of a sample's views into numbers;
 - a **policy** turns a plan into a plan; an **epoch plan** lists what one epoch trains on, in order, with weights;
-- a **tap** follows the batches of training and knows which samples each one holds.
+- a **tap** is called for every batch of training, and knows which samples it holds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BoolArray = npt.NDArray[np.bool_]
 HashArray = npt.NDArray[np.uint64]
 
 STUDENT = "student"
-"""The reader of a view that names no other: the model that is being trained, as it is now."""
+"""The default reader of a view: the model that is being trained, in its current state."""
 
 
 @documents_fields
@@ -45,34 +45,34 @@ class Sample:
     input_ids: IntArray
     """`[length]` token ids."""
     scored: BoolArray
-    """`[length]` True where the token is response content: labelled, and not an end-of-turn marker. Never True at 0."""
+    """`[length]` True where the token is response content: labelled, and not an end-of-turn marker. False at 0."""
     columns: Mapping[str, Any] = field(default_factory=dict)
-    """The row's values of the data set's columns that the metrics asked for with `uses_columns`."""
+    """The row's values in the columns that metrics list in `uses_columns`."""
 
 
 @documents_fields
 @dataclass(frozen=True, kw_only=True, eq=False)
 class View:
-    """One token sequence that a reader is shown, and which of its tokens count."""
+    """One token sequence that a reader reads, and which of its tokens count."""
 
     input_ids: IntArray
-    """`[length]` token ids, of the reader's own vocabulary."""
+    """`[length]` token ids of the reader's own vocabulary."""
     scored: BoolArray
-    """`[length]` True where the token's statistics are wanted. Never True at 0: nothing predicts the first token."""
+    """`[length]` True where the token's statistics are wanted. False at 0, because nothing predicts the first token."""
     reader: str = STUDENT
-    """Who reads it: `"student"`, or a name from the metric's `readers`."""
+    """Which reader reads it: `"student"`, or a name in the metric's `readers`."""
     shared: int | None = None
-    """Tokens at its start that other views may begin with too, such as the prompt, so that a reader may read them once.
+    """How many tokens at its start other views may share, such as the prompt, so that a reader may read them once.
     None: all tokens before the one that predicts the first scored token."""
 
     @cached_property
     def identity(self) -> tuple[bytes, bytes]:
-        """Equal for two views that one forward pass of one reader can serve."""
+        """Equal for views with the same tokens and the same scored tokens, which a reader needs to read only once."""
         return self.input_ids.tobytes(), self.scored.tobytes()
 
     @property
     def shareable(self) -> IntArray:
-        """The tokens at its start that may be read once for several views; none of them is scored."""
+        """The tokens at its start that a reader may read once for several views. None of them is scored."""
         first = max(0, int(self.scored.argmax()) - 1)
         return self.input_ids[: first if self.shared is None else min(first, self.shared)]
 
@@ -80,30 +80,30 @@ class View:
 @documents_fields
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenStats:
-    """What a reader made of the scored tokens of one view, in the order of the tokens.
+    """A reader's statistics of the scored tokens of one view, in the order of the tokens.
 
     A metric lists the statistics beyond surprisal and rank that it needs in `uses_statistics`; the others are None.
     """
 
     surprisal: FloatArray
-    """`[tokens]` -log p(token | what precedes it in the view), in nats, float32."""
+    """`[tokens]` -log p(token | preceding tokens of the view), in nats, float32."""
     rank: IntArray | FloatArray | None = None
     """`[tokens]` 1 + the number of vocabulary entries with a strictly larger logit, not clipped. With `ties="mid"` half
     of `ties` is added, and ranks are floats. None: the reader has no ranks."""
     ties: IntArray | None = None
-    """`[tokens]` how many other vocabulary entries have exactly the token's logit."""
+    """`[tokens]` the number of other vocabulary entries with exactly the token's logit."""
     entropy: FloatArray | None = None
     """`[tokens]` entropy of the prediction, in nats."""
     top1: FloatArray | None = None
-    """`[tokens]` probability of the most likely token. (The token itself is the most likely where its rank is 1.)"""
+    """`[tokens]` probability of the most likely token (the token itself where its rank is 1)."""
     top50: FloatArray | None = None
-    """`[tokens]` what the probabilities of the 50 most likely tokens add up to."""
+    """`[tokens]` sum of the probabilities of the 50 most likely tokens."""
     top50_sum_p2: FloatArray | None = None
     """`[tokens]` sum of the squared probabilities of the 50 most likely tokens."""
     sum_p2: FloatArray | None = None
     """`[tokens]` sum of the squared probabilities."""
     cost: float | None = None
-    """Tokens that went through the reader for this view. A prompt that several views share counts in equal parts.
+    """How many tokens the reader processed for this view. A prompt that several views share counts in equal parts.
     None: every token of the view."""
 
 
@@ -111,15 +111,15 @@ class Missing(IntEnum):
     """Why a sample has no score by a metric."""
 
     NO = 0
-    """It has one."""
+    """It has a score."""
     NOT_APPLICABLE = 1
-    """The metric says that it does not apply to this sample."""
+    """The metric does not apply to this sample."""
     NON_FINITE = 2
     """The reader's logits were NaN or infinite."""
     TOO_LONG = 3
     """A view has more tokens than the reader has positions for."""
     UNREAD = 4
-    """It was not scored yet."""
+    """It has not been scored yet."""
     NO_RESPONSE = 5
     """It has no response token to score."""
 
@@ -141,7 +141,7 @@ class EncodedColumn:
     """A column of the data set, dictionary-encoded. (`policies.Column` is what users type to name a numeric one.)"""
 
     codes: IntArray
-    """`[samples]` for each row the position of its value in `values`."""
+    """`[samples]` the position of each sample's value in `values`."""
     values: Sequence[Any]
     """The distinct values, in order of first appearance."""
 
@@ -154,7 +154,7 @@ class EpochPlan:
     indices: IntArray
     """`[length]` sample indices in training order. A repeated index is trained on repeatedly."""
     weights: FloatArray = field(default_factory=lambda: np.ones(0, np.float32))
-    """`[length]` loss weights of mean 1 (never draw probabilities). Left out: all ones."""
+    """`[length]` loss weights of mean 1 (not probabilities of being drawn). By default all ones."""
 
     def __post_init__(self) -> None:
         indices = np.array(self.indices, np.int64)
@@ -177,7 +177,7 @@ class EpochPlan:
     __hash__ = None  # type: ignore[assignment]  # compared by content; use `fingerprint` as a key
 
     def take(self, positions: npt.NDArray[Any]) -> EpochPlan:
-        """The plan that keeps these positions of this one, in this order, weights scaled back to mean 1."""
+        """The plan with only these positions of this one, in this order. Weights are rescaled to mean 1."""
         weights = self.weights[positions]
         mean = weights.mean(dtype=np.float64) if len(weights) else 1.0
         return EpochPlan(indices=self.indices[positions], weights=weights if mean == 1.0 else weights / mean)
@@ -196,7 +196,7 @@ class Batch:
     """Which samples a batch of training holds, and where their tokens are in its `input_ids`."""
 
     samples: IntArray
-    """`[rows]` indices of the data set. The batch was compared with their tokens."""
+    """`[rows]` indices of the samples. Their tokens were compared with the batch's."""
     weights: FloatArray
     """`[rows]` the weight of each sample in the loss."""
     starts: IntArray
@@ -210,11 +210,18 @@ class Batch:
     epoch: int
     """Counted from 0."""
     step: int
-    """Optimizer steps taken before the one that this batch is for."""
+    """Number of optimizer steps before the one that this batch belongs to."""
 
 
 def unknown_name(what: str, name: str, known: Iterable[str], which: str) -> str:
-    """The sentence for a misspelt name: what there is, and the closest to what was typed."""
+    """The message for an unknown name, with the known names and the closest of them.
+
+    Args:
+        what: the kind of thing: `"metric"`.
+        name: the unknown name.
+        known: the known names.
+        which: completes "those …": `"that are scored"`.
+    """
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f" Did you mean '{close[0]}'?" if close else ""

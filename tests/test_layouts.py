@@ -353,8 +353,8 @@ def test_text_as_prompt_and_completion_is_the_one_difference_and_said(
     path = write_lines(tmp_path / "data.jsonl", data)
     in_training = scores(attached(sft_trainer(tmp_path, model, merging, data)), model)
     for options, same, said in (
-        (("--plain",), True, "Template: none (--plain): prompt and response as they are, as SFTTrainer reads them."),
-        ((), False, "SFTTrainer applies no template to a prompt and completion that are text; --plain scores them"),
+        (("--plain",), True, "Template: none is applied (--plain)."),
+        ((), False, "SFTTrainer applies no template to a prompt and a completion that are text; --plain scores them"),
     ):
         ended = call("score", path, "--model", student_path, "--output", tmp_path / f"{same}.parquet", *options)
         assert ended.code == 0, ended.said
@@ -419,7 +419,7 @@ def test_rows_that_change_their_way_of_writing_are_counted(
     path = write_lines(tmp_path / "data.jsonl", data)
     ended = call("score", path, "--model", student_path, "--output", tmp_path / "scores.parquet")
     assert ended.code == 0, ended.said
-    assert "wrapped once more, unlike the first: 2." in ended.said
+    assert "wrapped again, unlike the first: 2." in ended.said
 
 
 # ---- The real student ----

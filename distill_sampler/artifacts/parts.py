@@ -34,7 +34,7 @@ class Parts:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._number: int | None = None
-        """How many parts there are; None: not looked yet. To list a folder for each new part takes ever longer."""
+        """How many parts there are; None: not known yet. (Listing the folder for each new part would get slow.)"""
 
     @property
     def identity(self) -> dict[str, Any] | None:
@@ -90,8 +90,8 @@ class Parts:
         self._number += 1
 
     def take(self, other: Parts) -> None:
-        """Move the parts of another folder behind these, the last one first: what an interruption leaves behind there
-        still begins with the first part.
+        """Move the parts of another folder to the end of these. The last one is moved first, so that after an
+        interruption the other folder still begins with its first part.
 
         Raises:
             OSError: a part cannot be moved.

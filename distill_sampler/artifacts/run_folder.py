@@ -36,7 +36,7 @@ def column_values(dataset: ScoredDataset, name: str) -> pa.Array:
 def sample_rows(dataset: ScoredDataset, columns: Sequence[str]) -> pa.Table:
     """What each sample is, one row each: for people, and for planning from files.
 
-    A column of the data set that has the name of one of ours gets `_in_data` after its name.
+    A column of the data set with the name of one of the library's columns gets `_in_data` after its name.
 
     Args:
         dataset: the data set.

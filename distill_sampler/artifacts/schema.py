@@ -28,13 +28,13 @@ from distill_sampler.types import FloatArray, Sample, TokenStats
 
 VERSION = 3
 PREFIX = b"distill_sampler."
-"""Prefix of our entries in a file's metadata."""
+"""Prefix of the library's entries in a file's metadata."""
 
 TRACE_COLUMNS = ("prompt_text", "tokens", "token_ranks", "token_surprisals")
 RUN_COLUMNS = ("pass", "epoch", "step", "observed")
 FACT_COLUMNS = ("num_tokens", "length", "tokens_cut", "content_hash", "prompt_hash")
 OWN_COLUMNS = ("sample", "source_row", *RUN_COLUMNS, *FACT_COLUMNS, *TRACE_COLUMNS)
-"""Names of our columns. A column of the data set with such a name is renamed."""
+"""Names of the library's columns. A column of the data set with such a name is renamed."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,12 @@
-"""What `distill-sampler score` writes: chunks that are kept as they are done, and the one file they are joined into.
+"""The output of `distill-sampler score`: chunks that are kept as they are scored, and the file they are joined into.
 
-    OUTPUT.parts/           the chunks of the run under way, in the order of the data
-    OUTPUT.parts.earlier/   chunks from before the data changed, whose rows are taken over by their content
+    OUTPUT.parts/           the chunks of the current run, in the order of the data
+    OUTPUT.parts.earlier/   chunks from before the data changed; rows with the same content are reused
     OUTPUT                  all chunks in one file
 
-Scores belong to the content of the model's files and of the data, whatever these are called. With other weights or
-other settings nothing is ever taken over. Rows whose content is the same have the same scores, so an unfinished run
-goes on after the data was repaired.
+Scores belong to the content of the model's files and of the data, not to their names. Scores made with other weights or
+other settings are never reused. Rows with the same content have the same scores, so an unfinished run can continue
+after the data has been corrected.
 """
 
 from __future__ import annotations
@@ -32,40 +32,42 @@ from distill_sampler.serialize import differences, hash_of
 from distill_sampler.types import BoolArray, HashArray, IntArray
 
 ROW_GROUP = 1 << 14
-"""Rows of the output that are held together, and their numbers compressed together, when the chunks are joined."""
+"""How many rows form a row group of the output, which is compressed as a whole."""
 _PIECES_HELD = 4
-"""Earlier chunks that are held in memory: rows are looked up in the order of the data, which seldom changes."""
+"""How many earlier chunks are held in memory. Rows are looked up in the order of the data, which seldom changes."""
 
 
 @documents_fields
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What scores belong to. Models and data are compared by content; their names only serve messages."""
+    """What scores belong to. Models and data are compared by content; their names are only used in messages."""
 
     model: str
+    """The student's folder, or its name on the hub."""
     lora: str | None = None
+    """The adapter on the student, if there is one."""
     commit: str | None = None
-    """Of a model from the hub."""
+    """Commit of a model from the hub."""
     files: Mapping[str, str]
     """Hashes of the model's files, by part and name: `"weights/model.safetensors"`."""
     settings: Mapping[str, Any]
-    """What else decides the numbers."""
+    """The other settings that the scores depend on."""
     data: Sequence[tuple[str, str | None]]
-    """Each file's or data set's name and a hash of its content; None if nobody can tell."""
+    """The name of each file or data set, and a hash of its content; None: the content is unknown."""
     rows: Mapping[str, Any]
-    """What decides which rows there are, what stands beside their scores, and which are read together."""
+    """Settings that decide which rows there are, which columns they have, and which rows are read together."""
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """The origin as plain JSON values."""
         found: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return found
 
     def other_scores(self, before: Mapping[str, Any], made: str) -> str | None:
-        """Why scores of this origin must not stand beside earlier ones: a sentence, or None.
+        """Why scores of this origin must not be mixed with earlier ones: a sentence, or None.
 
         Args:
-            before: the earlier ones' origin, from JSON.
-            made: what they are called: `"scores.parquet"`.
+            before: the origin of the earlier scores, from JSON.
+            made: the name of the earlier scores in the sentence: `"scores.parquet"`.
         """
         if "files" not in before or "settings" not in before:
             return f"{made} does not say which model and settings it was made with."
@@ -81,19 +83,19 @@ class Origin:
             old, new = ({n: h for n, h in o["files"].items() if n.startswith(f"{part}/")} for o in (before, now))
             names = old.keys() | new.keys()
             if self.commit is not None and self.commit == before["commit"] and part != "adapter":
-                names = old.keys() & new.keys()  # of one commit, more files may have come into the cache since
+                names = old.keys() & new.keys()  # more files of the same commit may be in the cache now
             if changed := sorted(name for name in names if old.get(name) != new.get(name)):
                 return f"{whose} has {what} ({Path(changed[0]).name}) than when {made} was made."
         if not (before["files"] or now["files"]) and before["commit"] != self.commit:
-            return f"The model {self.model} is of another commit ({self.commit}) than when {made} was made."
+            return f"The model {self.model} has another commit ({self.commit}) than when {made} was made."
         return _other_settings(before["settings"], now["settings"], made)
 
     def other_rows(self, before: Mapping[str, Any], made: str) -> str | None:
-        """How the rows of this origin differ from earlier ones: a sentence, or None. Data sets that nobody can tell
-        the content of are the same if they are called the same."""
+        """How the rows of this origin differ from earlier ones: a sentence, or None. Data sets of unknown content are
+        compared by name."""
         old, new = before["data"], self.to_json()["data"]
         if len(old) != len(new):
-            return f"The data has {len(new)} files, and had {len(old)} when {made} was made."
+            return f"The data has {len(new)} files now, and had {len(old)} when {made} was made."
         for (was, content), (name, found) in zip(old, new, strict=True):
             if was != name if None in (content, found) else content != found:
                 return f"{name} has other content than the data that {made} was made from."
@@ -101,33 +103,36 @@ class Origin:
 
     @property
     def sure_of_data(self) -> bool:
-        """Whether equal names and hashes mean equal rows."""
+        """Whether the content of all data is known."""
         return all(content is not None for _, content in self.data)
 
 
 class ScoreOutput:
-    """The output of one run of the command, and what earlier runs have left of it.
+    """The output of one run of the command, and the scores that earlier runs have left.
 
     Args:
-        output: the file.
-        origin: gives what its scores belong to; called on the first process.
-        overwrite: throw away what is there.
-        ranks: the first process reads and writes the disk, and tells the others.
+        output: the file to write.
+        origin: returns what the scores belong to. Only the first process calls it.
+        overwrite: discard the scores of earlier runs.
+        ranks: the first process reads and writes files, and sends the others what they need.
 
     Raises:
-        ValueError: what is there belongs to another model, other settings or, if it is finished, other data.
+        ValueError: the scores of earlier runs belong to another model, to other settings or, if the output is complete,
+            to other data.
     """
 
     def __init__(self, output: Path, origin: Callable[[], Origin], *, overwrite: bool, ranks: Ranks) -> None:
         self.output = output
         self.rows = 0
-        """Candidates that are scored and written."""
+        """How many candidates are scored and written."""
         self.earlier = 0
-        """Candidates that were scored before the data changed."""
+        """How many candidates were scored before the data changed."""
         self.taken = 0
-        """How many of them were taken over by this run."""
+        """How many of these this run has reused."""
         self.schema: pa.Schema | None = None
+        """The schema of the chunks that are written; None: there are none."""
         self.complete = False
+        """Whether the output already holds all scores."""
         self._parts = Parts(output.with_name(output.name + ".parts"))
         self._earlier = Parts(output.with_name(output.name + ".parts.earlier"))
         self._read = lru_cache(_PIECES_HELD)(read_part)
@@ -139,8 +144,8 @@ class ScoreOutput:
                 self._open(overwrite)
             except (ValueError, OSError) as error:
                 failure = str(error)
-        told = (failure, self.rows, self.earlier, self.schema, self.complete)
-        failure, self.rows, self.earlier, self.schema, self.complete = ranks.gather(told)[0]
+        found = (failure, self.rows, self.earlier, self.schema, self.complete)
+        failure, self.rows, self.earlier, self.schema, self.complete = ranks.gather(found)[0]
         if failure:
             raise ValueError(failure)
 
@@ -152,20 +157,20 @@ class ScoreOutput:
         if self.output.exists():
             found, made = _origin_of(self.output), str(self.output)
             if why := self.origin.other_scores(found, made) or self.origin.other_rows(found, made):
-                raise ValueError(f"{why} Give another --output, or score anew with --overwrite.")
+                raise ValueError(f"{why} Give another --output, or score again with --overwrite.")
             self._parts.remove()
             self._earlier.remove()
             self.complete = True
             return
-        # an attempt that has scored nothing is in nobody's way
+        # earlier runs that have scored nothing do not count
         current = self._parts.identity if self._parts.drop_damaged() else None
         earlier = self._earlier.identity if self._earlier.drop_damaged() else None
         made = f"the unfinished {self.output}"
         for before in (current, earlier):
             if before is not None and (why := self.origin.other_scores(before, made)):
                 raise ValueError(
-                    f"{why[0].upper()}{why[1:]} Go on with what it was made with, give another --output, or start over "
-                    "with --overwrite."
+                    f"{why[0].upper()}{why[1:]} Continue with the model and settings of the earlier run, give another "
+                    "--output, or start over with --overwrite."
                 )
         if current is not None and not (self.origin.sure_of_data and self.origin.other_rows(current, made) is None):
             if earlier is None:
@@ -179,10 +184,10 @@ class ScoreOutput:
             self.rows += pq.read_metadata(path).num_rows
         self._index()
 
-    # ---- What was scored before the data changed ----
+    # ---- Scores from before the data changed ----
 
     def _index(self) -> None:
-        """Where each earlier row lies, by the hash of its content."""
+        """Find out where each earlier row is, by its content hash."""
         self._pieces = self._earlier.paths()
         hashes = [_hashes_of(path) for path in self._pieces]
         self._starts: IntArray = np.cumsum([0, *map(len, hashes)])
@@ -193,10 +198,13 @@ class ScoreOutput:
         self.earlier = len(every)
 
     def require_some(self, hashes: Iterable[int]) -> None:
-        """Refuse data that has none of the candidates that were scored before it changed: it is other data.
+        """Refuse data that has none of the earlier candidates, because it is other data and not a changed version.
+
+        Args:
+            hashes: the content hashes of the data's candidates.
 
         Raises:
-            ValueError: none of the hashes is that of an earlier row.
+            ValueError: no earlier row has one of these hashes.
         """
         failure: str | None = None
         if self._ranks.rank == 0:
@@ -208,21 +216,22 @@ class ScoreOutput:
                         f"({before}), and this data has none of them. Give another --output, or start over with "
                         "--overwrite."
                     )
-            except ValueError as error:  # the other processes wait to be told
+            except ValueError as error:  # the other processes wait for the result
                 failure = str(error)
         if failure := self._ranks.gather(failure)[0]:
             raise ValueError(failure)
 
     def known(self, hashes: HashArray, traced: BoolArray, columns: Sequence[str]) -> tuple[BoolArray, pa.Table | None]:
-        """What an earlier run has scored of a chunk.
+        """The rows of a chunk that an earlier run has scored.
 
         Args:
-            hashes: `[rows]` the candidates' content.
-            traced: `[rows]` which need token by token what the student makes of them.
-            columns: those that belong to the scores.
+            hashes: `[rows]` the candidates' content hashes.
+            traced: `[rows]` whether the scores of every token are needed.
+            columns: the columns of scores.
 
         Returns:
-            `[rows]` whether the row is known, and on the first process the known rows, in order; None if there is none.
+            `[rows]` whether a row is known; and on the first process the known rows, in order, or None if there are
+            none.
         """
         there: BoolArray = np.zeros(len(hashes), bool)
         rows: pa.Table | None = None
@@ -241,7 +250,7 @@ class ScoreOutput:
         return there, rows
 
     def _find(self, hashes: HashArray) -> IntArray:
-        """`[n]` the number of an earlier row with each content; -1 if there is none."""
+        """`[n]` for each content hash the number of an earlier row that has it; -1 if there is none."""
         at = np.searchsorted(self._hashes, hashes)
         hit = at < len(self._hashes)
         hit[hit] = self._hashes[at[hit]] == hashes[hit]
@@ -260,13 +269,13 @@ class ScoreOutput:
     # ---- Writing ----
 
     def add(self, table: pa.Table) -> None:
-        """Keep a chunk for good."""
+        """Add a scored chunk. It is on disk when this returns."""
         if self._ranks.rank == 0:
             self._parts.add(table)
         self.rows += table.num_rows
 
     def join(self, facts: Mapping[str, Any]) -> None:
-        """Write the one file, in row groups of a useful size, and clear away the chunks."""
+        """Join the chunks into the output file, and delete them."""
         paths = self._parts.paths()
         contents = (_hashes_of(path).tobytes() for path in paths)
         entries = encode_facts({**facts, "dataset": hash_of(*contents), "origin": self.origin.to_json()})
@@ -303,7 +312,9 @@ def _origin_of(output: Path) -> dict[str, Any]:
     except (pa.ArrowException, OSError):
         found = None
     if not isinstance(found, dict):
-        raise ValueError(f"{output} exists and holds no scores of this command; give another --output, or --overwrite.")
+        raise ValueError(
+            f"{output} exists, but was not written by this command. Give another --output, or --overwrite."
+        )
     return found
 
 
@@ -313,7 +324,7 @@ def _hashes_of(path: Path) -> HashArray:
 
 
 def _with_traces_of(rows: pa.Table, traced: BoolArray) -> pa.Table:
-    """Without the tokens of rows whose tokens are not wanted."""
+    """The rows, with the scores of every token only where `traced` is True."""
     wanted = pa.array(traced)
     for name in TRACE_COLUMNS:
         column = rows[name]

@@ -62,9 +62,13 @@ class Scores:
     metrics: dict[str, Metric]
     """The metrics whose numbers the file has, by name."""
     group: str | None
+    """Name of the column that is equal for rows that answer the same prompt; None if there is none."""
     teacher: str | None
+    """Name of the column with the teachers; None if there is none."""
     domain: str | None
+    """Name of the column with the domains; None if there is none."""
     correct: str | None
+    """Name of the column that tells whether a response is correct; None if there is none."""
     load: Callable[[list[str]], pa.Table] = field(repr=False)
     """Reads columns, with one row for each measurement."""
     load_plans: Callable[[], pa.Table] | None = field(default=None, repr=False)
@@ -375,7 +379,7 @@ class Scores:
         )
 
     def _columns_of_data(self, names: Iterable[str], epoch: int | None) -> dict[str, EncodedColumn]:
-        """Columns by their names in the data: one that is called like one of ours is kept as `NAME_in_data`."""
+        """Columns by their names in the data. If the library uses a name itself, the file has `NAME_in_data`."""
         kept = {name: f"{name}_in_data" if f"{name}_in_data" in self.names else name for name in names}
         found = {name: self.column(ours, epoch=epoch) for name, ours in kept.items()}
         return {name: column for name, column in found.items() if column is not None}

@@ -1,4 +1,4 @@
-"""The command line, `distill-sampler`. Heavy imports wait until a command runs, so that `--help` is quick."""
+"""The command line, `distill-sampler`. Heavy imports wait until a command runs, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Say which version this is.")
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
     ] = False,
 ) -> None:
     """Train a student on the traces that it can learn from."""
@@ -46,21 +46,25 @@ def main(
 
 @app.command()
 def demo(
-    prompts: Annotated[int, typer.Option(min=1, help="Competition problems, four teachers' traces each.")] = 12,
+    prompts: Annotated[
+        int, typer.Option(min=1, help="Number of competition problems, with a trace of each teacher.")
+    ] = 12,
     max_length: Annotated[
-        int, typer.Option(min=64, help="Tokens of prompt and trace; problems with longer traces are left out.")
+        int, typer.Option(min=64, help="Longest prompt with its trace, in tokens; longer problems are left out.")
     ] = 640,
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs; the student scores all traces before each.")] = 2,
-    output: Annotated[Path, typer.Option(help="Folder for the model, scores, plans and picture.")] = Path(
+    epochs: Annotated[
+        int, typer.Option(min=1, help="Number of epochs. The student scores all traces before each.")
+    ] = 2,
+    output: Annotated[Path, typer.Option(help="Folder for the model, the scores, the plans and the report.")] = Path(
         "distill-sampler-demo"
     ),
     full: Annotated[bool, typer.Option("--full", help="Train all weights instead of a LoRA.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the plans and the training.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the plans and of training.")] = 0,
 ) -> None:
-    """Fine-tune a small student on real traces of four teachers, choosing anew before each epoch.
+    """Fine-tune a small student on real traces of four teachers, and choose the traces anew before each epoch.
 
-    Real input, small enough for two CPU cores: SmolLM2-135M-Instruct learns competition mathematics from GPT-3.5,
-    GPT-4, GPT-4 Turbo and PaLM 2. For each problem it trains on the trace with the best Rank-Surprisal Ratio.
+    The data is real, and small enough for two CPU cores: SmolLM2-135M-Instruct learns competition mathematics from
+    GPT-3.5, GPT-4, GPT-4 Turbo and PaLM 2. For each problem it trains on the trace with the best Rank-Surprisal Ratio.
     """
     from distill_sampler.cli.demo import run
 
@@ -73,15 +77,18 @@ def demo(
 
 @app.command()
 def verify(
-    checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoint folders of a run, one or more of each epoch.")],
+    checkpoints: Annotated[
+        list[Path], typer.Argument(help="Checkpoint folders of a run, at least one for each epoch to compare.")
+    ],
     log: Annotated[
-        Path | None, typer.Option(help="Folder of the sample log; left out: distill_sampler/ beside the checkpoint.")
+        Path | None,
+        typer.Option(help="Folder of the sample log. By default distill_sampler/ beside the checkpoint."),
     ] = None,
 ) -> None:
-    """Say whether the samples that a run recorded are those that its checkpoints hold the order of.
+    """Check that a run trained on the samples that its checkpoints' plans list, in that order.
 
-    The run records them with attach(trainer, curriculum, sample_log=True). Ends with 0 if they agree, with 1 if not,
-    and with 2 if a checkpoint or the log cannot be read.
+    The run must have recorded a sample log: attach(trainer, curriculum, sample_log=True). The exit code is 0 if log and
+    plans agree, 1 if they do not, and 2 if a checkpoint or the log cannot be read.
     """
     from distill_sampler.cli.verify import run
 
@@ -96,53 +103,73 @@ def verify(
 
 @app.command()
 def score(
-    data: Annotated[list[str], typer.Argument(help="JSONL (plain, gz, zst), JSON, Parquet, folders, or a hub name.")],
-    model: Annotated[str, typer.Option(help="The student: a folder, or a name on the hub.")],
+    data: Annotated[
+        list[str],
+        typer.Argument(
+            help="Files (JSONL plain, gz or zst; JSON; Parquet), folders of them, or a data set on the hub."
+        ),
+    ],
+    model: Annotated[str, typer.Option(help="The student: a folder, or the name of a model on the hub.")],
     output: Annotated[Path, typer.Option(help="Parquet file for the scores.")] = Path("scores.parquet"),
     metrics: Annotated[
-        str, typer.Option(help="Names, or calls such as 'RankSurprisalRatio(rank_clip=50, name=rsr50)'.")
+        str,
+        typer.Option(
+            help="Metrics, separated by commas: names, or calls such as 'RankSurprisalRatio(rank_clip=50, name=rsr50)'."
+        ),
     ] = "rank_surprisal_ratio,global_naturalness",
-    prompt_column: Annotated[str | None, typer.Option(help="Text or messages of the prompt.")] = None,
-    response_column: Annotated[str | None, typer.Option(help="Text or messages of the response.")] = None,
-    messages_column: Annotated[str | None, typer.Option(help="Whole conversations.")] = None,
-    candidates_column: Annotated[str | None, typer.Option(help="Several responses to the row's prompt.")] = None,
+    prompt_column: Annotated[str | None, typer.Option(help="Column with the prompt, as text or messages.")] = None,
+    response_column: Annotated[str | None, typer.Option(help="Column with the response, as text or messages.")] = None,
+    messages_column: Annotated[str | None, typer.Option(help="Column with whole conversations.")] = None,
+    candidates_column: Annotated[
+        str | None, typer.Option(help="Column with several responses to the row's prompt.")
+    ] = None,
     group_column: GroupColumn = None,
     teacher_column: TeacherColumn = None,
-    split: Annotated[str, typer.Option(help="Of a saved data set, or one on the hub.")] = "train",
-    subset: Annotated[str | None, typer.Option(help="Of a data set on the hub that has several.")] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="No chat template: prompt and response as they are.")] = False,
-    whole_text: Annotated[
-        bool, typer.Option("--whole-text", help="Score all of a text in which no response is found, the prompt too.")
+    split: Annotated[str, typer.Option(help="Split of a saved data set, or of one on the hub.")] = "train",
+    subset: Annotated[str | None, typer.Option(help="Subset of a data set on the hub that has several.")] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Read prompt and response as plain text, without a chat template.")
     ] = False,
-    chat_template: Annotated[Path | None, typer.Option(help="File with a chat template to use instead.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens after which a row is cut off.")] = None,
+    whole_text: Annotated[
+        bool,
+        typer.Option("--whole-text", help="Score all of a text, with its prompt, if no response can be found in it."),
+    ] = False,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="File with a chat template to use instead of the model's.")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Truncate rows to this many tokens.")] = None,
     batch_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of a batch, padding included: 2048 on a CPU, else 16384.")
+        int | None,
+        typer.Option(help="Tokens in a batch, padding included. By default 2048 on a CPU and 16384 elsewhere."),
     ] = None,
     share_prompts: Annotated[
         bool,
-        typer.Option("--share-prompts/--no-share-prompts", help="Read a prompt once for all responses to it, or not."),
+        typer.Option("--share-prompts/--no-share-prompts", help="Read a prompt only once for all responses to it."),
     ] = True,
-    rank_clip: Annotated[int | None, typer.Option(help="Ranks above it count as this (RSR; 100 in the paper).")] = None,
+    rank_clip: Annotated[
+        int | None, typer.Option(help="Largest rank that Rank-Surprisal Ratio counts (100 in the paper).")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Of a model on the hub.")] = None,
-    lora: Annotated[Path | None, typer.Option(help="Adapter to put on the model.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Revision of a model on the hub.")] = None,
+    lora: Annotated[Path | None, typer.Option(help="Adapter to load on top of the model.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     prompts: Annotated[
-        int | None, typer.Option(min=1, help="Score the candidates of so many prompts only, the first ones.")
+        int | None, typer.Option(min=1, help="Score only the candidates of the first so many prompts.")
     ] = None,
     traces: Annotated[
-        int, typer.Option(min=0, help="Prompts (the first ones) whose candidates are kept token by token.")
+        int, typer.Option(min=0, help="For this many prompts, the first ones, keep the scores of every token.")
     ] = 30,
-    on_error: Annotated[OnError, typer.Option(help="What to do about a row that cannot be used.")] = OnError.stop,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over, whatever is there.")] = False,
+    on_error: Annotated[OnError, typer.Option(help="What to do with a row that cannot be used.")] = OnError.stop,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Discard scores that the output holds already.")
+    ] = False,
     config: Config = None,
 ) -> None:
-    """Let a student score every response of a data set.
+    """Score every response of a data set with a student.
 
-    Killed at any point, or stopped by a row that cannot be used, it goes on when run again with the same model and
-    settings. Under `accelerate launch` the processes share the work.
+    If the command is killed, or stopped by a row that cannot be used, run it again with the same model and settings: it
+    continues where it stopped. Under `accelerate launch`, the processes share the work.
     """
     with refusals():
         from distill_sampler.cli.score import Options, run
@@ -186,19 +213,21 @@ def score(
 
 @app.command()
 def teachers(
-    scores: Annotated[Path, typer.Argument(help="What `score` wrote, or a run's folder.")],
-    metric: Annotated[str | None, typer.Option(help="The metric that ranks.")] = None,
+    scores: Annotated[Path, typer.Argument(help="File that `score` wrote, or the output folder of a run.")],
+    metric: Annotated[str | None, typer.Option(help="Metric to rank by.")] = None,
     teacher_column: TeacherColumn = None,
     group_column: GroupColumn = None,
     domain_column: DomainColumn = None,
     correct_column: CorrectColumn = None,
-    epoch: Annotated[int | None, typer.Option(help="Which pass of a run; the last if left out.")] = None,
+    epoch: Annotated[
+        int | None, typer.Option(help="Epoch of a run whose scores count. By default the last one.")
+    ] = None,
     shared_prompts: Annotated[
-        bool, typer.Option("--shared-prompts", help="Compare on the prompts that all teachers answered.")
+        bool, typer.Option("--shared-prompts", help="Compare only on prompts that all teachers answered.")
     ] = False,
     config: Config = None,
 ) -> None:
-    """Rank teachers by what the student makes of their responses."""
+    """Rank teachers by the student's scores of their responses."""
     with refusals():
         from distill_sampler.cli.teachers import run
 
@@ -216,21 +245,22 @@ def teachers(
 
 @app.command()
 def report(
-    source: Annotated[Path, typer.Argument(help="What `score` wrote, or a run's folder.")],
-    output: Annotated[Path, typer.Option(help="HTML file; it needs no network.")] = Path("report.html"),
+    source: Annotated[Path, typer.Argument(help="File that `score` wrote, or the output folder of a run.")],
+    output: Annotated[Path, typer.Option(help="HTML file to write; it needs no network.")] = Path("report.html"),
     policy: Annotated[
-        list[str] | None, typer.Option(help="Whose choice is shown; the run's, or the best of each prompt if left out.")
+        list[str] | None,
+        typer.Option(help="Policy whose choice is shown. By default the run's, or the best of each prompt."),
     ] = None,
-    metric: Annotated[str | None, typer.Option(help="The metric that ranks.")] = None,
-    title: Annotated[str | None, typer.Option(help="Of the page.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Metric to rank by.")] = None,
+    title: Annotated[str | None, typer.Option(help="Title of the page.")] = None,
     teacher_column: TeacherColumn = None,
     group_column: GroupColumn = None,
     domain_column: DomainColumn = None,
     correct_column: CorrectColumn = None,
-    seed: Annotated[int, typer.Option(help="Of the policies.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the policies.")] = 0,
     config: Config = None,
 ) -> None:
-    """Draw the scores as one HTML page: teachers, distributions, the choice, traces token by token."""
+    """Draw the scores as one HTML page: teachers, distributions, what was chosen, and traces token by token."""
     with refusals():
         from distill_sampler.report.page import write_report
         from distill_sampler.specs import parse_policies
@@ -247,24 +277,27 @@ def report(
             domain=domain_column,
             correct=correct_column,
         )
-        typer.echo(f"{output} ({output.stat().st_size / 1e6:.1f} MB): open it in a browser.")
+        typer.echo(f"Wrote {output} ({output.stat().st_size / 1e6:.1f} MB). Open it in a browser.")
 
 
 @app.command()
 def select(
-    scores: Annotated[Path, typer.Argument(help="What `score` wrote, or a run's folder.")],
+    scores: Annotated[Path, typer.Argument(help="File that `score` wrote, or the output folder of a run.")],
     policy: Annotated[
-        list[str], typer.Option(help="Such as 'BestOf(rank_surprisal_ratio, per=prompt_id)'; several apply in order.")
+        list[str],
+        typer.Option(
+            help="Policy, such as 'BestOf(rank_surprisal_ratio, per=prompt_id)'. Repeat it to apply several in order."
+        ),
     ],
     output: Annotated[Path, typer.Option(help="Training set to write: .jsonl or .parquet.")] = Path("selected.jsonl"),
-    data: Annotated[list[str] | None, typer.Option(help="Where the data lies, if not where it was scored.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the policies; the run's, or 0, if left out.")] = None,
-    epoch: Annotated[int | None, typer.Option(help="Which epoch of a run; the last if left out.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Where the scored data is now, if it has been moved.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the policies. By default the run's, or 0.")] = None,
+    epoch: Annotated[int | None, typer.Option(help="Epoch of a run to plan. By default the last one.")] = None,
     config: Config = None,
 ) -> None:
     """Choose from scored data with the library's policies, and write a training set with the reason for each row.
 
-    A run's folder holds no text: the rows of its plan are listed by number and by your columns.
+    The output folder of a run holds no text. From it, the rows of the plan are listed by number and by your columns.
     """
     with refusals():
         from distill_sampler.cli.select import run
@@ -274,13 +307,15 @@ def select(
 
 @app.command()
 def doctor(
-    model: Annotated[str | None, typer.Option(help="Test with this student; a random one of 135M if left out.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
+    model: Annotated[
+        str | None, typer.Option(help="Student to measure. By default a random one of 135 million weights.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    seconds: Annotated[float, typer.Option(min=0, help="How long to measure.")] = 20.0,
+    seconds: Annotated[float, typer.Option(min=0, help="How long to measure, in seconds.")] = 20.0,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Say what is installed and how fast scoring is here, with the limit beside it."""
+    """Show what is installed, and how fast scoring is on this machine compared with the limit."""
     with refusals():
         from distill_sampler.cli.doctor import run
 

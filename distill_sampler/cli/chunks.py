@@ -1,6 +1,6 @@
-"""From a data set to chunks of encoded candidates: what is read together, scored together and kept together.
+"""From a data set to chunks of encoded candidates, which are read, scored and kept together.
 
-Chunks depend on the data and the settings alone, so an interrupted run makes those of an uninterrupted one.
+Chunks depend on the data and the settings alone, so an interrupted run makes the same chunks as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from distill_sampler.sources.files import Bad, Sources
 from distill_sampler.types import BoolArray, HashArray, IntArray
 
 ROWS_PER_READ = 64
-"""Candidates that are tokenised together; a chunk is a whole number of these."""
+"""How many candidates are tokenised together. A chunk is a whole number of these."""
 MAX_ROWS = 4096
+"""How many candidates a chunk has at most, approximately."""
 SHOWN_BAD = 5
-"""Bad rows that are shown one by one; all are counted."""
+"""How many bad rows are shown; all are counted."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,7 +35,7 @@ class Chunk:
     candidates: Sequence[Candidate]
     encoded: Sequence[Encoded]
     traced: BoolArray
-    """`[rows]` whether what the student makes of each token is kept."""
+    """`[rows]` whether the scores of each token are kept."""
     end_token_ids: Sequence[int]
     """End-of-turn markers, which are not scored."""
 
@@ -42,7 +43,7 @@ class Chunk:
         return len(self.candidates)
 
     def take(self, rows: IntArray) -> Chunk:
-        """Some of its rows, in this order."""
+        """The chunk with these rows, in this order."""
         places = rows.tolist()
         return Chunk(
             candidates=[self.candidates[place] for place in places],
@@ -53,12 +54,12 @@ class Chunk:
 
     @cached_property
     def hashes(self) -> HashArray:
-        """`[rows]` hashes of the content."""
+        """`[rows]` the candidates' content hashes."""
         return np.array([candidate.content_hash for candidate in self.candidates], np.uint64)
 
     @cached_property
     def offsets(self) -> IntArray:
-        """`[rows + 1]` where each row's tokens begin, and the end."""
+        """`[rows + 1]` where each row begins among all tokens, and where the last one ends."""
         offsets: IntArray = np.cumsum([0, *(len(row.input_ids) for row in self.encoded)])
         return offsets
 
@@ -80,28 +81,28 @@ class Chunk:
 
     @cached_property
     def counts(self) -> IntArray:
-        """`[rows]` tokens of response content."""
+        """`[rows]` how many tokens are response content."""
         counts: IntArray = np.diff(np.r_[0, np.cumsum(self._scored)][self.offsets])
         return counts
 
 
 class Intake:
-    """Reads the data of one run: first a look at its beginning, then chunk by chunk.
+    """Reads the data of one run: first its beginning, to settle the columns, then chunk by chunk.
 
     Args:
         sources: the data.
-        said: what the user has said of its columns.
+        given: the columns that the user has named.
         read: columns that metrics read.
-        prompts: score only the candidates of so many prompts, the first ones; None: of all.
-        traces: prompts whose candidates are kept token by token.
-        on_error: whether a row that cannot be used ends the run.
-        say: where to tell what is read, and what is left out.
+        prompts: score only the candidates of this many prompts, the first ones; None: of all.
+        traces: for this many prompts, the first ones, the scores of every token are kept.
+        on_error: `"stop"`: a row that cannot be used ends the run. `"skip"`: it is left out.
+        say: the console for messages about what is read and what is left out.
     """
 
     def __init__(
         self,
         sources: Sources,
-        said: Layout,
+        given: Layout,
         *,
         read: Sequence[str],
         prompts: int | None,
@@ -111,27 +112,27 @@ class Intake:
     ) -> None:
         self.sources = sources
         self.bad = 0
-        """Rows that were left out."""
+        """How many rows were left out."""
         self.before = 0
-        """Bytes of the data that were read before this chunk's."""
+        """How many bytes of the data were read before the current chunk."""
         self._read = tuple(read)
         self._prompts = prompts
         self._traces = traces
         self._stop = on_error == "stop"
         self._say = say
-        self.layout = said
-        self.first = self._look()
+        self.layout = given
+        self.first = self._find_first()
         """The first candidate that can be used."""
 
-    def _look(self) -> Candidate:
-        """Settle the columns, and see that there is something to score, before a model is loaded."""
+    def _find_first(self) -> Candidate:
+        """The first candidate. Settles the columns, and refuses data without candidates before a model is loaded."""
         layouts: list[Layout] = []
         reasons: list[str] = []
         for item in read_candidates(self.sources, self.layout, read=self._read, announce=layouts.append):
             if isinstance(item, Candidate):
                 self.layout = layouts[0]
                 self._announce()
-                self.bad = 0  # they are met again
+                self.bad = 0  # the rows before it will be read and counted again
                 return item
             self._refuse(item, show=False)
             if len(reasons) < SHOWN_BAD:
@@ -139,13 +140,13 @@ class Intake:
         raise ValueError(f"None of the {self.bad} rows could be used. {'; '.join(reasons)}.")
 
     def candidates(self, misfit: Callable[[Candidate], str | None] = lambda candidate: None) -> Iterator[Candidate]:
-        """Those that are scored, in order.
+        """The candidates that are to be scored, in the order of the data.
 
         Args:
-            misfit: why a candidate cannot be used, or None.
+            misfit: returns why a candidate cannot be used, or None.
 
         Raises:
-            ValueError: a row cannot be used, and the run is to stop there.
+            ValueError: a row cannot be used, and `on_error` is `"stop"`.
         """
         wanted = _OfTheFirst(self._prompts)
         for item in read_candidates(self.sources, self.layout, read=self._read):
@@ -159,7 +160,7 @@ class Intake:
                 yield item
 
     def content_hashes(self) -> Iterator[int]:
-        """Of all candidates that can be read. Nothing is said of the others, which are met again."""
+        """The content hashes of all candidates that can be read. Other rows are passed over without a message here."""
         for item in read_candidates(self.sources, self.layout, read=self._read):
             if isinstance(item, Candidate):
                 yield item.content_hash
@@ -173,14 +174,14 @@ class Intake:
         skip: int,
         misfit: Callable[[Candidate], str | None],
     ) -> Iterator[Chunk]:
-        """Candidates in pieces of about so many tokens.
+        """The candidates in chunks of about `tokens` tokens.
 
         Args:
-            encoder: turns them into tokens.
-            end_token_ids: markers that are not scored.
-            tokens: of a chunk.
-            skip: candidates that are done.
-            misfit: why a candidate cannot be used, or None.
+            encoder: turns candidates into tokens.
+            end_token_ids: end-of-turn markers, which are not scored.
+            tokens: about how many tokens a chunk has.
+            skip: how many candidates, the first ones, are already scored.
+            misfit: returns why a candidate cannot be used, or None.
         """
         traced = _OfTheFirst(self._traces)
         waiting: list[tuple[Candidate, Encoded, bool]] = []
@@ -205,8 +206,8 @@ class Intake:
     def _refuse(self, bad: Bad, *, show: bool = True) -> None:
         if self._stop:
             raise ValueError(
-                f"{bad.where}: {bad.reason}. Repair it, or leave such rows out with --on-error skip; what is scored so "
-                "far is kept."
+                f"{bad.where}: {bad.reason}. Correct the row, or leave such rows out with --on-error skip. The scores "
+                "so far are kept."
             )
         self.bad += 1
         if show and self.bad <= SHOWN_BAD:
@@ -215,23 +216,23 @@ class Intake:
     def _announce(self) -> None:
         self._say.print(f"Columns: {self.layout.describe()}", markup=False)
         if self.layout.teacher is None and self.layout.candidates is None:
-            self._say.print("  No column says who wrote a response; name it with --teacher-column to compare teachers.")
+            self._say.print("  No column names the teachers. To compare teachers, name theirs with --teacher-column.")
         if self.layout.group is None and self.layout.tokens:
             self._say.print(
-                "  Rows whose tokens before the first labelled one are the same are one group; name the column that "
-                "says which answer the same prompt with --group-column."
+                "  Rows with the same tokens before the first labelled one are one group. If that is wrong, name the "
+                "column that is equal for rows that answer the same prompt with --group-column."
             )
         elif self.layout.group is None and self.layout.text:
             self._say.print(
-                "  Each text is a group of its own; name the column that says which answer the same prompt with "
-                "--group-column."
+                "  Each text is a group of its own. If several texts answer the same prompt, name the column that "
+                "shows it with --group-column."
             )
         elif self.layout.group is None:
             self._say.print("  Rows with the same prompt are one group ('prompt_id' is a hash of the prompt).")
 
 
 class _OfTheFirst:
-    """Whether a candidate is of one of the first `number` prompts; of any for None."""
+    """Tells whether a candidate belongs to one of the first `number` prompts; with None, every one does."""
 
     def __init__(self, number: int | None) -> None:
         self._number = number

@@ -1,4 +1,4 @@
-"""`distill-sampler demo`: the main job on real input, through the same `attach` that users call."""
+"""`distill-sampler demo`: trains on real data through the same `attach` that users call."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ RSR = "rank_surprisal_ratio"
 
 
 def run(*, prompts: int, max_length: int, epochs: int, output: Path, full: bool, seed: int) -> None:
-    """Do the demo and leave its results in `output`.
+    """Run the demo, and write its results to the folder `output`.
 
     Raises:
-        ValueError: a part is not installed, or no problem fits the length.
+        ValueError: a package of the demo is not installed, or no problem fits into `max_length`.
     """
     started = time.perf_counter()
     say = Console(stderr=True)
     transformers_logging.set_verbosity(logging.ERROR)
     disable_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries to each other
+    warnings.filterwarnings("ignore", category=FutureWarning)  # dependencies raise these about one another
     output.mkdir(parents=True, exist_ok=True)
 
     dtype = fastest_dtype()
@@ -49,7 +49,7 @@ def run(*, prompts: int, max_length: int, epochs: int, output: Path, full: bool,
     found = len(rows) // 4
     say.print(f"[bold]2/5[/] Candidates: {len(rows)} traces, {found} competition problems x 4 teachers (CHAMP)")
     if found < prompts:
-        say.print(f"      only {found} problems have traces within {max_length} tokens; a larger --max-length has more")
+        say.print(f"      only {found} problems have traces of up to {max_length} tokens; raise --max-length for more")
 
     trainer = SFTTrainer(
         model=model,
@@ -63,7 +63,7 @@ def run(*, prompts: int, max_length: int, epochs: int, output: Path, full: bool,
             gradient_accumulation_steps=4,
             learning_rate=2e-5 if full else 2e-4,
             max_length=max_length,
-            bf16=False,  # the weights are in the dtype that this machine is fast in; no autocast on top
+            bf16=False,  # no autocast: the weights are already in the fastest dtype of this machine
             gradient_checkpointing=False,
             logging_steps=1,
             save_strategy="no",
@@ -84,7 +84,7 @@ def run(*, prompts: int, max_length: int, epochs: int, output: Path, full: bool,
     say.print(f"[bold]3/5[/] Training {kind} for {epochs} epochs in {precision}; scoring before each")
     trainer.train()
 
-    say.print("\n[bold]4/5[/] Scoring once more, to see what the student makes of the traces now")
+    say.print("\n[bold]4/5[/] Scoring the traces again with the trained student")
     curriculum.score(trainer.model_wrapped, epoch=epochs, step=trainer.state.global_step)
 
     say.print(f"[bold]5/5[/] Writing {output}/")
@@ -100,7 +100,7 @@ def _write(trainer: SFTTrainer, curriculum: Curriculum, output: Path) -> None:
 
 
 def _show(say: Console, curriculum: Curriculum, rows: Any) -> None:
-    """The best and the worst trace of the problem where the choice mattered most, by the scores of the first epoch."""
+    """Show the best and the worst trace of the problem with the largest difference in the first epoch's scores."""
     first = curriculum.cycle.record.passes[0].columns
     prompt_ids = rows["prompt_id"]
     groups: dict[str, list[int]] = {}
@@ -123,8 +123,8 @@ def _show(say: Console, curriculum: Curriculum, rows: Any) -> None:
         excerpt = textwrap.shorten(rows[index]["completion"][0]["content"], 420)
         say.print(Panel(Text(excerpt), title=f"{rows[index]['teacher']}, {verdict}", subtitle=numbers))
     say.print(
-        "A low ratio: tokens this student did not expect (surprisal, something to learn) and yet ranked high "
-        "(rank, within reach).\n"
+        "A low ratio means that the student did not expect the tokens (high surprisal: there is something to learn), "
+        "but ranked them near the top (low rank: they are within reach).\n"
     )
 
 
@@ -137,6 +137,6 @@ def _figures(say: Console, trainer: SFTTrainer, curriculum: Curriculum, seconds:
     say.print(f"scoring throughput   {tokens / scoring:,.0f} tokens/s")
     say.print(f"scoring share        {', '.join(f'{share:.0%}' for share in shares)} of each epoch's time")
     say.print(
-        "\nLook at [bold]scores.html[/] for pictures of the scores before and after, [bold]scores.parquet[/] and "
-        "[bold]plans.parquet[/] for the numbers, [bold]model/[/] for the student."
+        "\n[bold]scores.html[/] has pictures of the scores before and after training, [bold]scores.parquet[/] and "
+        "[bold]plans.parquet[/] have the numbers, and [bold]model/[/] is the student."
     )

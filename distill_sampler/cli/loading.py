@@ -1,4 +1,4 @@
-"""Loading the student for a command: the model, its tokenizer, a LoRA on top; refusals in one sentence."""
+"""Loads the student for a command: the model, its tokenizer, and a LoRA on top. What cannot be loaded is refused."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first accelerator there is; under a launcher each process takes its own.
+    """The named device. `auto` is an accelerator (under a launcher, the process's own) if there is one, else the CPU.
 
     Raises:
-        ValueError: there is no such device here.
+        ValueError: this machine has no such device.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -33,33 +33,33 @@ def pick_device(name: str) -> torch.device:
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used here ({reason}); 'cpu' always can.") from None
+        raise ValueError(f"--device {name} cannot be used on this machine ({reason}). Use cpu.") from None
 
 
 def locate(name: str, *, revision: str | None = None, file: str = "config.json") -> tuple[Path, str | None]:
-    """Where a model's files lie or will lie once they are loaded, and its commit, if it is from the hub.
+    """The folder of a model's files, and the model's commit if it comes from the hub.
 
     Args:
-        name: a folder, or a name on the hub.
-        revision: of a model on the hub.
-        file: one that it must have.
+        name: a folder, or the name of a model on the hub.
+        revision: the revision of a model on the hub.
+        file: a file that the model must have.
 
     Raises:
         ValueError: there is no such model.
     """
     folder = Path(name)
     if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(f"There is no model folder {name}; check the path.")
+        raise ValueError(f"There is no model folder {name}. Check the path.")
     if folder.is_dir():
         if not (folder / file).exists():
             hint = ""
             if (folder / "adapter_config.json").exists():
                 hint = " It is an adapter: give the base model with --model, and this folder with --lora."
-            raise ValueError(f"The folder {name} holds no model (no {file}).{hint}")
+            raise ValueError(f"The folder {name} holds no model: it has no {file}.{hint}")
         return folder, None
     with _refusals(name):
         found = cached_file(name, file, revision=revision)
-        assert found is not None, "it raises where there is none"
+        assert found is not None, "cached_file raises an error if there is no such file"
     folder = Path(found).parent
     return folder, folder.name if folder.parent.name == "snapshots" else None
 
@@ -70,7 +70,8 @@ def load_tokenizer(
     """The student's tokenizer, with another chat template if one is given.
 
     Raises:
-        ValueError: there is no tokenizer or no such template, or code that nobody has allowed to run comes with it.
+        ValueError: there is no tokenizer or no such template, or it needs remote code that `trust_remote_code` does not
+            allow.
     """
     if chat_template is not None and not chat_template.is_file():
         raise ValueError(f"--chat-template {chat_template}: there is no such file.")
@@ -90,11 +91,11 @@ def load_model(
     lora: Path | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """Load a causal language model, and put a LoRA on it if one is given.
+    """Load a causal language model, with a LoRA on top if one is given.
 
     Raises:
-        ValueError: it is not there, is not a causal language model, needs code of its own that nobody has allowed to
-            run, or the adapter does not fit.
+        ValueError: there is no such model, it is not a causal language model, it needs remote code that
+            `trust_remote_code` does not allow, or the adapter does not fit.
     """
     if lora is not None:
         _require_adapter(lora)
@@ -105,13 +106,13 @@ def load_model(
     if lora is not None:
         model = _with_lora(model, lora)
     model = model.to(device).eval()
-    with reading(model):  # refuses what is not causal
+    with reading(model):  # refuses models that are not causal
         pass
     return model
 
 
 def pick_dtype(name: str, device: torch.device) -> str:
-    """`auto` is bfloat16 where an accelerator is fast at it, else float32.
+    """The dtype of a name. `auto` is bfloat16 on GPUs that have it in hardware, else float32.
 
     Raises:
         ValueError: there is no such dtype.
@@ -120,38 +121,38 @@ def pick_dtype(name: str, device: torch.device) -> str:
         raise ValueError(f"--dtype {name}: choose one of {', '.join(DTYPES)}.")
     if name != "auto":
         return name
-    # on a CPU float32 costs little more and gives ranks without bfloat16's ties
+    # on a CPU, float32 costs little more than bfloat16, and ranks have no ties from rounding
     return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "float32"
 
 
 @contextmanager
 def _refusals(name: str) -> Iterator[None]:
-    """What transformers says about a model that it cannot load, in one sentence."""
+    """Turn the errors of transformers for a model that it cannot load into one sentence with the cure."""
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
-        said = str(error).strip()
-        if "trust_remote_code" in said:
+        message = str(error).strip()
+        if "trust_remote_code" in message:
             raise ValueError(
-                f"The model {name} brings Python code of its own, which would run here with your rights. Read it "
-                "first; if you trust it, say so with --trust-remote-code."
+                f"The model {name} comes with its own Python code, which would run with your permissions. Read the "
+                "code first. If you trust it, add --trust-remote-code."
             ) from None
-        reason = said.splitlines()[0].rstrip(".:") if said else type(error).__name__
-        if "Unrecognized configuration class" in said:
+        reason = message.splitlines()[0].rstrip(".:") if message else type(error).__name__
+        if "Unrecognized configuration class" in message:
             raise ValueError(
-                f"{name} is not a causal language model ({reason.split('class ')[-1].split(' ')[0]}), so it gives no "
-                "probability to a response token by token. Give a decoder such as Llama, Qwen or SmolLM."
+                f"{name} is not a causal language model ({reason.split('class ')[-1].split(' ')[0]}), so it has no "
+                "next-token probabilities to score with. Give a decoder such as Llama, Qwen or SmolLM."
             ) from None
         raise ValueError(
-            f"The model {name} cannot be loaded: {reason}. Give a folder with config.json, weights and tokenizer, or a "
-            "name on the hub that this machine can reach."
+            f"The model {name} cannot be loaded: {reason}. Give a folder with config.json, weights and tokenizer, or "
+            "the name of a model on the hub that this machine can reach."
         ) from None
 
 
 # ---- What a model is made of ----
 
 _NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
-"""What trainers leave beside a model's weights."""
+"""Files that trainers write beside a model's weights."""
 _PARTS = {
     "weights": ("*.safetensors", "*.bin"),
     "config": ("config.json", "generation_config.json", "adapter_config.json", "*.py"),
@@ -165,15 +166,15 @@ _PARTS = {
         "*.tiktoken",
     ),
 }
-"""The files of each part; the chat template is compared as text."""
+"""The files of each part of a model. (The chat template is compared as text.)"""
 
 
 def model_files(folder: Path, lora: Path | None) -> dict[str, str]:
-    """Hashes of the files that decide what a student says, by part and name: `"weights/model.safetensors"`.
+    """Hashes of the files that a student's outputs depend on, by part and name: `"weights/model.safetensors"`.
 
     Args:
-        folder: where the model's files lie.
-        lora: an adapter that is on the model, a folder or a name on the hub.
+        folder: the folder of the model's files.
+        lora: the adapter on the model, a folder or a name on the hub.
 
     Raises:
         OSError: a file cannot be read.
@@ -184,7 +185,7 @@ def model_files(folder: Path, lora: Path | None) -> dict[str, str]:
             found = [file for file in sorted(folder.glob(pattern)) if file.is_file() and file.name not in _NO_WEIGHTS]
             files |= {f"{part}/{file.name}": file for file in found}
             if found and part == "weights":
-                break  # where there are both, the safetensors are read
+                break  # safetensors take precedence over .bin files
     if lora is not None:
         adapter, _ = locate(str(lora), file="adapter_config.json")
         files |= {f"adapter/{file.name}": file for file in sorted(adapter.glob("adapter_*")) if file.is_file()}
@@ -192,7 +193,7 @@ def model_files(folder: Path, lora: Path | None) -> dict[str, str]:
 
 
 def _require_adapter(lora: Path) -> None:
-    """Before the model is loaded: is it an adapter, and can it be put on one here?"""
+    """Check, before the model is loaded, that a LoRA is an adapter and that peft is installed."""
     try:
         from peft import PeftConfig
     except ImportError:
@@ -200,7 +201,7 @@ def _require_adapter(lora: Path) -> None:
     try:
         PeftConfig.from_pretrained(str(lora))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--lora {lora} is no adapter: {str(error).strip().splitlines()[0]}") from None
+        raise ValueError(f"--lora {lora} is not an adapter: {str(error).strip().splitlines()[0]}") from None
 
 
 def _with_lora(model: Any, lora: Path) -> Any:

@@ -1,4 +1,4 @@
-"""What the commands have in common: options that several take, refusals in one sentence, options from a file."""
+"""What the commands share: common options, error messages instead of tracebacks, and options from a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 
 
 class OnError(StrEnum):
-    """What to do about a row that cannot be used."""
+    """What to do with a row that cannot be used."""
 
     stop = "stop"
     skip = "skip"
@@ -21,7 +21,7 @@ class OnError(StrEnum):
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """What users can put right ends a command with one sentence and exit code 1, not with a traceback."""
+    """End a command with the error's message and exit code 1, not a traceback, where the user can correct the error."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -30,23 +30,23 @@ def refusals() -> Iterator[None]:
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Take a command's options from a YAML file; what is typed wins.
+    """Read a command's options from a YAML file. Options on the command line take precedence.
 
     Raises:
-        typer.BadParameter: it is no such file, or has names that the command does not know.
+        typer.BadParameter: the file cannot be read, or names an option that the command does not have.
     """
     if path is None:
         return None
     import yaml  # type: ignore[import-untyped]
 
     try:
-        told: Any = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        options: Any = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise typer.BadParameter(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(told, dict):
-        raise typer.BadParameter(f"{path} must hold 'name: value' lines, with the names of the options.")
+    if not isinstance(options, dict):
+        raise typer.BadParameter(f"{path} must hold lines of the form 'option: value'.")
     known = {parameter.name for parameter in context.command.params}
-    settings = {str(name).replace("-", "_"): value for name, value in told.items()}
+    settings = {str(name).replace("-", "_"): value for name, value in options.items()}
     for name in settings:
         if name not in known:
             close = difflib.get_close_matches(name, [str(other) for other in known], n=1)
@@ -60,15 +60,16 @@ Config = Annotated[
     Path | None,
     typer.Option("--config", is_eager=True, callback=_read_config, help="YAML file with options, by the same names."),
 ]
-TeacherColumn = Annotated[str | None, typer.Option(help="Column that says who wrote a response.")]
-GroupColumn = Annotated[str | None, typer.Option(help="Column that says which rows answer the same prompt.")]
-DomainColumn = Annotated[str | None, typer.Option(help="Column that says what kind of task a prompt is.")]
-CorrectColumn = Annotated[str | None, typer.Option(help="Column that says whether a response is correct.")]
+TeacherColumn = Annotated[str | None, typer.Option(help="Column with the teacher who wrote each response.")]
+GroupColumn = Annotated[str | None, typer.Option(help="Column that is equal for rows that answer the same prompt.")]
+DomainColumn = Annotated[str | None, typer.Option(help="Column with the kind of task of each prompt.")]
+CorrectColumn = Annotated[str | None, typer.Option(help="Column that tells whether each response is correct.")]
 
 
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(
-        "--trust-remote-code", help="Run the Python code that the model brings, with your rights. Read it first."
+        "--trust-remote-code",
+        help="Run Python code that comes with the model, with your permissions. Read the code first.",
     ),
 ]

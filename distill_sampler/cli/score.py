@@ -1,8 +1,8 @@
-"""`distill-sampler score`: a data set and a student in, one row of numbers for each candidate out.
+"""`distill-sampler score`: scores a data set with a student, and writes one row of numbers for each candidate.
 
-This file composes: the data becomes chunks (`chunks.py`), a chunk is scored (`score_job.py`) and becomes a table
-(`tables.py`), and tables are kept until they are one file (`artifacts/score_output.py`). Everything that can be refused
-without the model is refused before it is loaded.
+The data is split into chunks (`chunks.py`). Each chunk is scored (`score_job.py`), becomes a table (`tables.py`) and is
+saved; at the end the tables are joined into one file (`artifacts/score_output.py`). What can be refused without the
+model is refused before it is loaded.
 """
 
 from __future__ import annotations
@@ -38,64 +38,80 @@ from distill_sampler.sources.files import Sources
 from distill_sampler.specs import parse_metrics
 
 SUMMARY_ROWS = 200_000
-"""A longer file's leaderboard is left to `teachers`: ranking holds every sample's numbers."""
+"""How many rows the final summary ranks at most. Ranking keeps all scores in memory; `teachers` ranks longer files."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the command was told."""
+    """The command's options."""
 
     data: Sequence[str]
+    """Paths, and names of data sets on the hub."""
     model: str
+    """The student: a folder, or the name of a model on the hub."""
     output: Path
+    """Parquet file for the scores."""
     metrics: str = "rank_surprisal_ratio,global_naturalness"
+    """Metrics as users type them."""
     layout: Layout = field(default_factory=Layout)
+    """The columns that the user has named."""
     split: str = "train"
+    """Split of a saved data set, or of one on the hub."""
     subset: str | None = None
-    """Of a data set on the hub."""
+    """Subset of a data set on the hub."""
     revision: str | None = None
+    """Revision of a model on the hub."""
     lora: Path | None = None
+    """Adapter to load on top of the model."""
     trust_remote_code: bool = False
-    """Run the Python code that a model brings."""
+    """Run Python code that comes with the model."""
     chat_template: Path | None = None
+    """File with a chat template to use instead of the model's."""
     plain: bool = False
-    """No chat template: prompt and response one after the other."""
+    """Read prompt and response as plain text, one after the other, without a chat template."""
     whole_text: bool = False
     """Score all of a text in which no response can be found."""
     dtype: str = "auto"
+    """The dtype of the model's weights, or `"auto"`."""
     device: str = "auto"
+    """The device, or `"auto"`."""
     batch_tokens: int | None = None
+    """Tokens in a batch, padding included; None: the device's default."""
     share_prompts: bool = True
-    """Read a prompt that several candidates have in common once."""
+    """Read a prompt that several candidates share only once."""
     max_length: int | None = None
+    """Truncate rows to this many tokens; None: never."""
     rank_clip: int | None = None
+    """The largest rank that Rank-Surprisal Ratio counts; None: its default."""
     traces: int = 30
-    """Prompts whose candidates are kept token by token, for the report."""
+    """For this many prompts, the first ones, the scores of every token are kept for the report."""
     on_error: Literal["skip", "stop"] = "stop"
+    """What to do with a row that cannot be used."""
     overwrite: bool = False
+    """Discard scores that the output holds already."""
     prompts: int | None = None
-    """Prompts, the first ones, whose candidates are scored; None: all."""
+    """Score only the candidates of this many prompts, the first ones; None: of all."""
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"--max-length {self.max_length}: a prompt and a response take 2 tokens at least.")
+            raise ValueError(f"--max-length {self.max_length}: a prompt and a response have at least 2 tokens.")
         if self.batch_tokens is not None and self.batch_tokens < 1:
             raise ValueError(f"--batch-tokens {self.batch_tokens}: give a positive number, such as 8192.")
 
 
 def run(options: Options) -> None:
-    """Score, and leave the numbers in `options.output`.
+    """Score the data, and write the scores to `options.output`.
 
     Raises:
-        ValueError: one sentence about what is wrong, and the cure.
+        ValueError: an option, the data or the model cannot be used; the message names it and the cure.
     """
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries to each other
+    warnings.filterwarnings("ignore", category=FutureWarning)  # dependencies raise these about one another
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     device = pick_device(options.device)
     ranks = _join(device)
     say = Console(stderr=True, quiet=ranks.rank > 0, soft_wrap=True)
-    # all that can be refused without the model
+    # first, everything that can be refused without the model
     sources = Sources(options.data, split=options.split, subset=options.subset)
     metrics = list(checked_metrics(parse_metrics(options.metrics, rank_clip=options.rank_clip)).values())
     extras_of(metrics)
@@ -121,7 +137,7 @@ def run(options: Options) -> None:
     template, how = choose_template(intake.first, tokenizer, plain=options.plain)
     say.print(f"Template: {how}", markup=False)
     encoder = Encoder(tokenizer, template=template, max_length=options.max_length, whole_text=options.whole_text)
-    # the model, and whose scores there are already
+    # now the model, and the scores that an earlier run has left
     model = load_model(
         options.model,
         revision=revision,
@@ -131,7 +147,7 @@ def run(options: Options) -> None:
         trust_remote_code=options.trust_remote_code,
     )
     batch_tokens = options.batch_tokens or (2048 if device.type == "cpu" else 16384)
-    # chosen for the whole run (4 bytes a token, roughly), not for each chunk: compilation pays off over all of them
+    # chosen once for the whole run (about 4 bytes a token), because compilation must pay over all chunks together
     impl = fastest(device, sources.size // 4 * model.config.get_text_config().vocab_size)
     scorer = Scorer(batch_tokens=batch_tokens, share_prompts=options.share_prompts, progress=False, impl=impl)
     reader = scorer.reader(model)
@@ -165,9 +181,9 @@ def run(options: Options) -> None:
 
     output = ScoreOutput(options.output, origin, overwrite=options.overwrite, ranks=ranks)
     if output.complete:
-        say.print(f"{options.output} already holds the scores of this data by this model; nothing to do.")
+        say.print(f"{options.output} already holds this model's scores of this data; nothing to do.")
         if ranks.rank == 0 and not output.origin.sure_of_data:
-            say.print("  The hub did not say whether the data has changed since; --overwrite scores it anew.")
+            say.print("  The hub did not say whether the data has changed since. To score it again, use --overwrite.")
         _show(options.output, say)
         return
     facts = {
@@ -204,7 +220,7 @@ def _digest(text: str) -> str:
 
 
 def _join(device: torch.device) -> Ranks:
-    """The processes of `accelerate launch`; alone without it."""
+    """Join the processes of `accelerate launch`, if there are any."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState  # type: ignore[import-untyped]
 

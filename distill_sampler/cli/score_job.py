@@ -1,7 +1,7 @@
-"""The scoring of `distill-sampler score`: chunk after chunk, with a bar while it runs and a summary at its end.
+"""The scoring of `distill-sampler score`: chunk by chunk, with a progress bar and notes at the end.
 
-Memory holds one chunk, however long the data is. Under `accelerate launch` every process walks through the same chunks
-and reads its share of each (`Ranks`); the first one writes.
+Memory holds one chunk at a time, however long the data is. Under `accelerate launch`, every process goes through the
+same chunks and reads its share of each (`Ranks`); the first process writes.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from distill_sampler.sources.encoding import Encoder
 from distill_sampler.types import FloatArray, IntArray, Missing, TokenStats
 
 BATCHES_PER_CHUNK = 8
-"""A chunk holds this many batches' tokens, the scorer's own measure: what a kill costs, at most."""
+"""How many batches of tokens a chunk holds, for each process. A kill loses at most one chunk."""
 
 
 class Job:
-    """One run of the command: the state that its steps share."""
+    """One run of the command: its settings and its counts."""
 
     def __init__(
         self,
@@ -68,22 +68,26 @@ class Job:
         self.non_finite = 0
         self.too_long = 0
         self.emptied = 0
-        """Candidates without a token to score, because max_length left none."""
+        """How many candidates have no token to score, because truncation left none of their response."""
 
     def run(self, facts: dict[str, Any]) -> None:
-        """Score what is not scored yet, and write the one file.
+        """Score the candidates that have no scores yet, and write all scores to one file.
+
+        Args:
+            facts: what the file says about the run, beside what this job adds.
 
         Raises:
-            ValueError: a row cannot be used, memory runs out, or the user stops it; what is scored is kept.
+            ValueError: a row cannot be used, memory runs out, the data changes meanwhile, or the user stops the run.
+                The scores so far are kept.
         """
         output = self.output
         if output.rows:
-            self.say.print(f"Going on after {output.rows:,} candidates that an earlier run has scored.")
+            self.say.print(f"Continuing after {output.rows:,} candidates that an earlier run has scored.")
         elif output.earlier:
             output.require_some(self.intake.content_hashes())
             self.say.print(
-                f"An earlier run has scored {output.earlier:,} candidates, before the data or an option changed; those "
-                "that the data still has are not scored again."
+                f"An earlier run scored {output.earlier:,} candidates before the data or an option changed. Those that "
+                "are still in the data are not scored again."
             )
         started = time.perf_counter()
         try:
@@ -98,28 +102,30 @@ class Job:
                     output.add(self._table(chunk, lambda share: self._advance(progress, task, share)))
         except KeyboardInterrupt:
             raise ValueError(
-                f"Stopped. {output.rows:,} scored candidates are kept; run the same command again to go on."
+                f"Stopped. The scores of {output.rows:,} candidates are kept. Run the same command again to continue."
             ) from None
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise ValueError(
-                f"Out of memory with batches of {self.batch_tokens} tokens. Run it again with a smaller --batch-tokens "
-                f"(the {output.rows:,} candidates that are scored are kept), or with a --max-length and --overwrite."
+                f"Out of memory with batches of {self.batch_tokens} tokens. Run the command again with a smaller "
+                f"--batch-tokens (the scores of {output.rows:,} candidates are kept), or with --max-length and "
+                "--overwrite."
             ) from error
         if not output.rows:
-            raise ValueError(f"None of the rows could be used ({self.intake.bad} bad); see the reasons above.")
-        self._tell_renamed()
+            raise ValueError(f"None of the rows could be used ({self.intake.bad} bad). The reasons are above.")
+        self._print_renamed()
         if self.ranks.rank == 0:
             if self.intake.sources.contents() != list(output.origin.data):
                 raise ValueError(
-                    "The data changed while it was read, so it cannot be told what the scores belong to. Run the same "
-                    f"command again: the {output.rows:,} candidates that are scored are kept, and matched by content."
+                    "The data changed while it was read, so it is not known which version the scores belong to. Run "
+                    f"the same command again. The scores of {output.rows:,} candidates are kept, and matched with the "
+                    "data by content."
                 )
             group, teacher = self.tables.group, self.tables.teacher
             output.join(run_facts(run=None, metrics=self.metrics, group=group, teacher=teacher, **facts))
         self._notes(time.perf_counter() - started)
 
     def _table(self, chunk: Chunk, advance: Callable[[float], None]) -> pa.Table:
-        """One row for each candidate of a chunk; on processes that write nothing, only as many."""
+        """One row for each candidate of a chunk. Processes that write nothing may leave out the columns of scores."""
         names = self.tables.score_columns
         there, known = self.output.known(chunk.hashes, chunk.traced, names)
         fresh = np.flatnonzero(~there)
@@ -135,7 +141,7 @@ class Job:
         return table
 
     def _read(self, chunk: Chunk, advance: Callable[[float], None]) -> ChunkScores:
-        """What the student makes of a chunk."""
+        """Score a chunk with the student."""
         columns: dict[str, FloatArray] = {
             name: np.full(len(chunk), np.nan, np.float32) for name in columns_of(self.metrics)
         }
@@ -172,7 +178,7 @@ class Job:
             started = time.perf_counter()
         return ChunkScores(columns=columns, missing=missing, traces=traces)
 
-    # ---- Telling ----
+    # ---- Messages ----
 
     def _progress(self) -> Any:
         if self.ranks.rank or not self.say.is_terminal:
@@ -191,18 +197,18 @@ class Job:
         return _Entered(progress, progress.add_task("", total=self.intake.sources.size or None, rate=""))
 
     def _advance(self, progress: Progress | None, task: Any, share: float) -> None:
-        """Move the bar to the bytes that are scored, this share of what was read for the chunk among them."""
+        """Move the progress bar, which counts bytes of the data, when this share of the current chunk is scored."""
         if progress is not None:
             before = self.intake.before
             position = before + share * (self.intake.sources.position - before)
             rate = f"{self.output.rows:,} rows  {self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
             progress.update(task, completed=position, rate=rate)
 
-    def _tell_renamed(self) -> None:
+    def _print_renamed(self) -> None:
         if renamed := self.tables.renamed:
             names = ", ".join(f"'{name}' as '{ours}'" for name, ours in renamed.items())
             self.say.print(
-                f"The scores have columns of their own by some of the data's names, which are kept as: {names}.",
+                f"These columns of the data have the names of columns of scores, and are kept as: {names}.",
                 markup=False,
             )
 
@@ -215,18 +221,18 @@ class Job:
         for number, what in (
             (self.output.taken, "candidates that an earlier run had scored, not scored again"),
             (self.intake.bad, "bad rows, left out"),
-            (self.emptied, "candidates without a score because --max-length cut off all of their response"),
-            (self.non_finite, "candidates without a score because the student's logits for them are NaN or infinite"),
-            (self.too_long, "candidates without some score because the student has no positions for so many tokens"),
-            (self.encoder.lost_turns, "earlier turns not scored because the template rewrites them"),
+            (self.emptied, "candidates without a score, because --max-length cut off all of their response"),
+            (self.non_finite, "candidates without a score, because the student's logits for them are NaN or infinite"),
+            (self.too_long, "candidates without some score, because the student has too few positions for them"),
+            (self.encoder.lost_turns, "earlier turns not scored, because the template rewrites them"),
             (self.encoder.whole_texts, "texts scored whole, prompt included, because of --whole-text"),
             (
                 self.encoder.wrapped_twice,
-                "prompts that were written in the chat template already and were wrapped once more, unlike the first",
+                "prompts that were already written in the chat template and were wrapped again, unlike the first",
             ),
             (
                 _duplicates(self.output.output) if self.ranks.rank == 0 else 0,
-                "candidates that repeat another word for word, and count as often as they stand in the data",
+                "candidates that repeat another word for word; each counts",
             ),
         ):
             if number:
@@ -234,7 +240,7 @@ class Job:
 
 
 class _Entered:
-    """A progress bar as a context that gives the bar and its task."""
+    """A context that shows a progress bar, and returns the bar and its task."""
 
     def __init__(self, progress: Progress, task: Any) -> None:
         self.progress, self.task = progress, task
@@ -248,7 +254,7 @@ class _Entered:
 
 
 def _duplicates(output: Path) -> int:
-    """Candidates whose content another one before them has. A share of the hashes at a time, so that memory stays."""
+    """How many candidates repeat an earlier one's content. Compares a share of the hashes at a time, to save memory."""
     count = 0
     with pq.ParquetFile(output) as file:
         shares = 1 + file.metadata.num_rows // (1 << 18)

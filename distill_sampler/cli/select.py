@@ -1,11 +1,11 @@
-"""`distill-sampler select`: policies applied to scores on disk, and a training set written in TRL's formats.
+"""`distill-sampler select`: applies policies to scores on disk, and writes a training set in TRL's formats.
 
-The scores hold no text, so the data is read once more and matched candidate by candidate with the scores' content
-hashes; data that has changed since is refused. What is chosen waits in a temporary file, one line each, and is written
-in the order of the plan: memory does not grow with the text.
+The scores hold no text, so the data is read again and matched with them, candidate by candidate, by content hashes.
+Data that has changed since is refused. The chosen candidates go into a temporary file, one line each, and are written
+in the order of the plan, so memory does not grow with the text.
 
-A run scores the tokens that its trainer prepared and knows no file that they come from. Its chosen rows are listed by
-their number there and by the user's columns, without text.
+A training run scores the tokens that its trainer prepared, and does not know the files they came from. Its chosen rows
+are listed without text, by their number in the trainer's data set and by the user's columns.
 """
 
 from __future__ import annotations
@@ -34,47 +34,48 @@ from distill_sampler.specs import parse_policies
 from distill_sampler.types import IntArray
 
 ROWS = 1024
-"""Rows of a Parquet output that are put together at a time."""
+"""How many rows are written to a Parquet output at a time."""
 _OURS = ("prompt", "completion", "messages", "input_ids", "labels", "tools", "weight", "reason")
-"""What the columns of a training set are called, whatever its metrics are."""
+"""The names of a training set's columns, besides its metrics and the user's columns."""
 
 
 def run(
     path: Path, *, policies: Sequence[str], output: Path, data: Sequence[str], seed: int | None, epoch: int | None
 ) -> None:
-    """Choose, and write what is chosen.
+    """Choose rows, and write them.
 
     Args:
         path: a file of `score`, or a run's folder.
-        policies: as people type them.
+        policies: policies as users type them.
         output: the file to write.
-        data: where the data lies; empty: where it was scored.
-        seed: of the policies; None: the run's, or 0.
-        epoch: of a run; None: the last.
+        data: where the data is now; empty: where it was when it was scored.
+        seed: seed of the policies; None: the run's, or 0.
+        epoch: which epoch of a run; None: the last.
 
     Raises:
-        ValueError: a policy does not fit the scores, the data is not there or has changed, `output` cannot be written.
+        ValueError: a policy does not fit the scores, the data is missing or has changed, or `output` cannot be written.
     """
     say = Console(stderr=True, soft_wrap=True)
     require_writable(output, ".jsonl", ".parquet")
     scores = Scores.open(path)
     seed = int(scores.facts.get("seed") or 0) if seed is None else seed
     choice = scores.choose(parse_policies(policies), seed=seed, epoch=epoch)
-    told = scores.facts.get("layout")
-    if told is None and data:
+    columns = scores.facts.get("layout")
+    if columns is None and data:
         raise ValueError(
-            f"--data: {path} holds the scores of a run, whose rows are the tokens that its trainer prepared. No file "
-            "of text can be matched with them; leave --data out to get a list by row number and by your columns."
+            f"--data: {path} holds the scores of a training run, whose rows are the tokens that its trainer prepared. "
+            "They cannot be matched with files of text. Leave --data out to get a list by row number and by your "
+            "columns."
         )
     plan = choice.plan
     wanted = np.zeros(len(choice.left_out_by), bool)
     wanted[plan.indices] = True
     unfinished = output.with_name(output.name + ".unfinished")
     parquet = output.suffix == ".parquet"
-    if told is None:
+    if columns is None:
         _write_list(_listed(scores, choice, epoch), unfinished, parquet=parquet)
     else:
-        layout = Layout(**{part.name: told.get(part.name) for part in fields(Layout)})
+        layout = Layout(**{part.name: columns.get(part.name) for part in fields(Layout)})
         where = list(data) or scores.facts["paths"]
         sources = Sources(where, split=scores.facts["split"], subset=scores.facts["subset"])
         read = dict.fromkeys(name for metric in scores.facts["metrics"] for name in metric["uses_columns"])
@@ -88,10 +89,10 @@ def run(
     say.print(
         f"{output}: {len(plan):,} rows ({distinct:,} distinct of {len(wanted):,} candidates) by {chain}.", markup=False
     )
-    if told is None:
+    if columns is None:
         say.print(
-            f"{path} holds no text, so this is a list: 'sample' is the number of a row in the data set that the "
-            "trainer prepared, 'source_row' in the data that it was given, 'weight' its weight in the loss.",
+            f"{path} holds no text, so this is a list: 'sample' is a row's number in the data set that the trainer "
+            "prepared, 'source_row' its number in the data that the trainer was given, 'weight' its weight in the loss.",
             markup=False,
         )
 
@@ -99,7 +100,7 @@ def run(
 def _keep(
     candidates: Iterator[Candidate | Bad], hashes: Any, wanted: Any, kept: IO[bytes], layout: Layout, scores: Scores
 ) -> IntArray:
-    """Write the wanted candidates one after the other. Gives where each begins; -1 for the others."""
+    """Write the wanted candidates one after the other. `[candidates]` where each begins; -1 for the others."""
     places = np.full(len(wanted), -1, np.int64)
     chat = scores.facts.get("template") != "plain"
     taken = {*scores.metrics, *(name for metric in scores.metrics.values() for name in metric.columns), *_OURS}
@@ -107,7 +108,7 @@ def _keep(
     for candidate in candidates:
         if row == len(wanted):
             break
-        # what was left out of the scores (a bad row) has no hash among them: the next one has
+        # a row that was left out of the scores as bad has no hash among them: go on to the next row
         if isinstance(candidate, Bad) or candidate.content_hash != int(hashes[row]):
             continue
         if wanted[row]:
@@ -116,16 +117,18 @@ def _keep(
         row += 1
     if row < len(wanted):
         raise ValueError(
-            f"The data is not what {scores.path} was made from: candidate {row} of {len(wanted)} is not in it any "
-            "more. Score again, or name the data with --data."
+            f"The data is not what {scores.path} was made from: it no longer has candidate {row} of {len(wanted)}. "
+            "Score again, or say with --data where the scored data is."
         )
     return places
 
 
 def _record(candidate: Candidate, layout: Layout, taken: Collection[str], chat: bool) -> dict[str, Any]:
-    """A candidate as TRL reads it: `prompt` and `completion`, `messages` where every turn is trained on, `text`, or
-    `input_ids` with `labels`. The user's columns stand beside it, under another name where one of ours is called like
-    them."""
+    """A candidate as TRL reads it: `prompt` and `completion`, or `messages` where every turn is trained on, or `text`,
+    or `input_ids` with `labels`.
+
+    The user's columns are added, under another name where a column of the library has theirs.
+    """
     record: dict[str, Any] = {}
     if candidate.input_ids is not None:
         record["input_ids"], record["labels"] = candidate.input_ids, candidate.labels or candidate.input_ids
@@ -153,7 +156,7 @@ def _rows(choice: ExplainedPlan, kept: IO[bytes], places: IntArray) -> Iterator[
     """The rows of the training set, in the order of the plan."""
     plan = choice.plan
     weighted = bool((plan.weights != 1).any())
-    for sample, weight in zip(map(int, plan.indices), map(float, plan.weights), strict=True):  # made as they are used
+    for sample, weight in zip(map(int, plan.indices), map(float, plan.weights), strict=True):  # converted one by one
         kept.seek(int(places[sample]))
         row = json.loads(kept.readline())
         numbers = {name: float(values[sample]) for name, values in choice.scores.items()}
@@ -165,7 +168,7 @@ def _rows(choice: ExplainedPlan, kept: IO[bytes], places: IntArray) -> Iterator[
 
 
 def _listed(scores: Scores, choice: ExplainedPlan, epoch: int | None) -> pa.Table:
-    """The plan of a run as a table: what each row is, its scores, its weight and why it is there."""
+    """The plan of a run as a table: identity, scores, weight and reason of each row."""
     plan = choice.plan
     ours = {*RUN_COLUMNS, *FACT_COLUMNS, *choice.scores, *map(missing_column, scores.metrics)}
     names = [name for name in scores.names if name not in ours]
@@ -202,7 +205,7 @@ def _write(rows: Iterator[dict[str, Any]], path: Path, *, parquet: bool) -> None
             writer = _flush(writer, waiting, path)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise ValueError(
-            f"The rows do not fit one table ({str(error).splitlines()[0]}); write a .jsonl file."
+            f"The rows do not fit into one table ({str(error).splitlines()[0]}). Write a .jsonl file with --output."
         ) from None
     finally:
         if writer is not None:

@@ -1,4 +1,4 @@
-"""The table of a chunk: what the user's data says of each candidate, and what the student does."""
+"""The table of a chunk: the user's columns of each candidate, and the student's scores."""
 
 from __future__ import annotations
 
@@ -18,41 +18,41 @@ from distill_sampler.sources.candidates import Candidate, Layout
 from distill_sampler.types import FloatArray, IntArray, TokenStats
 
 _IN_DATA = b"in_data"
-"""In a field's metadata: what the column is called in the data, where that is another name."""
+"""Key in a field's metadata: the column's name in the data, where it differs."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ChunkScores:
-    """What the student makes of a chunk."""
+    """The student's scores of a chunk."""
 
     columns: Mapping[str, FloatArray]
-    """`[rows]` each, float32."""
+    """The metrics' numbers by name, `[rows]` each, float32."""
     missing: Mapping[str, IntArray]
-    """By metric, `[rows]` why there is no score."""
+    """By metric, `[rows]` why there is no score (`Missing`)."""
     traces: Mapping[int, TokenStats]
-    """By row, what is kept token by token."""
+    """By row, the statistics of every token, for the rows that keep them."""
 
 
 class RowTables:
-    """Turns candidates and their scores into rows with the same columns from the first chunk to the last.
+    """Turns candidates and their scores into rows that have the same columns in every chunk.
 
     Args:
         layout: what each column of the data is for.
         metrics: what is scored.
-        schema: of the chunks that an earlier run wrote; None: the first chunk settles it.
+        schema: the schema of the chunks that an earlier run wrote; None: the first chunk decides.
     """
 
     def __init__(self, layout: Layout, metrics: Sequence[Metric], schema: pa.Schema | None) -> None:
         self._own = {*OWN_COLUMNS, *columns_of(metrics), *(missing_column(metric.name) for metric in metrics)}
         self._names = set(self._own)
         self.renamed: dict[str, str] = {}
-        """Columns of the data that have another name in the scores, because one of ours is called like them."""
+        """Columns of the data that have another name in the scores, because the library uses theirs."""
         self.group = self._named(layout.group or "prompt_id")
-        """The column that says which rows answer the same prompt."""
+        """The column that is equal for rows that answer the same prompt."""
         self.teacher = self._named(layout.teacher or "teacher")
-        """The column that says who wrote a response."""
+        """The column with the teacher who wrote each response."""
         self._carried: dict[str, pa.Field] | None = None
-        """The user's other columns, by their names in the data."""
+        """The user's other columns, by their names in the data; None: not settled yet."""
         if schema is not None:
             ours = {*self._own, self.group, self.teacher}
             self._carried = {_name_in_data(field): field for field in schema if field.name not in ours}
@@ -76,11 +76,11 @@ class RowTables:
 
     @property
     def score_columns(self) -> list[str]:
-        """The columns that are the same for every row of the same content."""
+        """The columns that are the same for all rows of equal content."""
         return list(self._numbers.names)
 
     def _named(self, name: str) -> str:
-        """A name that the scores have no column of yet: `sample_in_data` for the user's `sample`."""
+        """The name of a user's column in the scores: `sample_in_data` for `sample`, which the library uses itself."""
         free = name
         while free in self._names:
             free += "_in_data"
@@ -90,7 +90,7 @@ class RowTables:
         return free
 
     def settle(self, candidates: Sequence[Candidate]) -> None:
-        """Let the first chunk decide which columns are carried along, and their kinds."""
+        """Decide by the first chunk which of the user's columns are kept, and their types."""
         if self._carried is not None:
             return
         self._carried = {}
@@ -101,22 +101,22 @@ class RowTables:
             self._carried[name] = pa.field(column, kind, metadata=metadata)
 
     def misfit(self, candidate: Candidate) -> str | None:
-        """Why a candidate does not fit the columns that the first chunk settled; None if it does."""
+        """Why a candidate does not fit the columns' types, which the first chunk has decided; None if it fits."""
         for name, column in (self._carried or {}).items():
             value = candidate.extra.get(name)
             if value is None or pa.types.is_string(column.type):
                 continue
             fits: Any = {"bool": bool, "int64": int, "double": (int, float)}[str(column.type)]
             if not isinstance(value, fits) or isinstance(value, bool) != (str(column.type) == "bool"):
-                return f"'{name}' is {value!r}, while the first rows hold a {column.type} there"
+                return f"'{name}' is {value!r}, but in the first rows it is a {column.type}"
         return None
 
     def identity(self, candidates: Sequence[Candidate], begin: int) -> pa.Table:
-        """The identifying columns, then whatever else the rows carry.
+        """The columns that identify each row, then the user's other columns.
 
         Args:
-            candidates: a chunk's.
-            begin: the number of the first one.
+            candidates: the candidates of a chunk.
+            begin: the number of the first one among all candidates.
         """
         self.settle(candidates)
         assert self._carried is not None
@@ -139,7 +139,7 @@ class RowTables:
         return pa.Table.from_arrays(columns, schema=pa.schema(fields))
 
     def numbers(self, chunk: Chunk, scores: ChunkScores) -> pa.Table:
-        """What belongs to the content of each row: counts, hashes, scores, what is kept token by token."""
+        """The columns that depend on the content of each row: counts, hashes, scores, and statistics of every token."""
         kept = [scores.traces.get(row) for row in range(len(chunk))]
         texts = [
             None if trace is None else [encoded.token_text(token) for token in np.flatnonzero(mask).tolist()]
@@ -171,7 +171,7 @@ def _name_in_data(field: pa.Field) -> str:
 
 
 def _kind(values: Iterable[Any]) -> pa.DataType:
-    """What holds all of these."""
+    """The type that can hold all of these values."""
     found = {type(value) for value in values if value is not None}
     for kinds, arrow in (({bool}, pa.bool_()), ({int}, pa.int64()), ({int, float}, pa.float64())):
         if found and found <= kinds:

@@ -17,24 +17,24 @@ from distill_sampler.report.verdict import Estimate
 
 
 def run(path: Path, *, metric: str | None, epoch: int | None, shared: bool, **columns: str | None) -> None:
-    """Print it.
+    """Print the leaderboard.
 
     Args:
-        path: scores, or a run's folder.
-        metric: the one that ranks.
-        epoch: which pass of a run.
-        shared: compare on the prompts that every teacher answered.
-        columns: what the columns are called, as for `Scores.open`.
+        path: a file of `score`, or a run's folder.
+        metric: the metric to rank by.
+        epoch: the epoch of a run whose scores count; None: the last.
+        shared: compare only on prompts that every teacher answered.
+        columns: the names of the user's columns, as for `Scores.open`.
 
     Raises:
-        ValueError: there is no such file, or no column that says who wrote the responses.
+        ValueError: there is no such file, or no column names the teachers.
     """
     scores = Scores.open(path, **columns)
     board = rank_teachers(scores, metric=metric, epoch=epoch, shared=shared)
     if board is None:
         raise ValueError(
-            f"{scores.path} does not say who wrote the responses. Score again with --teacher-column, or name "
-            "the column that does with --teacher-column here."
+            f"No column of {scores.path} names the teachers. If one does under another name, give it with "
+            "--teacher-column; otherwise score again with --teacher-column."
         )
     say = Console()
     say.print(_table(board, wide=say.width >= 110), _sentences(board), sep="\n")
@@ -44,10 +44,10 @@ def run(path: Path, *, metric: str | None, epoch: int | None, shared: bool, **co
 
 
 def summary(path: Path, say: Console, *, ranked: bool) -> None:
-    """What `score` ends with: the leaderboard without its intervals, if `ranked`, and what to do next."""
+    """Print the end of `score`: the leaderboard without intervals, if `ranked`, and what to run next."""
     try:
         board = rank_teachers(Scores.open(path), draws=0) if ranked else None
-    except ValueError as error:  # the scores are there all the same
+    except ValueError as error:  # the scores are written all the same
         say.print(f"[yellow]note:[/] {error}")
         board = None
     if cut := cut_note(Scores.open(path)):
@@ -67,7 +67,7 @@ def _table(board: Leaderboard, *, wide: bool) -> Table:
     table.add_column("")
     table.add_column("teacher", overflow="fold", min_width=12)
     first = board.lines[0]
-    # the mean log-probability is the mean surprisal with the other sign
+    # the mean surprisal already shows the mean log-probability, with the opposite sign
     others = [name for name in first.scores if name != "global_naturalness" or "mean_surprisal" not in first.parts]
     with_verdict = any(line.correct is not None for line in board.lines)
     headings = [
@@ -80,7 +80,7 @@ def _table(board: Leaderboard, *, wide: bool) -> Table:
     ]
     estimated = {*first.parts, *others}
     for heading in headings:
-        # headings may wrap where there are many, the numbers under them may not
+        # headings may wrap, but the numbers under them must not
         table.add_column(
             _heading(heading, wide=wide),
             justify="right",
@@ -94,7 +94,7 @@ def _table(board: Leaderboard, *, wide: bool) -> Table:
             Text(line.teacher, style="bold" if place == 1 else ""),
             f"{line.prompts:,}",
             f"{line.tokens:,.0f}",
-            *(_told(e, board.draws > 0 and (wide or name == board.metric)) for name, e in estimates.items()),
+            *(_shown(e, board.draws > 0 and (wide or name == board.metric)) for name, e in estimates.items()),
             f"{100 * line.chosen.value:.0f}"
             + (f" ±{100 * line.chosen.half:.0f}" if board.draws and wide else "")
             + " %",
@@ -104,7 +104,7 @@ def _table(board: Leaderboard, *, wide: bool) -> Table:
 
 
 def _domains(board: Leaderboard, by_domain: Mapping[str, Leaderboard]) -> Table:
-    """The ranking metric of each teacher in each domain, the first of each in bold."""
+    """The ranking metric of each teacher in each domain, with the best of each domain in bold."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("teacher", overflow="fold", min_width=12)
     cells: dict[str, list[Text]] = {line.teacher: [] for line in board.lines}
@@ -113,14 +113,14 @@ def _domains(board: Leaderboard, by_domain: Mapping[str, Leaderboard]) -> Table:
         found = {line.teacher: line for line in own.lines}
         for teacher, row in cells.items():
             line = found.get(teacher)
-            told = "" if line is None else _told(line.scores[board.metric], interval=True)
-            row.append(Text(told, style="bold" if line is own.lines[0] else ""))
+            shown = "" if line is None else _shown(line.scores[board.metric], interval=True)
+            row.append(Text(shown, style="bold" if line is own.lines[0] else ""))
     for teacher, row in cells.items():
         table.add_row(Text(teacher), *row)
     return table
 
 
-def _told(estimate: Estimate, interval: bool) -> str:
+def _shown(estimate: Estimate, interval: bool) -> str:
     if math.isnan(estimate.value):
         return "–"
     return f"{estimate.value:.3f}" + (f" ±{estimate.half:.3f}" if interval else "")
@@ -138,11 +138,11 @@ def _heading(name: str, *, wide: bool) -> str:
 
 def _sentences(board: Leaderboard) -> Text:
     better = "higher" if board.higher_is_better else "lower"
-    text = Text(f"Ranked by {board.metric.replace('_', ' ')}, {better} is better; ± is half of the 95 % interval over ")
+    text = Text(f"Ranked by {board.metric.replace('_', ' ')}; {better} is better. ±: half of the 95 % interval over ")
     text.append(
-        f"prompts ({board.draws} bootstrap draws); = cannot be told apart from the first; "
-        "n: prompts; rank: mean clipped rank of its tokens; nats: their mean surprisal; best: share of the prompts "
-        "whose best response it has.\n"
+        f"prompts ({board.draws} bootstrap draws). =: cannot be told apart from the first. "
+        "n: prompts. rank: mean clipped rank of the teacher's tokens. nats: their mean surprisal. best: share of the "
+        "prompts for which the teacher has the best response.\n"
     )
     text.stylize("dim")
     for sentence in board.verdict:

@@ -1,4 +1,4 @@
-"""`distill-sampler verify`: does the recorded sample log of a run agree with the order that its checkpoints hold?"""
+"""`distill-sampler verify`: compares the sample log of a run with the plans in its checkpoints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distill_sampler.types import EpochPlan
 
 
 def run(checkpoints: Sequence[Path], log: Path | None) -> bool:
-    """Compare and print a line for each checkpoint. True if all agree.
+    """Print one line for each checkpoint. Returns whether the log agrees with all of them.
 
     Raises:
         ValueError: a checkpoint cannot be read, or there is no log.
@@ -36,16 +36,16 @@ def run(checkpoints: Sequence[Path], log: Path | None) -> bool:
         differing = compare(lines, plan, epoch=epoch, trained=trained)
         where = f"{checkpoint}: epoch {epoch}, plan {plan.fingerprint}, {trained} of {of_epoch} samples trained"
         if of_epoch > len(plan):
-            where += f" ({of_epoch - len(plan)} of them complete the last step from the plan's start)"
+            where += f" ({of_epoch - len(plan)} of them are the plan's first samples, which complete the last step)"
         if of_epoch < len(plan):
             where += f" (drop_last=True leaves out the last {len(plan) - of_epoch} of the plan)"
         if differing:
             agree = False
-            typer.secho(f"{where}: the log DISAGREES in {len(differing)} places", fg="red")
+            typer.secho(f"{where}. The log DISAGREES in {len(differing)} places", fg="red")
             for sentence in differing[:5]:
                 typer.echo(f"  {sentence}")
         else:
             beyond = {line["epoch"] for line in lines} - {epoch}
-            others = f"; epochs {sorted(beyond)} of the log need a checkpoint of theirs" if beyond else ""
-            typer.echo(f"{where}: the log agrees{others}")
+            others = f"; to compare its epochs {sorted(beyond)}, give a checkpoint of each" if beyond else ""
+            typer.echo(f"{where}. The log agrees{others}")
     return agree

@@ -1,6 +1,6 @@
-"""From a row to candidates: which column is what, one row with several responses, messages of all dialects.
+"""Turns rows into candidates: finds out what each column is for, and reads nested responses and all forms of messages.
 
-What a column is for is guessed from its name when it is not said, and every guess is printed.
+Where the user does not say what a column is for, its name decides, and every such guess is printed.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ PROMPTS = ("prompt", "question", "instruction", "problem", "query", "input")
 RESPONSES = ("response", "completion", "output", "solution", "generation", "answer", "text", "content")
 MESSAGES = ("messages", "conversations", "conversation")
 TOKENS = "input_ids"
-"""Rows that were tokenised already. Read only where no text is there: text fits every student's tokenizer."""
+"""The column of rows that are already tokenised. It is only read where there is no text, which fits any student."""
 MASKS = ("completion_mask", "assistant_masks")
-"""Beside tokens without labels: 1 where a token is trained on."""
+"""Columns that replace labels for tokenised rows: 1 where a token is trained on."""
 TEXT = "text"
-"""Alone, without a prompt: both in one text, as a chat template wrote them."""
+"""The column that holds prompt and response in one text, if there is no prompt column."""
 NESTED = ("candidates", "responses", "completions", "generations", "solutions", "outputs", "traces")
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-"""ShareGPT's names for the roles."""
-_UNSAID = (None, "")
+"""Roles by their names in ShareGPT's format."""
+_EMPTY = (None, "")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What each column is for. None: not said; what is still None after `completed` is not there."""
+    """Which column holds what. None: the user has not said; after `completed`: there is no such column."""
 
     prompt: str | None = None
     response: str | None = None
@@ -50,10 +50,13 @@ class Layout:
     teacher: str | None = None
 
     def completed(self, values: Mapping[str, Any]) -> Layout:
-        """With guesses from the columns of a first row.
+        """The layout with guesses for what the user has not said, from the first row.
+
+        Args:
+            values: the columns of the first row with their values.
 
         Raises:
-            ValueError: a column that was named is not there, or no column can be a response.
+            ValueError: there is no column of a given name, or no column that can be a response.
         """
         columns = ", ".join(f"'{name}'" for name in values)
 
@@ -78,18 +81,19 @@ class Layout:
         guess = replace(guess, group=guess.group or first(GROUPS), teacher=guess.teacher or first(TEACHERS))
         for part in fields(self):
             name = getattr(self, part.name)
-            # a nested candidate may bring its own response and teacher
+            # a nested candidate may have its own response and teacher
             if name and name not in values and not (guess.candidates and part.name in ("response", "teacher")):
-                raise ValueError(f"--{part.name}-column: there is no column '{name}' in the data; it has {columns}.")
+                raise ValueError(f"--{part.name}-column: the data has no column '{name}', only {columns}.")
         if not text_is_there and not guess.tokens:
             raise ValueError(
                 f"None of the columns ({columns}) looks like a prompt with a response, or like messages. Name them "
-                f"with --prompt-column and --response-column, or with --messages-column. Rows of tokens have them in "
+                "with --prompt-column and --response-column, or with --messages-column. Tokenised rows need a column "
                 f"'{TOKENS}'."
             )
         return guess
 
     def describe(self) -> str:
+        """The layout in words, such as `prompt = 'question', response = 'answer'`."""
         parts = (f"{part.name} = '{getattr(self, part.name)}'" for part in fields(self) if getattr(self, part.name))
         return ", ".join(parts)
 
@@ -99,30 +103,34 @@ class Candidate:
     """One response to one prompt."""
 
     where: str
+    """Its place in the data, for messages: `"candidates.jsonl, line 17"`."""
     messages: list[Message]
-    """The conversation; the prompt as one message of the user if it was given as text."""
+    """The conversation. A prompt given as text is one message of the user."""
     first: int
-    """Assistant messages from here on are the response."""
+    """The assistant's messages from this one on are the response."""
     as_text: bool
-    """Prompt and response were given as text, not as messages."""
+    """Whether prompt and response were given as text, not as messages."""
     group: str
+    """Equal for the responses to one prompt."""
     teacher: str | None
+    """Who wrote the response."""
     text: str | None = None
-    """Prompt and response in one text; there are no `messages` then."""
+    """Prompt and response in one text; then there are no `messages`."""
     input_ids: Sequence[int] | None = None
-    """Prompt and response as tokens; there are neither `messages` nor `text` then."""
+    """Prompt and response as tokens; then there are no `messages` and no `text`."""
     labels: Sequence[int] | None = None
-    """Of the tokens, -100 where one is not trained on; None: all are."""
+    """The labels of the tokens, -100 where a token is not trained on; None: all are trained on."""
     tools: Any = None
+    """Tools for the chat template."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """Other single values of the row: domain, correctness, the number of the sample."""
+    """The row's other columns with a single value: domain, correctness, the number of the sample."""
     read: Mapping[str, Any] = field(default_factory=dict)
-    """The values that metrics read, of whatever kind."""
+    """The values of the columns that metrics read, of any type."""
 
     @property
     def content_hash(self) -> int:
-        """64 bits of all that decides its scores, the same wherever the row stands: the text of prompt and response,
-        the tools that the template writes, the values that metrics read."""
+        """64 bits of everything that its scores depend on: the text of prompt and response, the tools that the template
+        writes, and the values that metrics read. The row's place in the data does not matter."""
         more = {name: value for name, value in (("tools", self.tools), ("read", self.read)) if value}
         if self.input_ids is not None:
             return _hash([list(self.input_ids), self.labels and list(self.labels), more])
@@ -132,12 +140,13 @@ class Candidate:
 
     @property
     def prompt_hash(self) -> int:
-        """64 bits of what was asked: equal for candidates that can be compared; of one text or of tokens, its group."""
+        """64 bits of the prompt, or of the group where prompt and response are one text or tokens. Equal for candidates
+        that can be compared."""
         return _hash(_asked(self.messages, self.first) if self.messages else self.group)
 
     @property
     def prompt_text(self) -> str:
-        """What the user asked first, for a person; all of a text; of tokens nothing."""
+        """The user's first message, to be shown; where prompt and response are one text, all of it; empty for tokens."""
         if self.text is not None:
             return self.text
         return next((str(message["content"]) for message in self.messages if message["role"] == "user"), "")
@@ -145,21 +154,21 @@ class Candidate:
 
 def read_candidates(
     sources: Sources,
-    said: Layout,
+    given: Layout,
     *,
     read: Sequence[str] = (),
     announce: Callable[[Layout], None] = lambda layout: None,
 ) -> Iterator[Candidate | Bad]:
-    """Every candidate of the data, in order; columns are guessed once, from the first row.
+    """Every candidate of the data, in order. The layout is guessed once, from the first row.
 
     Args:
         sources: the data.
-        said: what is known of the columns.
+        given: the columns that the user has named.
         read: columns that metrics read.
-        announce: told the columns once they are known.
+        announce: called with the layout once it is complete.
 
     Raises:
-        ValueError: the columns cannot be made out, one that metrics read is not there, or there is no row at all.
+        ValueError: the layout cannot be guessed, a column that metrics read is missing, or there are no rows.
     """
     layout: Layout | None = None
     empty = True
@@ -169,19 +178,19 @@ def read_candidates(
             yield row
             continue
         if layout is None:
-            layout = said.completed(row.values)
+            layout = given.completed(row.values)
             if not layout.candidates and (lacking := [name for name in read if name not in row.values]):
                 raise ValueError(
-                    f"--metrics: a metric reads the column '{lacking[0]}', which is not in the data; it has "
+                    f"--metrics: a metric reads the column '{lacking[0]}', which is not in the data, only "
                     f"{', '.join(map(repr, row.values))}. Add the column, or leave the metric out."
                 )
             announce(layout)
         try:
             found = list(_candidates(row, layout, read))
-            # half of a surrogate pair can be written in JSON, but is no text: nothing could store or tokenise it
+            # JSON can hold half of a surrogate pair, which cannot be stored or tokenised as text
             json.dumps([[c.messages, c.text, c.group, c.teacher, c.extra] for c in found], ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            yield Bad(where=row.where, reason="its text holds half a surrogate pair, which is no character")
+            yield Bad(where=row.where, reason="its text holds half a surrogate pair, which is not a character")
         except ValueError as error:
             yield Bad(where=row.where, reason=str(error))
         else:
@@ -200,22 +209,23 @@ def _candidates(row: Row, layout: Layout, read: Sequence[str]) -> Iterator[Candi
     used = {*vars(layout).values(), "tools"}
     extra = {k: v for k, v in values.items() if k not in used and isinstance(v, (str, bool, int, float, type(None)))}
     group, teacher = values.get(layout.group or ""), values.get(layout.teacher or "")
-    told: dict[str, Any] = {"group": group, "tools": tools}
+    common: dict[str, Any] = {"group": group, "tools": tools}
     if layout.messages:
         messages = _conversation(values[layout.messages], layout.messages)
-        yield _candidate(row.where, messages, 0, False, teacher=teacher, extra=extra, read=_read(values, read), **told)
+        common |= {"teacher": teacher, "extra": extra, "read": _values_of(values, read)}
+        yield _candidate(row.where, messages, 0, False, **common)
         return
     if layout.tokens:
-        yield _tokenised(row.where, values, group, teacher, extra, _read(values, read))
+        yield _tokenised(row.where, values, group, teacher, extra, _values_of(values, read))
         return
     if layout.text:
-        yield _written(row.where, values[layout.text], group, teacher, extra, _read(values, read))
+        yield _written(row.where, values[layout.text], group, teacher, extra, _values_of(values, read))
         return
     prompt = values[layout.prompt or ""]
     before = [_user(prompt, layout.prompt)] if not _is_conversation(prompt) else _conversation(prompt, layout.prompt)
     if not layout.candidates:
-        told |= {"teacher": teacher, "extra": extra, "read": _read(values, read)}
-        yield _answered(row.where, prompt, before, values[layout.response or ""], **told)
+        common |= {"teacher": teacher, "extra": extra, "read": _values_of(values, read)}
+        yield _answered(row.where, prompt, before, values[layout.response or ""], **common)
         return
     nested = values[layout.candidates]
     if not _is_nested(nested):
@@ -236,18 +246,19 @@ def _candidates(row: Row, layout: Layout, read: Sequence[str]) -> Iterator[Candi
             own = {**extra, **{k: v for k, v in scalars.items() if k not in (of[0], *by[:1])}}
             response = response[of[0]]
         where = f"{row.where}, candidate {number}"
-        told |= {"teacher": who, "extra": own, "read": _read(own_values, read)}
-        yield _answered(where, prompt, before, response, **told)
+        common |= {"teacher": who, "extra": own, "read": _values_of(own_values, read)}
+        yield _answered(where, prompt, before, response, **common)
 
 
-def _read(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """What metrics read."""
+def _values_of(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The values of the columns that metrics read."""
     if lacking := [name for name in names if name not in values]:
         raise ValueError(f"it has no column '{lacking[0]}', which a metric reads")
     return {name: values[name] for name in names}
 
 
-def _answered(where: str, prompt: Any, before: list[Message], response: Any, **told: Any) -> Candidate:
+def _answered(where: str, prompt: Any, before: list[Message], response: Any, **common: Any) -> Candidate:
+    """A candidate from a prompt (`before`: its messages) and a response."""
     if _is_conversation(response):
         messages = [*before, *_conversation(response, "response")]
     elif isinstance(response, str):
@@ -255,29 +266,31 @@ def _answered(where: str, prompt: Any, before: list[Message], response: Any, **t
     else:
         raise ValueError(f"the response is {_kind(response)}, not text")
     as_text = isinstance(prompt, str) and isinstance(response, str)
-    return _candidate(where, messages, len(before), as_text, **told)
+    return _candidate(where, messages, len(before), as_text, **common)
 
 
 def _candidate(
-    where: str, messages: list[Message], first: int, as_text: bool, *, group: Any, teacher: Any, **told: Any
+    where: str, messages: list[Message], first: int, as_text: bool, *, group: Any, teacher: Any, **common: Any
 ) -> Candidate:
-    said = [message for message in messages[first:] if message["role"] == "assistant"]
-    if not said:
+    """A candidate from a conversation."""
+    responses = [message for message in messages[first:] if message["role"] == "assistant"]
+    if not responses:
         raise ValueError("no message is by the assistant, so there is no response")
-    if not any(str(message["content"] or "").strip() for message in said):
+    if not any(str(message["content"] or "").strip() for message in responses):
         raise ValueError("the response is empty")
     return Candidate(
         where=where,
         messages=messages,
         first=first,
         as_text=as_text,
-        group=f"{_hash(_asked(messages, first)):016x}" if group in _UNSAID else str(group),
-        teacher=None if teacher in _UNSAID else str(teacher),
-        **told,
+        group=f"{_hash(_asked(messages, first)):016x}" if group in _EMPTY else str(group),
+        teacher=None if teacher in _EMPTY else str(teacher),
+        **common,
     )
 
 
 def _written(where: str, text: Any, group: Any, teacher: Any, extra: Any, read: Any) -> Candidate:
+    """A candidate from one text."""
     if not isinstance(text, str):
         raise ValueError(f"the text is {_kind(text)}, not text")
     if not text.strip():
@@ -287,8 +300,8 @@ def _written(where: str, text: Any, group: Any, teacher: Any, extra: Any, read: 
         messages=[],
         first=0,
         as_text=True,
-        group=f"{_hash(text):016x}" if group in _UNSAID else str(group),
-        teacher=None if teacher in _UNSAID else str(teacher),
+        group=f"{_hash(text):016x}" if group in _EMPTY else str(group),
+        teacher=None if teacher in _EMPTY else str(teacher),
         text=text,
         extra=extra,
         read=read,
@@ -325,7 +338,7 @@ def _tokenised(where: str, values: Mapping[str, Any], group: Any, teacher: Any, 
 
 
 def _asked(messages: list[Message], first: int) -> list[Message]:
-    """The messages before the response; of a whole conversation those before the assistant's first turn."""
+    """The messages before the response; in a whole conversation, those before the assistant's first turn."""
     return messages[: first or next(number for number, m in enumerate(messages) if m["role"] == "assistant")]
 
 
@@ -334,15 +347,15 @@ def _conversation(value: Any, name: str | None) -> list[Message]:
         raise ValueError(f"'{name}' holds no messages with role and content")
     messages = []
     for message in value:
-        # a table fills the keys that other rows have with nulls
-        told = {key: part for key, part in message.items() if part is not None}
-        role = told.pop("role", None) or _ROLES.get(told.pop("from", ""))
-        content = told.pop("content", None) or told.pop("value", None) or ""
+        # tables fill keys that only other rows have with nulls
+        rest = {key: part for key, part in message.items() if part is not None}
+        role = rest.pop("role", None) or _ROLES.get(rest.pop("from", ""))
+        content = rest.pop("content", None) or rest.pop("value", None) or ""
         if role is None:
             raise ValueError(f"a message of '{name}' has no role")
         if not isinstance(content, str):
             raise ValueError(f"a message of '{name}' holds {_kind(content)}, not text")
-        messages.append({"role": role, "content": content, **told})
+        messages.append({"role": role, "content": content, **rest})
     return messages
 
 

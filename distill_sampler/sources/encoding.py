@@ -1,4 +1,4 @@
-"""From candidates to tokens and labels, for the command line: how `templates` is applied to what the files hold."""
+"""Turns the command line's candidates into tokens and labels, with the rules of `templates`."""
 
 from __future__ import annotations
 
@@ -31,16 +31,18 @@ class Encoded:
     """A candidate as the student reads it."""
 
     input_ids: list[int]
+    """`[tokens]`"""
     labels: list[int]
-    """-100 outside the response."""
+    """`[tokens]` the token id in the response, -100 outside of it."""
     text: str
+    """The text that was tokenised."""
     ends: list[int]
-    """Where in the text each token ends."""
+    """`[tokens]` where in the text each token ends."""
     tokens_cut: int
-    """Tokens of the response that `max_length` cut off."""
+    """How many tokens of the response `max_length` cut off."""
 
     def token_text(self, token: int) -> str:
-        """What a token adds to the text: empty if it completes a character that one before it began."""
+        """What a token adds to the text. A character of several tokens belongs to the first of them."""
         start = max(self.ends[:token], default=0) if token else 0
         return self.text[start : self.ends[token]]
 
@@ -49,34 +51,34 @@ def choose_template(first: Candidate, tokenizer: Any, *, plain: bool) -> tuple[b
     """Whether the chat template is applied to data that begins with this candidate, and a sentence that says so.
 
     Messages need the template. A prompt and a response that are text are wrapped as a conversation, unless they are
-    written in the template already, the tokenizer has none, or `plain` asks for them as they are. TRL's `SFTTrainer`
-    differs there: it never applies a template to text.
+    already written in the template, the tokenizer has none, or `plain` is set. TRL's `SFTTrainer` differs: it never
+    applies a template to text.
 
     Raises:
-        ValueError: `plain`, and the data holds messages.
+        ValueError: `plain` is set, and the data holds messages.
     """
     marks = markers(tokenizer)
-    found = "the response lies between the chat template's markers"
+    found = "the response is what stands between the chat template's markers"
     if first.text is not None:
-        return False, f"none is applied: each text is read as it is, and {found}."
+        return False, f"none is applied. Each text is read as it is, and {found}."
     if first.input_ids is not None:
         return False, (
-            "none is applied: rows are token ids, taken to be this student's. The response is what is labelled, and "
-            "where every token is, it lies between the chat template's markers."
+            "none is applied. Rows are token ids, which must be the student's. The response is the labelled tokens, or, "
+            "if all are labelled, what stands between the chat template's markers."
         )
     if not first.as_text:
         if plain:
-            raise ValueError("--plain reads text, but the data holds messages; leave --plain out.")
-        return True, "the model's chat template, conversations; the end marker is not scored."
+            raise ValueError("--plain reads text, but the data holds messages. Leave --plain out.")
+        return True, "the model's chat template, applied to conversations. The end marker is not scored."
     prompt, response = (str(message["content"]) for message in first.messages)
     if is_in_template(prompt, response, marks):
-        return False, f"none is applied: prompt and response are written in it already, and {found}."
+        return False, f"none is applied. Prompt and response are written in it already, and {found}."
     if plain or not tokenizer.chat_template:
         why = "--plain" if plain else "the tokenizer has no chat template"
-        return False, f"none ({why}): prompt and response as they are, as SFTTrainer reads them."
+        return False, f"none is applied ({why}). Prompt and response are read as they are, as SFTTrainer does."
     return True, (
-        "the model's chat template, prompt and response wrapped as a conversation; the end marker is not scored. "
-        "SFTTrainer applies no template to a prompt and completion that are text; --plain scores them as it reads them."
+        "the model's chat template, with prompt and response wrapped as a conversation. The end marker is not scored. "
+        "SFTTrainer applies no template to a prompt and a completion that are text; --plain scores them like that."
     )
 
 
@@ -84,21 +86,21 @@ class Encoder:
     """Turns candidates into tokens with a tokenizer.
 
     Args:
-        tokenizer: of transformers, with offsets (a fast one).
-        template: apply its chat template; False reads prompt and response as plain text, one after the other.
-        max_length: tokens after which a row is cut off; None: never.
-        whole_text: score all of a text in which no response can be found, its prompt too.
+        tokenizer: a fast tokenizer of transformers, which gives the offsets of its tokens.
+        template: apply its chat template. False: read prompt and response as plain text, one after the other.
+        max_length: truncate rows to this many tokens; None: never.
+        whole_text: score all of a text, with its prompt, in which no response can be found.
 
     Raises:
-        ValueError: there is no chat template to apply, or the tokenizer cannot tell where tokens are.
+        ValueError: there is no chat template to apply, or the tokenizer gives no offsets.
     """
 
     def __init__(self, tokenizer: Any, *, template: bool, max_length: int | None, whole_text: bool = False) -> None:
         if not tokenizer.is_fast:
-            raise ValueError(f"{type(tokenizer).__name__} cannot tell where its tokens lie; use a fast tokenizer.")
+            raise ValueError(f"{type(tokenizer).__name__} gives no offsets of its tokens. Use a fast tokenizer.")
         if template and not tokenizer.chat_template:
             raise ValueError(
-                "The data holds messages, but the model's tokenizer has no chat template to write them with. Use the "
+                "The data holds messages, but the model's tokenizer has no chat template to format them with. Use the "
                 "instruction-tuned model, or give a template with --chat-template FILE."
             )
         self._tokenizer = tokenizer
@@ -107,21 +109,21 @@ class Encoder:
         self._max_length = max_length
         self._whole_text = whole_text
         self.lost_turns = 0
-        """Assistant turns that the template writes differently once others follow; they are not scored."""
+        """Assistant turns that are not scored: the template writes them differently when another turn follows."""
         self.whole_texts = 0
-        """Texts in which no response was found, scored whole."""
+        """Texts that are scored whole, because no response was found in them."""
         self.wrapped_twice = 0
-        """Prompts that were written in the template already, unlike the first, and were wrapped once more."""
+        """Prompts that were already written in the template, unlike the first, and were wrapped again."""
 
     def __call__(self, candidates: Sequence[Candidate], end_token_ids: Sequence[int] = ()) -> list[Encoded]:
         """The tokens of some candidates.
 
         Args:
             candidates: what to encode.
-            end_token_ids: markers that end a response, the last of its tokens that truncation can cut off.
+            end_token_ids: end-of-turn markers; template text after such a marker does not count as cut off.
 
         Raises:
-            ValueError: nothing in a row says which part is the response, or a token is not the student's.
+            ValueError: nothing in a row shows which part of it is the response, or a token is not the student's.
         """
         written = [None if candidate.input_ids is not None else self._write(candidate) for candidate in candidates]
         read = iter(tokenised([row for row in written if row is not None], self._tokenizer))
@@ -147,8 +149,8 @@ class Encoder:
         strange = [token for token in input_ids if not 0 <= token < len(self._tokenizer)]
         if strange:
             raise ValueError(
-                f"{candidate.where}: the token {strange[0]} is none of the {len(self._tokenizer)} of the student's "
-                "tokenizer, so another one has made these rows. Tokenise them with this student's, or give the text."
+                f"{candidate.where}: the token {strange[0]} is not one of the {len(self._tokenizer)} of the student's "
+                "tokenizer, so another tokenizer made these rows. Tokenise them with the student's, or give the text."
             )
         text, _, ends = text_of(input_ids, self._tokenizer)
         labels = candidate.labels
@@ -162,19 +164,19 @@ class Encoder:
         return text, Tokens(input_ids=input_ids, is_response=is_response, ends=ends.tolist())
 
     def _whole(self, candidate: Candidate) -> None:
-        """Refuse a row in which no response is found, or count it if it is to be scored whole.
+        """Count a row that is scored whole because no response is found in it, or refuse it.
 
         Raises:
-            ValueError: it is not.
+            ValueError: `whole_text` is False.
         """
         if not self._whole_text:
-            what, cure = "text", "name the template that the text is written in with --chat-template FILE"
+            what, cure = "text", "give the template that the text is written in with --chat-template FILE"
             if candidate.input_ids is not None:
-                what, cure = "row is all trained on and", "give labels that are -100 outside of it"
+                what, cure = "row is all trained on and", "give labels that are -100 outside of the response"
             raise ValueError(
-                f"{candidate.where}: the {what} holds no turn of the assistant in the model's chat template, so "
-                "nothing says which part of it is the response. Give prompt and response as two columns, or as "
-                f"messages; {cure}; or score all of it, the prompt too, with --whole-text."
+                f"{candidate.where}: the {what} holds no assistant turn in the model's chat template, so nothing "
+                "shows which part of it is the response. Give prompt and response as two columns, or as messages; "
+                f"{cure}; or score all of it, with its prompt, with --whole-text."
             )
         self.whole_texts += 1
 

@@ -1,7 +1,7 @@
-"""Where rows come from: JSONL (plain, gz, zst), JSON, Parquet, folders of these, saved data sets, names on the hub.
+"""Reads rows from JSONL (plain, gz, zst), JSON, Parquet, folders of these, saved data sets, and data sets on the hub.
 
-Rows are read one by one and never kept. What cannot be read becomes a `Bad` with its place and the reason, so that
-one bad line neither stops ten million good ones nor disappears.
+Rows are read one by one and never kept. A row that cannot be read becomes a `Bad` with its place and the reason, so
+that one bad line neither stops the reading of ten million good ones nor goes unnoticed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from distill_sampler.content import content_hashes
 from distill_sampler.serialize import hash_of
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".json", ".json.gz", ".json.zst", ".parquet")
-"""What a file must end in to be picked from a folder."""
+"""The file name endings that can be read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,28 +31,31 @@ class Row:
     """One row as it was read."""
 
     where: str
-    """For a person: `"candidates.jsonl.gz, line 17"`."""
+    """Its place in the data, for messages: `"candidates.jsonl.gz, line 17"`."""
     values: Mapping[str, Any]
+    """Its columns by name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bad:
-    """What could not be used, and why."""
+    """A row that cannot be used."""
 
     where: str
+    """Its place in the data, for messages."""
     reason: str
+    """Why it cannot be used, as the rest of a sentence."""
 
 
 class Sources:
-    """All the data that a command was given, in the order it was given.
+    """All the data that a command was given, in the given order.
 
     Args:
-        data: paths and names.
-        split: of a saved data set or one on the hub.
-        subset: of one on the hub; None: its only one, or its default.
+        data: paths, and names of data sets on the hub.
+        split: the split to read of a saved data set or one on the hub.
+        subset: the subset to read of a data set on the hub; None: its only one, or its default.
 
     Raises:
-        ValueError: something is not there; the sentence names it.
+        ValueError: a path does not exist, or cannot be read; the message names it.
     """
 
     def __init__(self, data: Sequence[str], *, split: str = "train", subset: str | None = None) -> None:
@@ -61,14 +64,14 @@ class Sources:
         self.subset = subset
         self.files = [file for name in data for file in _files(name)]
         self.size = sum(file.stat().st_size for file in self.files if isinstance(file, Path) and file.is_file())
-        """Bytes of all files; 0 if there are none."""
+        """Size of all files in bytes; 0 if there are none."""
         self.position = 0
         """Bytes read so far, for a progress bar."""
         self._commits: dict[str, str | None] = {}
 
     def contents(self) -> list[tuple[str, str | None]]:
-        """The name of each file or data set with a hash of what it holds. For a data set on the hub its commit stands
-        for that, or None if the hub does not tell.
+        """The name of each file or data set, with a hash of its content. A data set on the hub has its commit instead,
+        or None if the hub cannot be asked.
 
         Raises:
             OSError: a file cannot be read.
@@ -86,13 +89,13 @@ class Sources:
         return found
 
     def _commit(self, name: str) -> str | None:
-        """The commit of a data set on the hub, asked for once, so that what is read is what it is called."""
+        """The current commit of a data set on the hub. It is looked up once, so that exactly this commit is read."""
         if name not in self._commits:
             from huggingface_hub import HfApi
 
             try:
                 self._commits[name] = HfApi().dataset_info(name, timeout=10).sha
-            except Exception:  # no network, no rights, no such data set: reading it will tell
+            except Exception:  # no network, no rights, no such data set: reading it will say which
                 self._commits[name] = None
         return self._commits[name]
 
@@ -116,11 +119,11 @@ class Sources:
 
 
 def _files(name: str) -> list[Path | str]:
-    """A path's files, sorted; a string for what must be a name on the hub."""
+    """The files of a path, sorted; or the name itself, if it must be a data set on the hub."""
     path = Path(name)
     if path.is_file():
         if not path.name.endswith(SUFFIXES):
-            raise ValueError(f"{name} is of a kind that is not read; rename or convert it to {', '.join(SUFFIXES)}.")
+            raise ValueError(f"{name} is in a format that cannot be read. Convert it to one of {', '.join(SUFFIXES)}.")
         return [path]
     if path.is_dir():
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
@@ -130,7 +133,7 @@ def _files(name: str) -> list[Path | str]:
             raise ValueError(f"The folder {name} has no file that ends in {', '.join(SUFFIXES)}.")
         return found
     if name.endswith(SUFFIXES) or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ValueError(f"There is no file or folder {name}; check the path.")
+        raise ValueError(f"There is no file or folder {name}. Check the path.")
     return [name]
 
 
@@ -150,7 +153,7 @@ def _json(file: Path, raw: io.BufferedReader) -> Iterator[Row | Bad]:
         if file.suffix == ".gz":
             stream = gzip.GzipFile(fileobj=raw)
         elif file.suffix == ".zst":
-            # a file object of its own: closing Arrow's stream closes what it reads
+            # opened separately, because closing Arrow's stream closes the file under it
             stream = io.BufferedReader(pa.input_stream(str(file), compression="zstd"))
         if ".json" in file.suffixes:
             stream = io.BufferedReader(stream) if not isinstance(stream, io.BufferedReader) else stream
@@ -165,7 +168,7 @@ def _json(file: Path, raw: io.BufferedReader) -> Iterator[Row | Bad]:
 
 
 def _is_lines(stream: io.BufferedReader) -> bool:
-    """Whether a file called JSON holds one object a line, as many do: it starts with an object that is a whole line."""
+    """Whether a .json file holds one object a line, as many do: its first line is a complete object."""
     start = stream.peek(1 << 16)[: 1 << 16].lstrip()
     if not start.startswith(b"{") or b"\n" not in start.rstrip():
         return False
@@ -218,7 +221,7 @@ def _parquet(file: Path) -> Iterator[tuple[float, Row | Bad]]:
                     number += 1
                     yield number / rows, Row(where=f"{file.name}, row {number}", values=values)
     except (pa.ArrowException, OSError) as error:
-        yield 1.0, Bad(where=file.name, reason=f"it is no Parquet file, or a damaged one ({error})")
+        yield 1.0, Bad(where=file.name, reason=f"it is not a Parquet file, or it is damaged ({error})")
 
 
 def _saved(folder: Path, split: str) -> Iterator[Row | Bad]:
@@ -240,8 +243,8 @@ def _hub(name: str, subset: str | None, split: str, commit: str | None) -> Itera
         rows = datasets.load_dataset(name, subset, split=split, revision=commit, streaming=True)
     except Exception as error:  # the hub's client raises errors of many kinds
         raise ValueError(
-            f"There is no file or folder {name}, and loading it from the hub failed: {_told(error)}. Check the name, "
-            "--subset, --split and the network."
+            f"There is no file or folder {name}, and loading it from the hub failed: {_one_line(error)}. Check the "
+            "name, --subset, --split and the network."
         ) from error
     number = 0
     try:
@@ -249,12 +252,12 @@ def _hub(name: str, subset: str | None, split: str, commit: str | None) -> Itera
             yield Row(where=f"{name}, row {number}", values=values)
     except Exception as error:
         raise ValueError(
-            f"Reading {name} from the hub broke off after row {number}: {_told(error)}. What is scored so far is kept; "
-            "run the same command again."
+            f"Reading {name} from the hub stopped after row {number}: {_one_line(error)}. The scores so far are kept. "
+            "Run the same command again to continue."
         ) from error
 
 
-def _told(error: Exception) -> str:
-    """What an error says, on one line: its first sentences name the cause, the subsets or splits that there are."""
+def _one_line(error: Exception) -> str:
+    """The beginning of an error's message on one line. It names the cause, and the subsets or splits that exist."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300].rstrip('.') or 'no reason given'}"

@@ -1,16 +1,17 @@
-"""Which tokens of a row are the response: one answer, for the command line and for trainers.
+"""Which tokens of a row are the response, by the same rules on the command line and in trainers.
 
-A row is written as text, the text is tokenised once, and a token is the response's by where it lies in the text:
+A row becomes text, the text is tokenised once, and the position of a token in the text decides whether it belongs to
+the response:
 
-- a **conversation** is written with the chat template; the response is what the template writes for each turn of the
-  assistant after the generation prompt;
-- a **prompt and a completion** that are text are read one after the other, without a template; the response is the
-  completion, or the assistant's turns in it where it is written in the chat template already;
-- in **one text** the assistant's turns are found between the chat template's own markers, which a probe conversation
-  shows.
+- a **conversation** is formatted with the chat template. The response is what the template writes for each assistant
+  turn, after the generation prompt;
+- a **prompt and a completion** that are text are read one after the other, without a template. The response is the
+  completion, or only the assistant's turns in it where it is already written in the chat template;
+- in a **single text**, the response is the assistant's turns, which stand between the chat template's own markers. The
+  markers are taken from a probe conversation.
 
-One rule for tokens at the edge: a token is the response's if all of it lies in the response. A token that begins in the
-prompt is the prompt's, such as the `"\\n\\n"` that a tokenizer makes of a header's newline and a response's.
+A token belongs to the response if all of its characters do. A token that begins in the prompt belongs to the prompt,
+such as the `"\\n\\n"` that a tokenizer makes of the newline of a header and the first newline of a response.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from distill_sampler.types import BoolArray, IntArray
 
 Message = Mapping[str, Any]
 Span = tuple[int, int]
-"""`(first character, the one after the last)`"""
+"""`(first character, one after the last character)`"""
 
 _QUESTION, _ANSWER, _NEXT = "probe-question-1", "probe-answer-1", "probe-question-2"
 
@@ -39,26 +40,26 @@ class Markers:
     """What a chat template writes around a turn of the assistant."""
 
     header: str
-    """Before it: `"<|im_start|>assistant\\n"` in ChatML. Empty where the template writes nothing there."""
+    """Before the turn: `"<|im_start|>assistant\\n"` in ChatML. Empty if the template writes nothing there."""
     end: str
-    """Behind it: `"<|im_end|>\\n"` in ChatML. Blank where the template writes nothing there."""
+    """After the turn: `"<|im_end|>\\n"` in ChatML. Blank if the template writes nothing there."""
     next_turn: str
-    """Between it and the user's next message: where a turn without an end marker is over."""
+    """Between the turn and the user's next message. It ends a turn that has no end marker."""
 
 
 @documents_fields
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """A row as text, with the places of the response."""
+    """A row as text, with the position of the response."""
 
     text: str
     """What the student reads."""
     responses: tuple[Span, ...]
-    """Where each turn of the response lies, its end marker included. Empty: nothing says which part is the response."""
+    """The position of each turn of the response, its end marker included. Empty: nothing shows what is the response."""
     special_tokens: bool
-    """Whether the tokenizer adds its own first and last tokens (BOS, EOS); a chat template writes them itself."""
+    """Whether the tokenizer adds its own first and last tokens (BOS, EOS). A chat template writes them itself."""
     lost_turns: int = 0
-    """Turns of the response that could not be told apart: the template writes them differently once others follow."""
+    """Turns of the response that were not found: the template writes them differently when another turn follows."""
 
 
 @documents_fields
@@ -67,9 +68,9 @@ class Tokens:
     """A row as the student reads it."""
 
     input_ids: list[int]
-    """`[tokens]`"""
+    """`[tokens]` token ids."""
     is_response: BoolArray
-    """`[tokens]` whether the token is the response's, by the rule of this module."""
+    """`[tokens]` whether the token belongs to the response."""
     ends: list[int]
     """`[tokens]` where in the text each token ends."""
 
@@ -78,14 +79,14 @@ class Tokens:
 
 
 def markers(tokenizer: Any, chat_template: str | None = None) -> Markers | None:
-    """The markers of a chat template, taken from a probe conversation that it writes.
+    """The markers of a chat template, found by formatting a probe conversation with it.
 
     Args:
-        tokenizer: of transformers.
-        chat_template: to use instead of the tokenizer's own.
+        tokenizer: a tokenizer of transformers.
+        chat_template: a template to use instead of the tokenizer's own.
 
     Returns:
-        The markers; None if there is no template, or it does not write such a conversation.
+        The markers; None if there is no template, or it cannot format such a conversation.
     """
     if not (chat_template or tokenizer.chat_template):
         return None
@@ -104,7 +105,7 @@ def markers(tokenizer: Any, chat_template: str | None = None) -> Markers | None:
     if not (_QUESTION in whole and _ANSWER in whole):
         return None
     between = whole.partition(_QUESTION)[2].partition(_ANSWER)[0]
-    # the generation prompt; without one, what stands before the answer; else what ends the question (Llama 2's [/INST])
+    # the generation prompt; else what stands before the answer; else what ends the question (Llama 2's [/INST])
     waiting = between[: _common_prefix(waiting, between)]
     candidates = (waiting.removeprefix(closing), between.removeprefix(closing), waiting)
     header = next((candidate for candidate in candidates if candidate.strip()), "")
@@ -118,12 +119,12 @@ def conversation(
     """A conversation as the chat template writes it.
 
     Args:
-        messages: with roles and contents.
-        first: the assistant's messages from here on are the response.
-        tokenizer: of transformers.
-        marks: the template's markers. They show the header where the template has no generation prompt, and the places
-            of turns that it writes differently once others follow (without their reasoning, say).
-        options: of `apply_chat_template`: `chat_template`, `tools` and what the template itself takes.
+        messages: the conversation, with roles and contents.
+        first: the assistant's messages from this one on are the response.
+        tokenizer: a tokenizer of transformers.
+        marks: the template's markers. They show where a turn begins if the template has no generation prompt, and find
+            turns that it writes differently when another turn follows (without their reasoning, for example).
+        options: options of `apply_chat_template`: `chat_template`, `tools`, and the template's own.
     """
     text = _apply(tokenizer, messages, **options)
     turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
@@ -150,8 +151,9 @@ def prompt_and_completion(prompt: str, completion: str, marks: Markers | None) -
     """A prompt and a completion that are text, one after the other, as TRL's `SFTTrainer` reads them.
 
     Args:
-        prompt: plain, or written in a chat template up to the assistant's turn.
-        completion: what follows it. Where the template's markers are in it, the response lies between them.
+        prompt: plain text, or text in a chat template up to the assistant's turn.
+        completion: what follows the prompt. If it holds the template's markers, only what stands between them is the
+            response.
         marks: the template's markers.
     """
     text, start = prompt + completion, len(prompt)
@@ -160,23 +162,23 @@ def prompt_and_completion(prompt: str, completion: str, marks: Markers | None) -
 
 
 def plain_text(text: str, marks: Markers | None) -> Written:
-    """One text that holds prompt and response; all turns of the assistant are the response."""
+    """A single text that holds prompt and response. All turns of the assistant are the response."""
     return Written(text=text, responses=_turns(text, marks), special_tokens=True)
 
 
 def all_of(written: Written) -> Written:
-    """The same with all of the text as the response."""
+    """The same row with all of its text as the response."""
     return Written(text=written.text, responses=((0, len(written.text)),), special_tokens=written.special_tokens)
 
 
 def is_in_template(prompt: str, completion: str, marks: Markers | None) -> bool:
-    """Whether a prompt and a completion are written in the chat template already: its header stands between them."""
+    """Whether a prompt and a completion are already written in the chat template: its header stands between them."""
     header = "" if marks is None else marks.header.strip()
     return bool(header) and (prompt.rstrip().endswith(header) or completion.lstrip().startswith(header))
 
 
 def _turns(text: str, marks: Markers | None) -> tuple[Span, ...]:
-    """What lies between headers and end markers; a turn without an end marker reaches to the end of the text."""
+    """The spans from each header to its end marker, or to the end of the text if there is none."""
     if marks is None:
         return ()
     turns: list[Span] = []
@@ -194,14 +196,15 @@ def _turns(text: str, marks: Markers | None) -> tuple[Span, ...]:
 
 
 def _find(text: str, marker: str, start: int) -> Span | None:
-    """Where a marker stands at or after `start`. White space behind it belongs to it as far as the text has it."""
+    """The first span of a marker from `start` on. It includes the white space at the marker's end, as far as it is in
+    the text."""
     core = marker.strip()
     place = text.find(core, start) if core else -1
     if place < 0:
         return None
     end = place + len(core)
-    behind = marker[marker.index(core) + len(core) :]
-    return place, end + _common_prefix(behind, text[end : end + len(behind)])
+    tail = marker[marker.index(core) + len(core) :]
+    return place, end + _common_prefix(tail, text[end : end + len(tail)])
 
 
 def _apply(tokenizer: Any, messages: Sequence[Message], *, generate: bool = False, **options: Any) -> str:
@@ -213,11 +216,11 @@ def _apply(tokenizer: Any, messages: Sequence[Message], *, generate: bool = Fals
 
 
 def tokenised(rows: Sequence[Written], tokenizer: Any) -> list[Tokens]:
-    """The tokens of rows, and which of them are the response's.
+    """The tokens of rows, and which of them belong to the response.
 
     Args:
-        rows: as text.
-        tokenizer: of transformers, one that tells where its tokens lie (`is_fast`).
+        rows: the rows as text.
+        tokenizer: a fast tokenizer of transformers, which gives the offsets of its tokens.
     """
     if not rows:
         return []
@@ -237,7 +240,7 @@ def tokenised(rows: Sequence[Written], tokenizer: Any) -> list[Tokens]:
             starts, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
             if reach_back:
                 starts = np.minimum(starts, np.r_[0, np.maximum.accumulate(ends)][:-1])
-            starts = np.where(ends == 0, -1, starts)  # what the tokenizer added lies nowhere in the text
+            starts = np.where(ends == 0, -1, starts)  # tokens that the tokenizer added are nowhere in the text
             tokens[place] = Tokens(
                 input_ids=input_ids, is_response=_inside(starts, ends, rows[place].responses), ends=ends.tolist()
             )
@@ -245,14 +248,14 @@ def tokenised(rows: Sequence[Written], tokenizer: Any) -> list[Tokens]:
 
 
 def text_of(input_ids: Sequence[int], tokenizer: Any) -> tuple[str, IntArray, IntArray]:
-    """The text that tokens stand for.
+    """The text of some tokens.
 
     Args:
-        input_ids: of one row, perhaps cut off within a character.
-        tokenizer: of transformers, a fast one.
+        input_ids: the tokens of one row, perhaps truncated within a character.
+        tokenizer: a fast tokenizer of transformers.
 
     Returns:
-        The text, and `[tokens]` where in it each token begins and ends.
+        The text, and `[tokens]` where each token begins in it, and `[tokens]` where it ends.
     """
     stream = DecodeStream(skip_special_tokens=False)
     pieces: list[str] = []
@@ -261,7 +264,7 @@ def text_of(input_ids: Sequence[int], tokenizer: Any) -> tuple[str, IntArray, In
     length = 0
     for token in input_ids:
         starts.append(length)
-        # None: the token is the beginning of a character
+        # None: the token ends within a character
         if (piece := stream.step(tokenizer.backend_tokenizer, token)) is not None:
             length += len(piece)
             pieces.append(piece)
@@ -273,15 +276,15 @@ def text_of(input_ids: Sequence[int], tokenizer: Any) -> tuple[str, IntArray, In
 
 
 def responses_of(input_ids: Sequence[int], tokenizer: Any, marks: Markers | None) -> BoolArray:
-    """`[tokens]` which tokens of a tokenised row are the response's, by the template's markers; none if it has none."""
+    """`[tokens]` which tokens of a tokenised row belong to the response, by the markers; none without markers."""
     text, starts, ends = text_of(input_ids, tokenizer)
     return _inside(starts, ends, _turns(text, marks))
 
 
 def cut_off(whole: Sequence[int], kept: Sequence[int]) -> int | None:
-    """How many tokens truncation took from the front of `whole`; None if `kept` is no piece of it.
+    """How many tokens truncation removed from the front of `whole`; None if `kept` is not a piece of it.
 
-    A prepared row may end in an EOS that is not in the text: `whole` is then its beginning.
+    A prepared row may end in an EOS that is not in the text; then `whole` is its beginning.
     """
     length = min(len(whole), len(kept))
     if whole[:length] == kept[:length] and len(kept) <= len(whole) + 1:
@@ -292,7 +295,7 @@ def cut_off(whole: Sequence[int], kept: Sequence[int]) -> int | None:
 
 
 def _inside(starts: IntArray, ends: IntArray, spans: Sequence[Span]) -> BoolArray:
-    """The rule for tokens at the edge: all of the token lies in the span."""
+    """`[tokens]` whether all characters of the token are in one of the spans."""
     inside = np.zeros(len(starts), bool)
     for begin, stop in spans:
         inside |= (begin <= starts) & (ends <= stop)
@@ -300,9 +303,9 @@ def _inside(starts: IntArray, ends: IntArray, spans: Sequence[Span]) -> BoolArra
 
 
 def _reaches_back(tokenizer: Any) -> bool:
-    """Whether tokens hold white space that the tokenizer does not count among their characters (`trim_offsets`).
+    """Whether the tokenizer's offsets leave out white space that its tokens hold (`trim_offsets`).
 
-    Such a token begins where the one before it ends. A tokenizer that throws white space away is another matter.
+    Such a token begins where the one before it ends. A tokenizer that discards white space does not count.
     """
     probe = "a  a"
     encoded = tokenizer(probe, add_special_tokens=False, return_offsets_mapping=True)
@@ -311,7 +314,7 @@ def _reaches_back(tokenizer: Any) -> bool:
 
 
 def _common_prefix(left: str, right: str) -> int:
-    """Characters that both begin with."""
+    """The number of characters that both begin with."""
     if right.startswith(left):
         return len(left)
     length = 0

@@ -1,15 +1,15 @@
-"""Contract tests for anybody's metric, policy or reader.
+"""Contract tests for your own metric, policy or reader.
 
-Plain functions that raise `AssertionError` with a sentence that says what is broken and how to repair it. They need
-numpy and no test framework:
+They are plain functions that raise an `AssertionError`, which says what is wrong and how to correct it. They need numpy
+and no test framework:
 
     from distill_sampler.testing import check_metric
 
     def test_my_metric():
         check_metric(MyMetric())
 
-What they show it is random, from a seed: samples of text with one token for each character, pools of up to 24
-candidates with ties and missing scores, views with shared beginnings. Give your own where yours needs others.
+The test data is random, from a seed: samples of text with one token for each character, pools of up to 24 candidates
+with ties and missing scores, views with shared beginnings. Pass your own where your object needs other data.
 """
 
 from distill_sampler.testing.metric import check_metric

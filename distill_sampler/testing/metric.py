@@ -1,4 +1,4 @@
-"""`check_metric`: views that can be read, numbers that are a function of the sample, declarations that are true."""
+"""`check_metric`: views can be read, numbers are a function of the sample, and declarations hold."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distill_sampler.types import STUDENT, Sample, TokenStats, View
 
 STATISTICS = tuple(each.name for each in fields(TokenStats) if each.name != "cost")
 ALWAYS = ("surprisal", "rank", "ties")
-"""Statistics that the student gives without being asked."""
+"""Statistics that the student always gives."""
 
 
 def check_metric(
@@ -30,14 +30,14 @@ def check_metric(
     """Check a metric's contract, with random statistics for its views.
 
     Args:
-        metric: any.
-        samples: samples that it applies to, with the columns that it reads. Left out: random ones.
-        columns: for each column in `uses_columns` values that random samples may have.
-        tokenizer: of `samples`, for a metric that reads text. Left out: one token for each character.
-        seed: of everything random.
+        metric: the metric.
+        samples: samples that it applies to, with the columns that it reads. By default random ones.
+        columns: for each column in `uses_columns`, values that random samples may have.
+        tokenizer: the tokenizer of `samples`, for a metric that reads text. By default one token for each character.
+        seed: seed of everything random.
 
     Raises:
-        AssertionError: the metric breaks the contract; the message says how, and what to do.
+        AssertionError: the metric breaks the contract; the message says how, and the cure.
         ValueError: the metric reads columns, and neither `samples` nor `columns` has them.
     """
     say = Verdict(metric, Metric)
@@ -66,20 +66,19 @@ def check_metric(
     again = [_numbers(twin, sample, say, seed) for sample in reversed(copies)][::-1]
     say.require(
         repr(found) == repr(again),
-        "equal samples with equal statistics have other numbers the second time",
+        "equal samples with equal statistics have different numbers the second time",
         "Compute views and reduce from their arguments and the fields alone, without state and without global "
-        "randomness (distill_sampler.hashing.content_uniform draws numbers that belong to a sample's content)",
+        "randomness (distill_sampler.hashing.content_uniform draws a number that depends on a sample's content)",
     )
     known = [numbers for numbers in found if numbers is not None]
     say.require(
         bool(known),
         "it applies to none of the samples",
-        "Give check_metric(samples=) some that it applies to, or look at when views and reduce return None",
+        "Give check_metric(samples=) samples that it applies to, or check when views and reduce return None",
     )
     for sample, of_sample in zip(shown, found, strict=True):
-        if of_sample is not None and not _certain(
-            sample
-        ):  # what guards against division by zero is no mean of anything
+        # where the reader is certain, a guard against division by zero decides, and no mean follows from it
+        if of_sample is not None and not _certain(sample):
             _check_aggregate(metric, of_sample, say)
 
 
@@ -89,7 +88,7 @@ def _check_declarations(metric: Metric, say: Verdict) -> None:
     say.require(
         isinstance(columns, tuple) and name in columns and len(set(columns)) == len(columns),
         f"columns is {columns!r}",
-        f"Return a tuple of every number that reduce gives, each once, '{name}' among them",
+        f"Return a tuple with the name of every number that reduce gives, without repeats and with '{name}'",
     )
     better = metric.higher_is_better
     say.require(isinstance(better, bool), f"higher_is_better is {better!r}", "Return True or False")
@@ -98,7 +97,7 @@ def _check_declarations(metric: Metric, say: Verdict) -> None:
     say.require(
         isinstance(metric.uses_columns, tuple) and all(isinstance(name, str) for name in metric.uses_columns),
         f"uses_columns is {metric.uses_columns!r}",
-        "Return a tuple with the names of columns of the data set, such as ('difficulty',)",
+        "Return a tuple with names of columns of the data set, such as ('difficulty',)",
     )
     for name, reader in metric.readers.items():
         say.require(
@@ -110,12 +109,12 @@ def _check_declarations(metric: Metric, say: Verdict) -> None:
     say.require(
         exact is None or (isinstance(exact, Metric) and not set(exact.columns) & set(columns)),
         "the metric that it approximates has a column of the same name",
-        "Give the exact one another name, so that both can be scored side by side",
+        "Give the exact metric another name, so that both can be scored together",
     )
 
 
 def _numbers(metric: Metric, sample: Sample, say: Verdict, seed: int) -> dict[str, float] | None:
-    """A metric's numbers for a sample, with random statistics that belong to the sample's index. None: it abstains."""
+    """A metric's numbers for a sample, from random statistics that depend on the sample's index. None: it abstains."""
     abstain = "Return None for a sample that the metric does not apply to"
     with say.calling("views", abstain):
         views = metric.views(sample)
@@ -135,10 +134,10 @@ def _numbers(metric: Metric, sample: Sample, say: Verdict, seed: int) -> dict[st
         numbers = metric.reduce(sample, stats)
     if numbers is None:
         return None
-    told = list(numbers) if isinstance(numbers, Mapping) else numbers
+    returned = list(numbers) if isinstance(numbers, Mapping) else numbers
     say.require(
         isinstance(numbers, Mapping) and set(numbers) == set(metric.columns),
-        f"reduce returns {told!r}",
+        f"reduce returns {returned!r}",
         f"Return exactly {list(metric.columns)}, or None where the metric does not apply",
     )
     score = float(numbers[metric.name])
@@ -156,15 +155,15 @@ def _check_view(view: View, metric: Metric, say: Verdict) -> None:
     arrays = isinstance(ids, np.ndarray) and isinstance(scored, np.ndarray)
     say.require(
         arrays and ids.dtype == np.int64 and scored.dtype == np.bool_ and ids.ndim == 1 and ids.shape == scored.shape,
-        "a view's input_ids and scored are no arrays [length] of int64 and bool",
-        "Slice those of the sample, or convert: np.array(tokens, np.int64), np.array(flags, bool)",
+        "a view's input_ids and scored are not arrays [length] of int64 and bool",
+        "Slice the sample's arrays, or convert: np.array(tokens, np.int64), np.array(flags, bool)",
     )
     say.require(
-        bool(scored.any()), "a view has no scored token", "Leave it out, or return None where the metric does not apply"
+        bool(scored.any()), "a view has no scored token", "Omit it, or return None where the metric does not apply"
     )
     say.require(
         not scored[0],
-        "a view's first token is scored, and nothing predicts it",
+        "a view's first token is scored, but nothing predicts it",
         "Set scored[0] to False, or put a token of context before it",
     )
     say.require(
@@ -176,17 +175,17 @@ def _check_view(view: View, metric: Metric, say: Verdict) -> None:
 
 def _check_aggregate(metric: Metric, numbers: Mapping[str, float], say: Verdict) -> None:
     for size in (1, 7):
-        with say.calling("aggregate", "It gets an array for each of columns, all finite"):
+        with say.calling("aggregate", "It is given an array for each of its columns, all of them finite"):
             group = metric.aggregate({name: np.full(size, value, np.float32) for name, value in numbers.items()})
         say.require(
             bool(np.isclose(group, numbers[metric.name], rtol=1e-4, atol=1e-6)),
-            f"a group of {size} equal samples has {group:.6g}, each of them {numbers[metric.name]:.6g}",
-            "Let aggregate be a mean of some kind: of a ratio, the ratio of the sums",
+            f"a group of {size} equal samples has the score {group:.6g}, each of them {numbers[metric.name]:.6g}",
+            "Make aggregate a mean of some kind: for a ratio, the ratio of the sums",
         )
 
 
 class _Listed(dict[str, Any]):
-    """A sample's columns, those alone that the metric lists. To ask for another one is a broken contract."""
+    """The columns of a sample that the metric lists. Reading another one is a broken contract."""
 
     def __init__(self, columns: Mapping[str, Any], metric: Metric, say: Verdict) -> None:
         super().__init__({name: columns[name] for name in metric.uses_columns if name in columns})
@@ -200,12 +199,12 @@ class _Listed(dict[str, Any]):
 
 
 def _certain(sample: Sample) -> bool:
-    """Whether readers are shown as sure of every token of the sample, which leaves nothing to divide by."""
+    """Whether this is the sample with surprisals of 0 for every token, at which a ratio would divide by zero."""
     return sample.index == 0
 
 
 def _stats(tokens: int, given: set[str], rng: np.random.Generator, *, certain: bool) -> TokenStats:
-    """Random statistics of so many tokens; those that are not `given` are None."""
+    """Random statistics of `tokens` tokens; those that are not in `given` are None."""
     none = np.zeros(tokens, np.float32)
     drawn: dict[str, Any] = {
         "surprisal": none if certain else rng.exponential(size=tokens).astype(np.float32),
@@ -224,11 +223,11 @@ _WORDS = ("so", "first", "we", "check", "that", "two", "plus", "three", "is", "f
 
 
 def _samples(metric: Metric, columns: Mapping[str, Sequence[Any]], rng: np.random.Generator) -> list[Sample]:
-    """Samples of a few sentences: of one token and many, in one stretch and two, with a prompt and almost without."""
+    """Samples of a few sentences: responses of one or many tokens, in one or two turns, with and without a prompt."""
     for name in metric.uses_columns:
         if name not in columns:
             raise ValueError(
-                f"{type(metric).__name__} reads the column '{name}'; say which values it may have: "
+                f"{type(metric).__name__} reads the column '{name}'. Give the values that it may have: "
                 f"check_metric(…, columns={{'{name}': […]}})."
             )
     samples = []

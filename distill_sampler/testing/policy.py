@@ -1,4 +1,4 @@
-"""`check_policy`: pure, honest about what it reads, indifferent to the order of the rows, ready for a dry run."""
+"""`check_policy`: a policy is pure, declares what it reads, ignores the order of rows, and allows a dry run."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def check_policy(
     """Check a policy's contract on random pools and plans.
 
     Args:
-        policy: any.
-        metrics: the metrics that it reads, if it needs more of them than their scores. Left out: stand-ins, whose
-            groups have the mean.
-        columns: values of the columns that it reads. Left out: `"a"`, `"b"`, `"c"`.
-        fixed_length: whether the length of its plan does not depend on what the scores are. Left out: what the policy
-            says by `length_depends_on_scores`. False for one that chooses among groups of different sizes.
-        rounds: how many pools.
-        seed: of everything random.
+        policy: the policy.
+        metrics: the metrics that it reads, if it needs more of them than their scores. By default stand-ins whose group
+            score is the mean.
+        columns: values for the columns that it reads. By default `"a"`, `"b"`, `"c"`.
+        fixed_length: whether the length of its plan is independent of the scores. By default the opposite of the
+            policy's `length_depends_on_scores`. Give False for a policy that chooses among groups of different sizes.
+        rounds: how many random pools to try.
+        seed: seed of everything random.
 
     Raises:
-        AssertionError: the policy breaks the contract; the message says how, and what to do.
+        AssertionError: the policy breaks the contract; the message says how, and the cure.
     """
     say = Verdict(policy, Policy)
     say.require_value(policy)
@@ -51,7 +51,7 @@ def check_policy(
         result = _planned(policy, plan, pool, say)
         say.require(
             _contents(pool, plan) == before,
-            "it changes the pool or the plan that it is given",
+            "it modifies the pool or the plan that it is given",
             "Copy what you change: pool.scores[name].copy()",
         )
         if isinstance(result, str):
@@ -61,7 +61,7 @@ def check_policy(
             say.require(
                 _planned(other, plan, pool, say) == result,
                 "equal arguments give another plan the second time",
-                "Draw from the generator that it is given and keep no state: every process of a run makes its own plan",
+                "Draw only from the generator that it is given, and keep no state: every process makes its own plan",
             )
         _check_result(result, plan, say)
         _check_permuted(policy, plan, pool, result, say, rng)
@@ -72,12 +72,12 @@ def check_policy(
         say.require(
             not isinstance(empty, str) and len(empty) == 0,
             "an empty plan does not stay empty",
-            "Return the plan as it is where len(plan) is 0",
+            "Return the plan unchanged if len(plan) is 0",
         )
     say.require(
         len(refusals) < rounds,
-        f"it refuses all of {rounds} random pools ({refusals[-1] if refusals else ''})",
-        "If it needs certain values in a column, give check_policy(columns={name: values})",
+        f"it refuses all {rounds} random pools ({refusals[-1] if refusals else ''})",
+        "If it needs certain values in a column, give them: check_policy(columns={name: values})",
     )
 
 
@@ -90,8 +90,8 @@ def _check_declarations(policy: Policy, say: Verdict) -> None:
         )
     say.require(
         policy.group_by is None or policy.group_by in policy.uses_columns,
-        f"group_by is {policy.group_by!r}, which uses_columns does not list",
-        "List it there too, so that the pool has the column",
+        f"group_by is {policy.group_by!r}, which is not in uses_columns",
+        "List the column in uses_columns too, so that the pool has it",
     )
 
 
@@ -106,14 +106,14 @@ def _check_result(result: EpochPlan, plan: EpochPlan, say: Verdict) -> None:
     say.require(
         abs(mean - 1) < 1e-5 and least >= 0,
         f"its weights have the mean {mean:.6g} and the minimum {least:.6g}",
-        "Let none be negative, and divide them by their mean",
+        "Make all weights at least 0, and divide them by their mean",
     )
 
 
 def _check_permuted(
     policy: Policy, plan: EpochPlan, pool: Pool, result: EpochPlan, say: Verdict, rng: np.random.Generator
 ) -> None:
-    """The same samples in other rows give the same plan of the same samples."""
+    """Check that the same samples in another order of rows give the same plan."""
     old_row = rng.permutation(len(pool.lengths))  # [new row] -> old row
     new_row = np.argsort(old_row)
     permuted = replace(
@@ -130,28 +130,28 @@ def _check_permuted(
     )
     say.require(
         same,
-        "the order of the data set's rows decides what is planned",
-        "Break ties by pool.content_hash and draw random keys for the content (distill_sampler.policies.keys: "
-        "best_first_order, random_keys), never by the row's number",
+        "the plan depends on the order of the data set's rows",
+        "Break ties by pool.content_hash, and draw random keys from the content (distill_sampler.policies.keys: "
+        "best_first_order, random_keys), never from the row's number",
     )
 
 
 def _check_dry_run(policy: Policy, plan: EpochPlan, pool: Pool, say: Verdict, *, fixed_length: bool) -> None:
-    """With a constant for every score the plan has the length that it has with scores."""
+    """Check that the plan has the same length with a constant for every score as with real scores."""
     lengths = []
     for constant in (1.0, 100.0):
         scores = {name: np.full(len(values), constant) for name, values in pool.scores.items()}
         dry = _planned(policy, plan, replace(pool, scores=_Listed(scores, "metric", say), dry_run=True), say)
         say.require(
             not isinstance(dry, str),
-            f"a dry run is refused ({dry})",
-            "In a dry run (pool.dry_run) scores are made up and only the plan's length is wanted",
+            f"it refuses a dry run ({dry})",
+            "In a dry run (pool.dry_run) the scores are constants, and only the length of the plan matters",
         )
         lengths.append(len(dry))
     say.require(
         lengths[0] == lengths[1],
-        f"it has {lengths[0]} samples in a dry run where every score is 1, and {lengths[1]} where every score is 100",
-        "Let bounds on scores pass everything in a dry run (pool.dry_run), so that the length of an epoch is known "
+        f"a dry run gives {lengths[0]} samples if every score is 1, and {lengths[1]} if every score is 100",
+        "Make bounds on scores accept everything in a dry run (pool.dry_run), so that the length of an epoch is known "
         "before there are scores",
     )
     if fixed_length:
@@ -159,34 +159,34 @@ def _check_dry_run(policy: Policy, plan: EpochPlan, pool: Pool, say: Verdict, *,
         real = _planned(policy, plan, replace(pool, scores=_Listed(known, "metric", say)), say)
         say.require(
             isinstance(real, str) or len(real) == lengths[0],
-            f"a dry run has {lengths[0]} samples and the real plan {len(real)}",
-            "If its length has to depend on the scores, let length_depends_on_scores be True: its users then give "
+            f"a dry run gives {lengths[0]} samples, and the real plan has {len(real)}",
+            "If the length has to depend on the scores, let length_depends_on_scores be True; users then give "
             "Curriculum(num_samples=)",
         )
 
 
 def _check_samples_to_score(policy: Policy, plan: EpochPlan, pool: Pool, result: EpochPlan, say: Verdict) -> None:
-    """The plan is the same where nothing else was scored."""
+    """Check that the plan does not change if only the samples of `samples_to_score` have scores."""
     constant = {name: np.ones(len(values)) for name, values in pool.scores.items()}
     read = policy.samples_to_score(plan, replace(pool, scores=_Listed(constant, "metric", say), dry_run=True))
     if read is None:
         return
     say.require(
         set(read.tolist()) <= set(plan.indices.tolist()),
-        "samples_to_score has samples that the plan does not have",
+        "samples_to_score names samples that are not in the plan",
         "Build on plan.indices, for instance with plan.indices[positions]",
     )
     unread = ~np.isin(np.arange(len(pool.lengths)), read)
     blind = {name: np.where(unread, np.nan, values) for name, values in pool.scores.items()}
     say.require(
         _planned(policy, plan, replace(pool, scores=_Listed(blind, "metric", say)), say) == result,
-        "its plan goes by the scores of samples that samples_to_score does not name",
+        "its plan depends on scores of samples that samples_to_score does not name",
         "Name every sample whose score it reads, or return None",
     )
 
 
 def _planned(policy: Policy, plan: EpochPlan, pool: Pool, say: Verdict) -> EpochPlan | str:
-    """The policy's plan; or what it says where it refuses the pool."""
+    """The policy's plan, or the message with which it refuses the pool."""
     try:
         result = policy(plan, pool, np.random.default_rng(7))
     except ValueError as refusal:
@@ -198,8 +198,8 @@ def _planned(policy: Policy, plan: EpochPlan, pool: Pool, say: Verdict) -> Epoch
         raise
     except Exception as error:
         raise AssertionError(
-            f"{type(policy).__name__}: it raises {type(error).__name__}: {error}. Raise ValueError for what users can "
-            "put right; anything else must not happen, whatever the pool."
+            f"{type(policy).__name__}: it raises {type(error).__name__}: {error}. Raise a ValueError for what users "
+            "can correct. No pool may cause any other exception."
         ) from error
     say.require(
         isinstance(result, EpochPlan),
@@ -213,12 +213,12 @@ def _planned(policy: Policy, plan: EpochPlan, pool: Pool, say: Verdict) -> Epoch
 
 
 _AWKWARD = (0.0, -0.0, 1.0, -1.0, 2.5, 1.0 + 1e-12, 3e-8, -7.0)
-"""Scores that are tied, or almost: -0.0 equals 0.0, and some differ beyond float32."""
+"""Scores that are tied or almost tied: -0.0 equals 0.0, and some differ by less than float32 can express."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _AnyMetric(Metric):
-    """A metric that is only looked up."""
+    """A stand-in for a metric of which only name, direction and scores are used."""
 
     name: str = ""
     higher: bool = True
@@ -232,7 +232,7 @@ class _AnyMetric(Metric):
 
 
 class _Listed(dict[str, Any]):
-    """What a pool has under names. To ask for a name that the policy does not list is a broken contract."""
+    """A pool's metrics, scores or columns by name. Reading one that the policy does not list is a broken contract."""
 
     def __init__(self, values: Mapping[str, Any], what: str, say: Verdict) -> None:
         super().__init__(values)
@@ -270,7 +270,7 @@ def _pool(
         missing = rng.random(num) < unscored
         for name in metric.columns:
             drawn = np.where(rng.random(num) < tied, rng.choice(_AWKWARD, num), 3 * rng.normal(size=num))
-            if metric.name in given:  # whose groups may divide one of its numbers by another
+            if metric.name in given:  # its aggregate may divide one of its numbers by another
                 drawn = np.abs(drawn) + 0.1
             scores[name] = np.where(missing, np.nan, drawn)
     pool_columns = {}
@@ -312,7 +312,7 @@ def _permuted(column: EncodedColumn, old_row: IntArray) -> EncodedColumn:
 
 
 def _contents(pool: Pool, plan: EpochPlan) -> list[bytes]:
-    """Everything that a policy could change."""
+    """The bytes of everything that a policy could modify."""
     columns = [column.codes for column in pool.columns.values()]
     arrays = [*pool.scores.values(), *columns, *_arrays(pool).values(), plan.indices, plan.weights]
     return [array.tobytes() for array in arrays]

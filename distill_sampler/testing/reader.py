@@ -1,4 +1,4 @@
-"""`check_reader`: a number for each scored token, the same in any company, and an identity that tells readers apart."""
+"""`check_reader`: a reader gives a number for each scored token, the same in every batch, and has an identity."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from distill_sampler.testing.verdict import Verdict
 from distill_sampler.types import TokenStats, View
 
 LONGEST = 4096
-"""A reader that can read at most so many tokens is shown a view of exactly as many as it can."""
+"""Readers with at most this many positions are tested with a view of exactly that length."""
 FLIPPED_RANKS = 0.05
-"""Share of the ranks that may differ where a view is read in other company: almost equal logits change places."""
+"""Share of the ranks that may differ when a view is read in another batch, because almost equal logits swap ranks."""
 
 
 def check_reader(
@@ -31,15 +31,15 @@ def check_reader(
     """Check a reader's contract by reading some views with it.
 
     Args:
-        reader: any.
-        views: what to read. Left out: random token ids below `vocabulary`.
-        vocabulary: how many token ids random views are made of.
-        tolerance: how far surprisals (nats) may be apart where a view is read in other company.
-        unlike: a reader with other weights: its identity must be another one.
-        seed: of everything random.
+        reader: the reader.
+        views: the views to read. By default random token ids below `vocabulary`.
+        vocabulary: how many different token ids random views have.
+        tolerance: how much surprisals (nats) may differ when a view is read in another batch.
+        unlike: a reader with other weights, whose identity must be different.
+        seed: seed of everything random.
 
     Raises:
-        AssertionError: the reader breaks the contract; the message says how, and what to do.
+        AssertionError: the reader breaks the contract; the message says how, and the cure.
     """
     say = Verdict(reader, Reader)
     _check_declarations(reader, unlike, say)
@@ -51,7 +51,7 @@ def check_reader(
         _check_stats(reader, view, stats, say)
     say.require(
         len(_read(reader, [], say)) == 0,
-        "it gives statistics for no views",
+        "it returns statistics for an empty list of views",
         "Return an empty list for an empty list of views: a process may have nothing to read",
     )
     order = rng.permutation(len(shown))
@@ -61,16 +61,16 @@ def check_reader(
         [mixed[place] for place in np.argsort(order)],
         tolerance,
         say,
-        "views in another order have other numbers",
-        "Return the statistics in the order of the views, whatever the order of your batches",
+        "views in another order have different numbers",
+        "Return the statistics in the order of the views, not in the order of your batches",
     )
     _require_same(
         whole,
         [_read(reader, [view], say)[0] for view in shown],
         tolerance,
         say,
-        "a view that is read alone has other numbers than among others",
-        "Keep padding out of what is read (attention mask, positions), or allow for rounding with tolerance=",
+        "a view that is read alone has different numbers than together with others",
+        "Exclude padding (attention mask, positions), or allow for rounding with tolerance=",
     )
     _require_same(
         whole,
@@ -78,7 +78,7 @@ def check_reader(
         tolerance,
         say,
         "tokens after the last scored one change the numbers",
-        "The surprisal at place t is -log p(input_ids[t] | input_ids[:t]) and depends on no later token",
+        "The surprisal at position t is -log p(input_ids[t] | input_ids[:t]), which depends on no later token",
     )
     if reader.frozen:
         _require_same(
@@ -86,13 +86,13 @@ def check_reader(
             _read(reader, shown, say),
             tolerance,
             say,
-            "it says that it is frozen, and gives other numbers the second time",
-            "Turn dropout and sampling off, or let frozen be False",
+            "frozen is True, but it gives different numbers the second time",
+            "Turn dropout and sampling off, or make frozen False",
         )
     say.require(
         reader.identity == identity,
-        "its identity is another one after reading",
-        "Let it depend on weights and settings, not on what was read",
+        "its identity changes when it reads",
+        "Make the identity depend on weights and settings, not on what was read",
     )
 
 
@@ -101,14 +101,18 @@ def _check_declarations(reader: Reader, unlike: Reader | None, say: Verdict) -> 
     say.require(isinstance(identity, str) and bool(identity), "it has no identity", "Return a text, such as a hash")
     say.require(
         not re.search(r"0x[0-9a-fA-F]{6,}", identity),
-        f"its identity holds a place in memory ({identity}), which is another one in every process",
+        f"its identity contains a memory address ({identity}), which differs between processes",
         "Hash the weights and settings instead: distill_sampler.serialize.hash_of(array.tobytes())",
     )
     try:
         copy = pickle.loads(pickle.dumps(reader))
-    except Exception:  # a reader may hold a connection; a metric that it is a field of is checked for that
+    except Exception:  # a reader may hold a connection (check_metric tests that a metric with a reader pickles)
         copy = reader
-    say.require(copy.identity == identity, "a copy has another identity", "Let it depend on weights and settings alone")
+    say.require(
+        copy.identity == identity,
+        "a copy has another identity",
+        "Make the identity depend on weights and settings alone",
+    )
     say.require(
         unlike is None or unlike.identity != identity,
         f"a reader with other weights has the same identity, {identity}",
@@ -125,18 +129,18 @@ def _check_declarations(reader: Reader, unlike: Reader | None, say: Verdict) -> 
     say.require(
         "surprisal" in reader.statistics and not unknown,
         f"statistics is {tuple(reader.statistics)!r}",
-        f"Name what it gives, surprisal always, out of {', '.join(STATISTICS)}",
+        f"Return 'surprisal' and any others that it gives of {', '.join(STATISTICS)}",
     )
-    say.require(reader.positions >= 2, f"positions is {reader.positions}", "Say how many tokens it can read at once")
+    say.require(reader.positions >= 2, f"positions is {reader.positions}", "Return how many tokens it can read at once")
     say.require(
         isinstance(reader.block_tokens, int) and reader.block_tokens > 0,
         f"block_tokens is {reader.block_tokens!r}",
-        "Say how many tokens of views it wants at a time",
+        "Return how many tokens of views it wants at a time",
     )
 
 
 def _read(reader: Reader, views: Sequence[View], say: Verdict) -> Sequence[TokenStats]:
-    """What a pass over these views gives."""
+    """Read views in a pass of their own."""
     reported: list[int] = []
     extras = tuple(name for name in reader.statistics if name not in ALWAYS)
     info = PassInfo(
@@ -150,7 +154,7 @@ def _read(reader: Reader, views: Sequence[View], say: Verdict) -> Sequence[Token
         found = read(views)
     say.require(
         len(found) == len(views),
-        f"it gives statistics of {len(found)} views for {len(views)}",
+        f"it returns statistics of {len(found)} views for {len(views)}",
         "Return one TokenStats for each view, in their order",
     )
     total = sum(len(view.input_ids) for view in views)
@@ -168,15 +172,15 @@ def _check_stats(reader: Reader, view: View, stats: TokenStats, say: Verdict) ->
         values = getattr(stats, name)
         say.require(
             (values is not None) or name not in reader.statistics,
-            f"it offers {name} and gives none",
-            "Give it, or leave it out of statistics",
+            f"it offers {name}, but returns none",
+            "Return it, or remove it from statistics",
         )
         if values is None:
             continue
         say.require(
             isinstance(values, np.ndarray) and values.shape == (tokens,),
-            f"{name} is no array of one number for each of {tokens} scored tokens",
-            "Give numpy arrays: one number for each True in view.scored, in the order of the tokens",
+            f"{name} is not an array with one number for each of {tokens} scored tokens",
+            "Return numpy arrays: one number for each True in view.scored, in the order of the tokens",
         )
         low, high = _BOUNDS[name]
         say.require(
@@ -190,8 +194,8 @@ def _check_stats(reader: Reader, view: View, stats: TokenStats, say: Verdict) ->
     cost = len(view.input_ids) if stats.cost is None else stats.cost
     say.require(
         0 <= cost <= len(view.input_ids) + 1e-6,
-        f"it says that a view of {len(view.input_ids)} tokens cost {cost}",
-        "cost is how many tokens went through the reader for the view: none if it was known, at most all of them",
+        f"the cost of a view of {len(view.input_ids)} tokens is {cost}",
+        "Return how many tokens the reader processed for the view: 0 if it knew the view, at most all of them",
     )
 
 
@@ -228,7 +232,7 @@ def _require_same(
 
 
 def _views(positions: float, vocabulary: int, rng: np.random.Generator) -> list[View]:
-    """Short views and longer ones, scored in one place, in two and all over, some with the same beginning."""
+    """Short and long views with one, half, a third or all tokens scored. Some share a beginning."""
     longest = int(min(positions, 24))
     start = rng.integers(vocabulary, size=longest // 2)
     views = []

@@ -1,4 +1,4 @@
-"""How a check speaks: whose contract is broken, how, and what to do about it; and what metrics and policies share."""
+"""How checks report a broken contract with its cure, and the checks that metrics and policies share."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from distill_sampler.serialize import described
 
 
 class Verdict:
-    """What is said of one object.
+    """Reports broken contracts of one object.
 
     Args:
-        item: a metric, policy or reader, or what somebody takes for one.
-        protocol: the class of `distill_sampler.types` that it should satisfy.
+        item: a metric, policy or reader, or an object that should be one.
+        protocol: the protocol of `distill_sampler.protocols` that it should satisfy.
 
     Raises:
-        AssertionError: it is none.
+        AssertionError: it does not satisfy the protocol.
     """
 
     def __init__(self, item: Any, protocol: type) -> None:
@@ -28,25 +28,25 @@ class Verdict:
         self.require(not isinstance(item, type), "it is a class", f"Check an object: {self._kind}(…)")
         self.require(
             isinstance(item, protocol),
-            f"it is no {protocol.__name__}, because it has no {', '.join(lacking(item, protocol))}",
-            f"Subclass distill_sampler.{protocol.__name__}, which has defaults for most of it",
+            f"it is not a {protocol.__name__}, because it has no {', '.join(lacking(item, protocol))}",
+            f"Subclass distill_sampler.{protocol.__name__}, which has defaults for most members",
         )
 
     def require(self, holds: bool, problem: str, cure: str) -> None:
-        """Say what is wrong unless it holds.
+        """Report a problem and its cure unless `holds`.
 
         Raises:
-            AssertionError: it does not hold.
+            AssertionError: `holds` is False.
         """
         if not holds:
             raise AssertionError(f"{self._kind}: {problem}. {cure}.")
 
     @contextmanager
     def calling(self, member: str, cure: str) -> Iterator[None]:
-        """An exception that comes out of a call is a broken contract too.
+        """A context in which an exception counts as a broken contract: the object's `member` is called there.
 
         Raises:
-            AssertionError: anything was raised.
+            AssertionError: the call raised an exception.
         """
         try:
             yield
@@ -57,21 +57,23 @@ class Verdict:
             raise AssertionError(f"{self._kind}: {problem}. {cure}.") from error
 
     def require_value(self, item: Any) -> None:
-        """A metric or policy is a value: it cannot change, it can be copied, and its text tells it from others.
+        """Require that a metric or policy is a value: immutable, picklable, and identified by its fields.
 
         Raises:
-            AssertionError: it is none.
+            AssertionError: it is not.
         """
         self.require(
             is_dataclass(item) and cast("Any", item).__dataclass_params__.frozen,
-            "it is no frozen dataclass, so nothing tells its configuration from another one",
+            "it is not a frozen dataclass, so its configuration cannot be compared",
             "Decorate the class with @dataclass(frozen=True, kw_only=True)",
         )
-        with self.calling("pickling it", "Keep functions at the top of a module, and open files and connections late"):
+        with self.calling(
+            "pickling it", "Define functions at the top of a module, and open files and connections late"
+        ):
             copy = pickle.loads(pickle.dumps(item))
         self.require(
             described(copy) == described(item),
             f"a copy describes itself as {described(copy)}, not as {described(item)}, so a resume would refuse it",
-            "Make its fields plain values, frozen dataclasses or functions, and leave out of comparisons what is no "
-            "configuration: field(default=None, compare=False)",
+            "Make its fields plain values, frozen dataclasses or functions, and exclude fields that are not "
+            "configuration from comparisons: field(default=None, compare=False)",
         )

@@ -247,9 +247,9 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_file(
 
     monkeypatch.setattr(ScoreOutput, "add", interrupted)
     code, said = scoring(data, student_path, pieces, *more)
-    assert (code, "64 scored candidates are kept; run the same command again" in said) == (1, True)
+    assert (code, "64 candidates are kept. Run the same command again" in said) == (1, True)
     code, said = scoring(data, student_path, pieces, *more)
-    assert (code, "Going on after 64" in said) == (1, True)
+    assert (code, "Continuing after 64" in said) == (1, True)
     assert scoring(data, student_path, pieces, *more)[0] == 0
     assert len(calls) == 3
     assert pieces.read_bytes() == whole.read_bytes()
@@ -372,15 +372,12 @@ def test_a_column_that_changes_its_kind_is_told(tmp_path: Path, student_path: Pa
     data = write_lines(tmp_path / "d.jsonl", many)
     code, said = scoring(data, student_path, tmp_path / "s.parquet", "--batch-tokens", 400)
     assert code == 1
-    assert "line 151: 'correct' is 'yes', while the first rows hold a bool there" in said
+    assert "line 151: 'correct' is 'yes', but in the first rows it is a bool" in said
 
 
 def test_candidates_that_repeat_word_for_word_are_counted(tmp_path: Path, student_path: Path) -> None:
     data = write_lines(tmp_path / "d.jsonl", [*rows(2), rows(2)[0]])
-    assert (
-        "repeat another word for word, and count as often as they stand in the data: 1."
-        in scoring(data, student_path, tmp_path / "s.parquet")[1]
-    )
+    assert "repeat another word for word; each counts: 1." in scoring(data, student_path, tmp_path / "s.parquet")[1]
 
 
 def test_an_id_that_stands_for_two_prompts_and_a_missing_teacher_are_told(tmp_path: Path, student_path: Path) -> None:
@@ -410,7 +407,7 @@ def test_a_response_that_max_length_cuts_off_has_no_score_and_is_counted(
     code, said = scoring(candidates, student_path, tmp_path / "s.parquet", "--max-length", 90)
     assert code == 0
     code, said = scoring(candidates, student_path, tmp_path / "t.parquet", "--max-length", 10)
-    assert "without a score because --max-length cut off all of their response: 18." in said
+    assert "without a score, because --max-length cut off all of their response: 18." in said
 
 
 def test_traces_longer_than_the_student_reads_are_ranked_by_what_can_be_had(candidates: Path, tmp_path: Path) -> None:
@@ -419,7 +416,7 @@ def test_traces_longer_than_the_student_reads_are_ranked_by_what_can_be_had(cand
     metrics = ("--metrics", "rank_surprisal_ratio,LocalNaturalness(window=0,min_tokens=1,max_tokens=8)")
     code, said = scoring(candidates, tmp_path / "student", tmp_path / "s.parquet", *metrics)
     assert code == 0, said
-    assert "candidates without some score because the student has no positions for so many tokens: 18." in said
+    assert "candidates without some score, because the student has too few positions for them: 18." in said
     table = pq.read_table(tmp_path / "s.parquet")
     assert np.isnan(table["rank_surprisal_ratio"].to_numpy()).all()
     assert np.isfinite(table["local_naturalness"].to_numpy()).any()
@@ -447,7 +444,7 @@ def test_without_a_teacher_column_the_cure_is_named(tmp_path: Path, student_path
     assert (code, "--teacher-column" in said) == (0, True)
     ended = call("teachers", tmp_path / "s.parquet")
     assert ended.code == 1
-    assert "does not say who wrote the responses" in ended.said
+    assert "--teacher-column" in ended.said
 
 
 def test_messages_need_a_chat_template(tmp_path: Path) -> None:
@@ -500,12 +497,12 @@ def test_a_model_that_is_no_causal_language_model_is_refused(candidates: Path, t
         (["DATA", "--metrics", "rank_suprisal_ratio"], "Did you mean 'rank_surprisal_ratio'?"),
         (["DATA", "--metrics", "RankSurprisalRatio(clip=3)"], "Its arguments: rank_clip=100"),
         (["DATA", "--rank-clip", "0"], "ranks start at 1"),
-        (["DATA", "--device", "tpu9"], "cannot be used here"),
+        (["DATA", "--device", "tpu9"], "--device tpu9"),
         (["DATA", "--dtype", "int3"], "choose one of"),
-        (["DATA", "--response-column", "reply"], "there is no column 'reply' in the data"),
+        (["DATA", "--response-column", "reply"], "--response-column: the data has no column 'reply'"),
         (["EMPTY"], "There are no rows"),
         (["UNKNOWN"], "looks like a prompt with a response"),
-        (["DATA", "--max-length", "1"], "take 2 tokens at least"),
+        (["DATA", "--max-length", "1"], "--max-length 1: a prompt and a response"),
     ],
 )
 def test_refusals_are_one_sentence_with_the_cure(

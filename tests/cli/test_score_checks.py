@@ -192,13 +192,13 @@ def test_what_the_template_writes_belongs_to_the_content(tmp_path: Path) -> None
     [
         (["--output", "/proc/none/scores.parquet"], "cannot be written"),
         (["--metrics", "rank_surprisal_ratio,RankSurprisalRatio(rank_clip=5)"], "Two metrics give the same numbers"),
-        (["--response-column", "reply"], "there is no column 'reply'"),
+        (["--response-column", "reply"], "the data has no column 'reply'"),
         (["--chat-template", "nowhere.jinja"], "--chat-template nowhere.jinja: there is no such file"),
         (["--dtype", "int3"], "--dtype int3"),
         (["--lora", "nowhere"], "--lora nowhere"),
         (["BROKEN"], "line 1"),
         (["MESSAGES"], "--chat-template FILE"),
-        (["MESSAGES", "--plain"], "leave --plain out"),
+        (["MESSAGES", "--plain"], "Leave --plain out"),
     ],
 )
 def test_what_can_be_refused_without_the_model_is_refused_without_it(

@@ -171,7 +171,7 @@ def test_the_list_says_which_rows_why_and_that_there_is_no_text(
 def test_data_cannot_be_matched_with_a_run(dataset: ScoredDataset, tmp_path: Path) -> None:
     run(dataset, tmp_path, [Shuffle()])
     ended = call("select", tmp_path, "--policy", "Shuffle", "--data", "d.jsonl", "--output", tmp_path / "o.jsonl")
-    assert (ended.code, "--data" in ended.said, "leave --data out" in ended.said) == (1, True, True)
+    assert (ended.code, "--data" in ended.said, "Leave --data out" in ended.said) == (1, True, True)
     assert not (tmp_path / "o.jsonl").exists()
 
 

@@ -69,11 +69,11 @@ def test_an_import_path_is_used_like_a_name(tmp_path: Path, monkeypatch: pytest.
         ("nowhere.metrics:Gap()", r"no module 'nowhere'.*Install"),
         ("bigram_tutor.metrics:RewardPerNatt()", "Did you mean 'RewardPerNat'"),
         ("bigram_tutor.metrics:TutorRatio()", "missing 1 required .*'tutor'.*Its arguments: tutor, name='tutor_ratio'"),
-        ("bigram_tutor.policies:KeepMiddle(random)", "no metric: it has no .*reduce"),
-        ("bigram_tutor.metrics.RewardPerNat", r"write Name or package.module:Name"),
-        ("os:getcwd()", "is of type str, which is no metric"),
-        ("os:sep", "of type str, which makes no metric"),
-        ("'text'", "of type str, which is no metric"),
+        ("bigram_tutor.policies:KeepMiddle(random)", "not a metric: it has no .*reduce"),
+        ("bigram_tutor.metrics.RewardPerNat", r"Write Name or package.module:Name"),
+        ("os:getcwd()", "is of type str, which is not a metric"),
+        ("os:sep", "of type str, which cannot make a metric"),
+        ("'text'", "of type str, which is not a metric"),
         ("bigram_tutor:", "cannot be read"),
     ],
 )
@@ -99,7 +99,7 @@ def test_a_module_that_fails_is_named_with_the_reason(tmp_path: Path, monkeypatc
         ("bigram_tutor.readers:np", "is a module"),
         ("bigram_tutor", "cannot be imported"),
         ("bigram_tutor.policies:KeepMiddle", "arguments"),
-        ("builtins:dict", "is of type dict, which is no metric"),
+        ("builtins:dict", "is of type dict, which is not a metric"),
     ],
 )
 def test_a_broken_entry_point_is_reported_by_name_and_breaks_no_other(install: Install, path: str, told: str) -> None:

@@ -309,7 +309,7 @@ def verified(*arguments: object) -> tuple[int, str]:
 def test_verify_agrees_with_a_log_of_the_run(output: Path) -> None:
     code, said = verified(output / "checkpoint-2", output / "checkpoint-6")
     assert code == 0, said
-    assert said.count("the log agrees") == 2
+    assert said.count("The log agrees") == 2
     assert "epoch 0, plan" in said
     assert "4 of 6 samples trained" in said
 
@@ -334,7 +334,7 @@ def test_verify_finds_samples_that_were_not_trained_as_planned(output: Path) -> 
         log.write_text("".join(changed), encoding="utf-8")
         code, said = verified(output / "checkpoint-5")
         assert code == 1
-        assert "the log DISAGREES in 1 places" in said
+        assert "The log DISAGREES in 1 places" in said
         assert verified(output / "checkpoint-2")[0] == 0
 
 
@@ -344,7 +344,7 @@ def test_verify_knows_what_completes_the_last_step(tmp_path: Path, tokenizer: Pr
     trainer.train()
     code, said = verified(tmp_path / "run" / "checkpoint-4")
     assert code == 0, said
-    assert "8 of 8 samples trained (2 of them complete the last step from the plan's start)" in said
+    assert "8 of 8 samples trained (2 of them are the plan's first samples" in said
     log = tmp_path / "run" / "distill_sampler" / "samples-0.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
     last = json.loads(lines[-1])
