@@ -291,8 +291,8 @@ class Policy(Protocol):
 
     @property
     def length_depends_on_scores(self) -> bool:
-        """Whether the values of the scores decide how many samples it keeps. Users must then give the length of an epoch,
-        because trainers need it before anything is scored."""
+        """Whether the values of the scores decide how many samples it keeps. Users must then give the length of an
+        epoch, because trainers need it before anything is scored."""
         return False
 
     def samples_to_score(self, plan: EpochPlan, pool: Pool) -> IntArray | None:

@@ -3,7 +3,7 @@
 Vocabulary, used everywhere with these meanings:
 
 - a **sample** is one prompt with one response, a row of the prepared data set; its *index* is its row number there;
-- a **group** is the set of rows that answer the same prompt; a **teacher** is the model or person that wrote a response;
+- a **group** is the set of rows that answer the same prompt; a **teacher** is the model that wrote a response;
 - a **view** is one token sequence that a reader reads, and which of its tokens count;
 - a **reader** turns views into token statistics: the student, a frozen teacher, an engine in another process;
 - a **metric** turns the statistics of a sample's views into numbers;

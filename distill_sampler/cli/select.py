@@ -92,7 +92,7 @@ def run(
     if columns is None:
         say.print(
             f"{path} holds no text, so this is a list: 'sample' is a row's number in the data set that the trainer "
-            "prepared, 'source_row' its number in the data that the trainer was given, 'weight' its weight in the loss.",
+            "prepared, 'source_row' its number in the trainer's original data, 'weight' its weight in the loss.",
             markup=False,
         )
 

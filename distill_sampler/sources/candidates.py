@@ -146,7 +146,7 @@ class Candidate:
 
     @property
     def prompt_text(self) -> str:
-        """The user's first message, to be shown; where prompt and response are one text, all of it; empty for tokens."""
+        """The user's first message, to be shown; all of a text that holds prompt and response; empty for tokens."""
         if self.text is not None:
             return self.text
         return next((str(message["content"]) for message in self.messages if message["role"] == "user"), "")
@@ -309,19 +309,19 @@ def _written(where: str, text: Any, group: Any, teacher: Any, extra: Any, read: 
 
 
 def _tokenised(where: str, values: Mapping[str, Any], group: Any, teacher: Any, extra: Any, read: Any) -> Candidate:
+    """A candidate from a tokenised row."""
     input_ids = values[TOKENS]
     if not _is_tokens(input_ids):
         raise ValueError(f"'{TOKENS}' is {_kind(input_ids)}, not a list of token ids")
     labels = values.get("labels")
     masks = [values[name] for name in MASKS if values.get(name) is not None]
     if any(len(each) != len(input_ids) for each in (*masks, *([labels] if labels is not None else []))):
-        raise ValueError(f"its labels or masks are not as many as its {len(input_ids)} token ids")
+        raise ValueError(f"its labels or masks do not have the length of its {len(input_ids)} token ids")
     if labels is None and masks:
         labels = [token if all(bits) else IGNORED_LABEL for token, *bits in zip(input_ids, *masks, strict=True)]
-    if group in _UNSAID:
+    if group in _EMPTY:
         first = next((place for place, label in enumerate(labels or ()) if label != IGNORED_LABEL), 0)
-        # of tokens that are all trained on nobody knows yet which are the prompt; a prompt's last token may have been
-        # merged with the response
+        # if all tokens are trained on, the prompt is not known yet; its last token may be merged with the response
         group = f"{_hash(list(input_ids[: first - 1] if first else input_ids)):016x}"
     return Candidate(
         where=where,
@@ -329,7 +329,7 @@ def _tokenised(where: str, values: Mapping[str, Any], group: Any, teacher: Any, 
         first=0,
         as_text=False,
         group=str(group),
-        teacher=None if teacher in _UNSAID else str(teacher),
+        teacher=None if teacher in _EMPTY else str(teacher),
         input_ids=input_ids,
         labels=labels,
         extra=extra,

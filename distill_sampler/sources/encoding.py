@@ -63,8 +63,8 @@ def choose_template(first: Candidate, tokenizer: Any, *, plain: bool) -> tuple[b
         return False, f"none is applied. Each text is read as it is, and {found}."
     if first.input_ids is not None:
         return False, (
-            "none is applied. Rows are token ids, which must be the student's. The response is the labelled tokens, or, "
-            "if all are labelled, what stands between the chat template's markers."
+            "none is applied. Rows are token ids, which must be the student's. The response is the labelled tokens, "
+            "or, if all are labelled, what stands between the chat template's markers."
         )
     if not first.as_text:
         if plain:

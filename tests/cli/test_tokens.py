@@ -33,7 +33,7 @@ def test_rows_with_the_same_prompt_are_one_group_where_labels_show_it(student_pa
         ended = call("score", data, "--model", student_path, "--output", output)
         assert ended.code == 0, ended.said
         assert "Columns: tokens = 'input_ids'" in ended.said
-        assert "none is applied: rows are token ids" in ended.said
+        assert "Template: none is applied. Rows are token ids" in ended.said
         assert "--group-column" in ended.said
         table = pq.read_table(output)
         assert len(set(table["prompt_id"].to_pylist())) == len(set(table["prompt_hash"].to_pylist())) == groups
@@ -68,9 +68,9 @@ def test_text_is_read_where_both_are_there(student_path: Path, tmp_path: Path) -
 def test_tokens_of_another_student_and_labels_that_do_not_fit_are_refused(student_path: Path, tmp_path: Path) -> None:
     good = tokens()
     for bad, said in (
-        ({"input_ids": [5, 6, 99999], "labels": [-100, 6, 99999]}, "line 7: the token 99999 is none of the 258"),
-        ({"input_ids": [5, 6, -1], "labels": [-100, 6, -1]}, "line 7: the token -1 is none of the 258"),
-        ({"input_ids": [5, 6, 7], "labels": [-100, 6]}, "line 7: its labels or masks are not as many as its 3"),
+        ({"input_ids": [5, 6, 99999], "labels": [-100, 6, 99999]}, "line 7: the token 99999 is not one of the 258"),
+        ({"input_ids": [5, 6, -1], "labels": [-100, 6, -1]}, "line 7: the token -1 is not one of the 258"),
+        ({"input_ids": [5, 6, 7], "labels": [-100, 6]}, "line 7: its labels or masks do not have the length of its 3"),
         ({"input_ids": "5 6 7"}, "line 7: 'input_ids' is a str, not a list of token ids"),
         ({"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, "line 7: the row is all trained on and holds no turn"),
     ):
