@@ -347,43 +347,43 @@ class Tap(Protocol):
 
 @runtime_checkable
 class ObjectiveTap(Tap, Protocol):
-    """An objective at work: it looks at each batch before the forward pass, and adds to the loss after it.
+    """The tap of an objective: it sees each batch before the forward pass, and changes the loss after it.
 
-    A host calls `before(batch)`, `expect(inputs)`, runs the forward pass, and calls `added_to(loss)`.
+    A host calls `before(batch)` and `expect(inputs)`, runs the forward pass, and calls `added_to(loss)`.
     """
 
     def expect(self, inputs: Mapping[str, Any], *, progress: float) -> None:
-        """The host is about to compute the loss of this batch.
+        """Called before the host computes the loss of a batch.
 
         Args:
             inputs: the batch as the model gets it, with labels.
-            progress: how much of the run is over, from 0 to 1.
+            progress: which part of the run is over, from 0 to 1.
         """
         ...
 
     def added_to(self, loss: Any, *, scale: Any) -> Any:
-        """The loss to train on.
+        """The loss to train on, with the objective added.
 
         Args:
-            loss: the host's own, a scalar tensor, perhaps with other objectives in it already.
-            scale: what the host multiplies a sum over the tokens of this batch by: 1 / (tokens in the optimizer step),
-                times the number of processes where gradients are averaged over them.
+            loss: the host's own loss, a scalar tensor; other objectives may already be added.
+            scale: the factor with which the host normalises a sum over the tokens of this batch: 1 / (tokens in the
+                optimizer step), times the number of processes if gradients are averaged over them.
         """
         ...
 
     def sums(self) -> Mapping[str, tuple[float, float]]:
-        """What to log since the last call: by name, a sum of this process, and the weight to divide it by."""
+        """What to log since the last call: by name, this process's sum, and the weight to divide it by."""
         ...
 
 
 @runtime_checkable
 class Objective(Protocol):
-    """What training minimises beside the host's own loss: the configuration of an `ObjectiveTap`."""
+    """A loss in addition to the host's own. It is the configuration from which `tap` makes an `ObjectiveTap`."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """What it is logged as."""
+        """Its name in logs."""
         ...
 
     def prepare(self, student: Any) -> None:
@@ -394,7 +394,7 @@ class Objective(Protocol):
 
     @abstractmethod
     def tap(self, teachers: Any, *, num_tokens: int | None = None) -> ObjectiveTap:
-        """The objective at work in one run.
+        """Make the tap that applies the objective in one run.
 
         Args:
             teachers: the run's `objectives.live.Teachers`: objectives of the same teacher share its forward pass.

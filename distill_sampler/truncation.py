@@ -1,8 +1,8 @@
-"""What a trainer's `max_length` did to the data: which responses it cut, by how much, and which rows it dropped.
+"""What a trainer's `max_length` did to the data: which responses it truncated, by how much, and which rows it dropped.
 
-A trainer cuts rows at `max_length` before anything of ours sees them. Where the text of a row is still there, the
-response is counted in it (`response_tokens_cut`). Where only tokens are left, a row of exactly `max_length` tokens that
-does not end in an end-of-turn marker is taken to be cut, by a number of tokens that nobody knows (`cut_responses`).
+A trainer truncates rows at `max_length` before the library sees them. If a row's text is still there, the lost tokens
+of the response are counted in it (`response_tokens_cut`). If only tokens are left, a row of exactly `max_length` tokens
+that does not end in an end-of-turn marker counts as truncated, by an unknown number of tokens (`cut_responses`).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from distill_sampler.dataset import TEMPLATE_TAIL, ScoredDataset
 from distill_sampler.types import BoolArray, EncodedColumn, IntArray
 
 _ROWS = 1024
-"""Rows that are read at a time."""
+"""How many rows are read at a time."""
 
 UNKNOWN = -1
-"""In place of a number of tokens: the response was cut, and nobody knows by how many tokens."""
+"""Replaces the number of lost tokens where a response was truncated by an unknown number."""
 
 
 def response_tokens_cut(
@@ -29,13 +29,13 @@ def response_tokens_cut(
 ) -> int:
     """How many tokens of a row's response truncation cut off.
 
-    The end-of-turn marker is one of them. What the template writes after it is not, so a row that lost only that is
-    whole.
+    The end-of-turn marker counts. What the template writes after the marker does not, so a row that lost only that is
+    not truncated.
 
     Args:
-        input_ids: `[tokens]` the whole row.
+        input_ids: `[tokens]` the row before truncation.
         is_response: `[tokens]` True for the tokens of the response, markers included.
-        kept: the part of the row that was kept, from its first token to the one after its last.
+        kept: the part of the row that truncation kept.
         end_token_ids: the end-of-turn markers.
     """
     places = np.flatnonzero(is_response)
@@ -55,18 +55,18 @@ def cut_responses(
 ) -> BoolArray:
     """Which samples' responses were cut off at `max_length`.
 
-    Only rows that have `max_length` tokens are read. In data whose rows end in no marker at all, the length alone
-    decides.
+    Only rows of `max_length` tokens are looked at. If the rows of the data do not end in markers at all, the length
+    alone decides.
 
     Args:
         dataset: the prepared samples.
-        max_length: where the trainer cuts (`SFTConfig(max_length=)`); None: nowhere.
-        end_token_ids: the end-of-turn markers; `attach` finds them with `end_token_ids`.
-        truncation_mode: which end of a row was kept. With `"keep_end"`, a response that begins its row is taken
-            to be cut off.
+        max_length: where the trainer truncates (`SFTConfig(max_length=)`); None: nowhere.
+        end_token_ids: the end-of-turn markers, as `integrations.transformers.end_token_ids` finds them.
+        truncation_mode: which end of a row was kept. With `"keep_end"`, a response at the very beginning of its row
+            counts as cut off.
 
     Returns:
-        `[samples]`
+        `[samples]` True where the response was cut off.
     """
     cut: BoolArray = np.zeros(len(dataset), bool)
     if max_length is None:
@@ -84,12 +84,12 @@ def cut_responses(
 
 
 def cut_sentence(tokens_cut: IntArray, teachers: EncodedColumn | None, *, by: str) -> str:
-    """How many responses truncation cut off and by how much, whose they are, and the cure.
+    """A sentence on how many responses were truncated, by how much and for which teachers, with the cure.
 
     Args:
-        tokens_cut: `[samples]` tokens of each response that truncation cut off, or `UNKNOWN`.
-        teachers: who wrote each, if the data say so.
-        by: what cut them.
+        tokens_cut: `[samples]` how many tokens of each response truncation cut off, or `UNKNOWN`.
+        teachers: the teacher of each response, if the data names them.
+        by: the setting that truncated them.
     """
     cut = tokens_cut != 0
     if teachers is None:
@@ -102,18 +102,18 @@ def cut_sentence(tokens_cut: IntArray, teachers: EncodedColumn | None, *, by: st
                 whose.append(f"{name}: {(cut & own).sum()} of {own.sum()} {_lost(tokens_cut[cut & own])}")
         by_how_much = f" ({'; '.join(whose)})"
     return (
-        f"{cut.sum()} of {len(cut)} responses were cut off at {by}{by_how_much}. BestOf prefers whole responses; a "
-        "larger one keeps more of them whole."
+        f"{cut.sum()} of {len(cut)} responses were cut off at {by}{by_how_much}. BestOf prefers whole responses. To "
+        "keep more of them whole, raise it."
     )
 
 
 def truncation_notes(dataset: ScoredDataset, *, teacher: str, group: str | None) -> list[str]:
-    """What the trainer's `max_length` did to the data: a sentence on rows that are gone, and one on responses it cut.
+    """What the trainer's `max_length` did to the data: a sentence on dropped rows, and one on truncated responses.
 
     Args:
-        dataset: the rows that are left, with those that are not in `dropped`.
-        teacher: the column that says who wrote a response, if there is such a column.
-        group: the column that says which rows answer the same prompt, if there is one.
+        dataset: the rows that are left. Its `dropped` has the others.
+        teacher: the column with the teachers, which the data may lack.
+        group: the column that is equal for rows that answer the same prompt, if there is one.
     """
     notes = []
     if dataset.dropped is not None:
@@ -141,7 +141,7 @@ def _dropped_sentence(dataset: ScoredDataset, dropped: pa.Table, teacher: str, g
 
 
 def _lost(tokens_cut: IntArray) -> str:
-    """By how much some responses were cut: `35 tokens on average`."""
+    """By how much some responses were cut: `by 35 tokens on average`."""
     known = tokens_cut[tokens_cut != UNKNOWN]
     if not len(known):
         return "by an unknown number of tokens"

@@ -62,13 +62,10 @@ class Scores:
     metrics: dict[str, Metric]
     """The metrics whose numbers the file has, by name."""
     group: str | None
-    """Name of the column that is equal for rows that answer the same prompt; None if there is none."""
     teacher: str | None
-    """Name of the column with the teachers; None if there is none."""
     domain: str | None
-    """Name of the column with the domains; None if there is none."""
     correct: str | None
-    """Name of the column that tells whether a response is correct; None if there is none."""
+    """The names of the user's columns; None if there is no such column."""
     load: Callable[[list[str]], pa.Table] = field(repr=False)
     """Reads columns, with one row for each measurement."""
     load_plans: Callable[[], pa.Table] | None = field(default=None, repr=False)

@@ -1,4 +1,4 @@
-"""Reducible holdout loss (RHO-LOSS), arXiv:2206.07137 (ICML 2022): what the student has not learnt yet, and can be."""
+"""Reducible holdout loss (RHO-LOSS), arXiv:2206.07137 (ICML 2022): what the student has not learnt yet, but can."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from distill_sampler.types import Sample, TokenStats
 class ExcessLoss(SecondModelMetric):
     """The student's loss on the response minus a reference model's, in nats per token of the student. Higher is better.
 
-    A high loss alone may be noise, which nobody can learn; a sample that the reference finds easy and the student does
-    not is worth a step. In the paper the reference is trained on held-out data; a teacher can stand in for it. With
-    another tokenizer, the losses of the whole response are compared, over the number of the student's tokens. One
-    forward of the student, shared with RSR, and one of the reference, once.
+    A high loss alone may be noise, which cannot be learnt. A sample that is easy for the reference but not for the
+    student is worth training on. In the paper, the reference is trained on held-out data; a teacher can replace it. If
+    the reference has another tokenizer, the losses of the whole response are compared, divided by the number of the
+    student's tokens. Needs one forward of the student, shared with RSR, and one of the reference, in the first pass
+    only.
 
-    Columns: `reference_loss` (nats per token of the student) and `excess_loss`. With another `name`, the first gets it
+    Columns: `reference_loss` (nats per token of the student) and `excess_loss`. With another `name`, the first has it
     as a prefix.
 
-    Weak spot: a reference that has seen the samples finds all of them easy; then this is the student's loss.
+    Weak spot: for a reference that was trained on the samples, all of them are easy. This is then the student's loss.
     """
 
     reference: Reader

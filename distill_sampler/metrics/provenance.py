@@ -1,7 +1,7 @@
 """Where the sentences of a distilled model come from, arXiv:2512.20908 (ICLR 2026): its teacher, itself, or both.
 
-The same text is read by the teacher, by the student as it was, and by the student after distillation. Each gives every
-sentence a probability (`spans.SentenceLogProbs.probability`); the differences between them decide its class.
+The teacher, the student before distillation, and the student after it read the same text. Each model gives every
+sentence a probability (`spans.SentenceLogProbs.probability`), and the differences between these decide its class.
 """
 
 from __future__ import annotations
@@ -28,33 +28,34 @@ SHARED, TEACHER, STUDENT_OWN, BOOSTED = range(4)
 class Provenance:
     """The thresholds that decide where a sentence comes from.
 
-    With p_T, p_S and p_D the probabilities of a sentence by teacher, student and distilled model, in the paper's
-    order: **shared** if no two of them differ by more than `alpha`; else **teacher** if p_T - p_S > `beta`; else
-    **student** if p_S - p_T > `beta`; else **boosted**: distillation changed it, and neither model explains it.
+    Let p_T, p_S and p_D be the probabilities of a sentence by teacher, student and distilled model. As in the paper,
+    the sentence is **shared** if no two of them differ by more than `alpha`; else **teacher** if p_T - p_S > `beta`;
+    else **student** if p_S - p_T > `beta`; else **boosted**: distillation changed its probability, and neither the
+    teacher nor the student explains it.
 
-    Weak spot: the paper does not say which `alpha` it used, and classes depend on both thresholds; look at
+    Weak spot: the paper does not say which `alpha` it used, and the classes depend on both thresholds. Check with
     `sensitivity`.
     """
 
     alpha: float = 0.1
-    """Largest difference between probabilities that count as equal. Not published; `beta` by default."""
+    """Largest difference at which probabilities count as equal. The paper does not give it; the default is `beta`'s."""
     beta: float = 0.1
-    """Smallest difference that makes a sentence the teacher's or the student's. The paper's value."""
+    """Difference beyond which a sentence counts as the teacher's or the student's. The default is the paper's value."""
     bytes_per_token: float | None = None
-    """None: a probability is the geometric mean over the model's own tokens, as in the paper. A number, such as 4: over
-    the sentence's bytes divided by it, which does not favour a tokenizer with many tokens."""
+    """How a sentence's log-probability is normalised. None: by the number of the model's own tokens, as in the paper. A
+    number, such as 4: by the sentence's bytes divided by it, which does not favour tokenizers with many tokens."""
 
     def __post_init__(self) -> None:
         for name, value in (("alpha", self.alpha), ("beta", self.beta)):
             if not 0 <= value < 1:
                 raise ValueError(
-                    f"Provenance({name}={value}): it is a difference of probabilities; give a number from 0 up to 1, "
+                    f"Provenance({name}={value}): it is a difference of probabilities. Give a number from 0 up to 1, "
                     "such as 0.1."
                 )
         if self.bytes_per_token is not None and not self.bytes_per_token > 0:
             raise ValueError(
                 f"Provenance(bytes_per_token={self.bytes_per_token}): give a positive number of bytes, such as 4, or "
-                "None for the models' own tokens."
+                "None to normalise by the models' own tokens."
             )
 
     @property
@@ -79,7 +80,7 @@ class Provenance:
 
 
 Readings = tuple[SentenceLogProbs, SentenceLogProbs, SentenceLogProbs]
-"""What teacher, student and distilled model make of the sentences of one response."""
+"""The sentence log-probabilities of one response by teacher, student and distilled model."""
 
 
 def sensitivity(
@@ -88,9 +89,9 @@ def sensitivity(
     """`[classes]` the share of all sentences in each class, for several values of both thresholds.
 
     Args:
-        responses: of each response, what the three models make of its sentences.
-        provenance: how probabilities are normalised.
-        at: values of alpha and beta together.
+        responses: for each response, the log-probabilities of its sentences by the three models.
+        provenance: its `bytes_per_token` is used.
+        at: values that alpha and beta both take.
     """
     return {
         value: class_shares([replace(provenance, alpha=value, beta=value).classes(*each) for each in responses])
@@ -99,7 +100,7 @@ def sensitivity(
 
 
 def class_shares(classes: Sequence[IntArray]) -> FloatArray:
-    """`[classes]` the share of all sentences of some responses in each class; NaN if there is none."""
+    """`[classes]` the share of each class among all sentences of some responses; NaN if there are no sentences."""
     counts = np.bincount(np.concatenate([*classes, np.zeros(0, np.int64)]), minlength=len(CLASSES))
     return counts / counts.sum() if counts.sum() else np.full(len(CLASSES), np.nan)
 
@@ -107,12 +108,12 @@ def class_shares(classes: Sequence[IntArray]) -> FloatArray:
 def class_curves(classes: Sequence[IntArray], bins: int = 10) -> FloatArray:
     """`[bins, classes]` the share of each class by position in the response, from its beginning to its end.
 
-    Sentence i of n takes up the n-th part of its response from i / n on. In each bin, a class has the share of the bin
-    that its sentences cover, as a mean over responses: long responses count no more than short ones.
+    Sentence i of n covers its response from i / n to (i + 1) / n. The share of a class in a bin is the part of the bin
+    that its sentences cover, averaged over responses, so that long responses count no more than short ones.
 
     Args:
-        classes: of each response `[sentences]`, at least one.
-        bins: how many equal parts of a response are told apart.
+        classes: for each response `[sentences]`, at least one.
+        bins: into how many equal parts a response is divided.
     """
     if not classes:
         return np.full((bins, len(CLASSES)), np.nan)
@@ -128,15 +129,15 @@ def class_curves(classes: Sequence[IntArray], bins: int = 10) -> FloatArray:
 
 
 def area_between(one: FloatArray, other: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """How far two sets of curves lie apart, by class.
+    """The area between two sets of curves, by class.
 
     Args:
         one: `[bins, classes]` of `class_curves`, such as those of correct responses.
-        other: the same of the others.
+        other: `[bins, classes]`, such as those of incorrect responses.
 
     Returns:
-        `[classes]` the area between the curves, and the same with what lies below `other` counted as negative. Both
-        over positions from 0 to 1, so 0.1 is a share that differs by ten points throughout.
+        `[classes]` the area between the curves, and the signed area, negative where `one` is below `other`. Positions
+        go from 0 to 1, so 0.1 means that the shares differ by ten percentage points throughout.
     """
     difference = one - other
     return np.abs(difference).mean(axis=0), difference.mean(axis=0)

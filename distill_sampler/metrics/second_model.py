@@ -1,8 +1,8 @@
-"""What metrics share that let a second model, such as a teacher, read the response beside the student.
+"""The base of metrics that let a second model, such as a teacher, read the response too.
 
-The student reads its own tokens. A second model with the same tokenizer reads them too. One with another tokenizer
-reads the same text in its own tokens: the context first, then each turn of the response, tokenised apart as after a
-generation prompt, so that the bytes of the response are the same for both.
+A second model with the student's tokenizer reads the student's tokens. One with another tokenizer reads the same text
+in its own tokens: first the context, then each turn of the response. Each turn is tokenised separately, as it is after
+a generation prompt, so that both models read exactly the same bytes of the response.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from distill_sampler.types import IntArray, Sample, TokenStats, View
 
 _TEXTS: WeakKeyDictionary[Sample, dict[int, ResponseText]] = WeakKeyDictionary()
 _VIEWS: WeakKeyDictionary[Sample, dict[tuple[str, str, str | None], OwnTokens]] = WeakKeyDictionary()
-"""What was made of the samples that are being scored, so that a metric's `reduce` need not make it again."""
+"""Caches for the samples that are being scored, so that a metric's `reduce` does not repeat the work of `views`."""
 
 
 @documents_fields
@@ -45,11 +45,11 @@ class ResponseText:
     turns: tuple[str, ...]
     """The text of each turn."""
     begins: IntArray
-    """`[tokens]` the byte of all turns' text, laid end to end, at which each of the student's tokens begins."""
+    """`[tokens]` the byte at which each of the student's tokens begins, in the text of all turns end to end."""
 
     @property
     def turn_starts(self) -> list[int]:
-        """The byte at which each turn begins, and the number of bytes."""
+        """The byte at which each turn begins, and at the end the number of bytes."""
         return [0, *accumulate(len(turn.encode(errors="surrogatepass")) for turn in self.turns)]
 
 
@@ -59,13 +59,13 @@ class OwnTokens:
     """A sample as a second model reads it."""
 
     view: View
-    """In the model's own tokens; those of the response are scored."""
+    """The sample in the model's own tokens, with those of the response scored."""
     begins: IntArray | None
-    """`[scored tokens]` the byte of the response's text at which each begins. None: they are the student's tokens."""
+    """`[scored tokens]` the byte of the response's text at which each token begins. None: they are the student's."""
 
 
 def response_text(sample: Sample, tokenizer: Any) -> ResponseText:
-    """The text of a sample's response, as the student's tokenizer writes it."""
+    """The text of a sample's response, as the student's tokenizer decodes it."""
     known = _TEXTS.setdefault(sample, {})
     if id(tokenizer) not in known:
         turns, begins, num_bytes = [], [], 0
@@ -79,15 +79,15 @@ def response_text(sample: Sample, tokenizer: Any) -> ResponseText:
 
 
 def own_tokens(sample: Sample, name: str, reader: Reader, tokenizer: Any, prompt: str | None) -> OwnTokens | None:
-    """A sample as a second model reads it; None if its tokenizer makes no token of the response.
+    """A sample as a second model reads it; None if no token of the response can be scored.
 
     Args:
-        sample: with the column `prompt`, if that is given.
+        sample: the sample, with the column `prompt` if that is given.
         name: the metric's name for the reader.
-        reader: the second model; it has a tokenizer of its own.
-        tokenizer: the student's.
-        prompt: the column with the prompt, as text or messages, which the second model's chat template writes. None:
-            the model reads what stands before the response as the student's template wrote it.
+        reader: the second model, which has its own tokenizer.
+        tokenizer: the student's tokenizer.
+        prompt: the column with the prompt, as text or messages, to be formatted with the second model's chat template.
+            None: the model reads the text before the response as the student's template wrote it.
     """
     known = _VIEWS.setdefault(sample, {})
     key = (name, reader.identity, prompt)
@@ -118,7 +118,7 @@ def _own_tokens(sample: Sample, name: str, own: Any, tokenizer: Any, prompt: str
         begins.append(at + first_byte)
         before = stop
     flags = np.concatenate(scored)
-    if len(flags) and flags[0]:  # nothing stands before the response, and nothing predicts a first token
+    if len(flags) and flags[0]:  # there is no context, so nothing predicts the first token
         flags[0], begins[0] = False, begins[0][1:]
     if not flags.any():
         return None
@@ -131,13 +131,13 @@ def _prompt_in_template(value: Any, tokenizer: Any, column: str) -> list[int]:
     messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
     if not isinstance(messages, Sequence) or not all(isinstance(each, Mapping) for each in messages):
         raise ValueError(
-            f"prompt='{column}': the column holds a {type(value).__name__}; it must hold text, or messages with role "
+            f"prompt='{column}': the column holds a {type(value).__name__}. It must hold text, or messages with role "
             "and content."
         )
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            f"prompt='{column}': {type(tokenizer).__name__} has no chat template to write the prompt with. Leave "
-            "prompt= out, and the model reads the prompt as the student does."
+            f"prompt='{column}': {type(tokenizer).__name__} has no chat template to format the prompt with. Leave "
+            "prompt= out; the model then reads the prompt as the student does."
         )
     text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -147,13 +147,13 @@ def _prompt_in_template(value: Any, tokenizer: Any, column: str) -> list[int]:
 @documents_fields
 @dataclass(frozen=True, kw_only=True, repr=False)
 class SecondModelMetric(Metric):
-    """A number from what two models make of the same response: the student, and another one. Abstract."""
+    """Abstract base of metrics that compare the student's statistics of a response with those of another model."""
 
     name: str = ""
     """Its name in policies, and the column of the score."""
     prompt: str | None = None
-    """Column with the prompt, text or messages, for a second model with a tokenizer of its own: its chat template
-    writes it. None: it reads what stands before the response as the student's template wrote it."""
+    """Column with the prompt, as text or messages, which a second model with its own tokenizer reads in its own chat
+    template. None: it reads the text before the response as the student's template wrote it."""
     tokenizer: Any = field(default=None, compare=False)
     """Decodes the student's tokens. `attach` and the command line fill it in; in your own loop, pass it yourself."""
 
@@ -178,7 +178,7 @@ class SecondModelMetric(Metric):
         return None if own is None else (response_view(sample), own.view)
 
     def own_tokens(self, sample: Sample) -> OwnTokens | None:
-        """The sample as the second model reads it; None if it has no token to say something of.
+        """The sample as the second model reads it; None if no token of the response can be scored.
 
         Raises:
             ValueError: the second model has a tokenizer of its own, and there is none to decode the sample's tokens.
@@ -198,22 +198,22 @@ class SecondModelMetric(Metric):
 @documents_fields
 @dataclass(frozen=True, kw_only=True, repr=False)
 class SentenceMetric(SecondModelMetric):
-    """A number from what teacher and student make of each sentence. Abstract."""
+    """Abstract base of metrics that compare the teacher's and the student's log-probabilities of each sentence."""
 
     teacher: Reader
-    """Who may have written the responses: a `ModelReader`, with `tokenizer=` if that is not the student's."""
+    """The teacher: a `ModelReader`, with `tokenizer=` if that is not the student's."""
     splitter: Splitter = sentences
     """Function from text to the positions where sentences begin; see `distill_sampler.metrics.steps`."""
     bytes_per_token: float | None = None
-    """None: a sentence's probability is the geometric mean over the model's own tokens, as in the paper. A number, such
-    as 4: over the sentence's bytes divided by it, which does not favour a tokenizer with many tokens."""
+    """How a sentence's log-probability is normalised. None: by the number of the model's own tokens, as in the paper. A
+    number, such as 4: by the sentence's bytes divided by it, which does not favour tokenizers with many tokens."""
 
     @property
     def readers(self) -> Mapping[str, Reader]:
         return {"teacher": self.teacher}
 
     def by_sentence(self, sample: Sample, stats: Sequence[TokenStats]) -> tuple[SentenceLogProbs, SentenceLogProbs]:
-        """What teacher and student make of each sentence of the response, in this order.
+        """The log-probabilities of each sentence of the response by the teacher and by the student, in this order.
 
         Raises:
             ValueError: there is no tokenizer, or the splitter does not return ascending positions in the text.

@@ -1,10 +1,10 @@
 """Sentences as spans of bytes of a response's text, which models with different tokenizers have in common.
 
-Every model reads the whole text in its own tokens. Two rules make what it says of a sentence unambiguous:
+Every model reads the whole text in its own tokens. Two rules make the log-probability of a sentence unambiguous:
 
 - a token belongs to the sentence in which its text *begins* (the rule of `steps.token_steps`);
-- a sentence in which no token of some model begins is joined with the one before it, for all models: its text lies in a
-  token of that one. The first such sentence is joined with the one after it.
+- if no token of some model begins in a sentence, its text is part of a token of the sentence before it, so the two are
+  joined, for all models. (The first sentence is joined with the one after it.)
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from distill_sampler.types import FloatArray, IntArray
 @documents_fields
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SentenceLogProbs:
-    """What one model makes of the sentences of one response."""
+    """One model's log-probabilities of the sentences of one response."""
 
     log_prob: FloatArray
-    """`[sentences]` log-probability of the sentence given all before it, in nats: the sum over its tokens, float64."""
+    """`[sentences]` log-probability of a sentence given all before it, in nats: the sum over its tokens, float64."""
     tokens: IntArray
-    """`[sentences]` how many of the model's own tokens begin in it, at least 1."""
+    """`[sentences]` how many of the model's own tokens begin in the sentence, at least 1."""
     num_bytes: IntArray
     """`[sentences]` bytes of its text in UTF-8, the same for all models."""
 
     def probability(self, bytes_per_token: float | None = None) -> FloatArray:
-        """`[sentences]` the geometric mean of the probabilities of its tokens, in (0, 1].
+        """`[sentences]` the geometric mean of the probabilities of a sentence's tokens, in (0, 1].
 
         Args:
-            bytes_per_token: None divides by the number of the model's own tokens, as in arXiv:2512.20908. A tokenizer
-                that needs more tokens for the same sentence then has the higher mean: -12 nats are 0.47, 0.55 or 0.62
-                in 16, 20 or 25 tokens. A number divides by the bytes of the sentence over that number, which is the
-                same for every model.
+            bytes_per_token: None: the log-probability is divided by the number of the model's own tokens, as in
+                arXiv:2512.20908. A tokenizer with more tokens for the same sentence then gives the higher mean: -12
+                nats are 0.47, 0.55 or 0.62 in 16, 20 or 25 tokens. A number: it is divided by the sentence's bytes over
+                that number, which is the same for every model.
         """
         tokens = self.tokens if bytes_per_token is None else self.num_bytes / bytes_per_token
         return np.exp(self.log_prob / tokens)
@@ -58,7 +58,8 @@ def sentence_starts(text: str, splitter: Splitter) -> IntArray:
 
 
 def common_sentences(starts: IntArray, *begins: IntArray) -> IntArray:
-    """`[sentences]` the starts of those sentences in which a token of every model begins, the others joined to them.
+    """`[sentences]` the starts of those sentences in which a token of every model begins. The others are joined to
+    them.
 
     Args:
         starts: `[all sentences]` bytes at which sentences begin, the first one at 0.
@@ -76,10 +77,10 @@ def log_probs_of_sentences(
     """The log-probabilities of sentences from those of tokens.
 
     Args:
-        starts: `[sentences]` of `common_sentences`.
-        num_bytes: bytes of the whole text.
+        starts: `[sentences]` from `common_sentences`.
+        num_bytes: how many bytes the whole text has.
         begins: `[tokens]` the byte at which each token of the model begins.
-        surprisal: `[tokens]` nats.
+        surprisal: `[tokens]` the surprisal of each token, in nats.
     """
     sentence = np.searchsorted(starts, begins, side="right") - 1
     return SentenceLogProbs(
@@ -99,23 +100,23 @@ def text_and_begins(input_ids: IntArray, tokenizer: Any) -> tuple[str, IntArray]
 
 
 def tokens_and_begins(text: str, tokenizer: Any) -> tuple[IntArray, IntArray]:
-    """`[tokens]` a text in a tokenizer's tokens, without any that it would add, and the bytes at which they begin.
+    """The tokens of a text, without special tokens, `[tokens]`, and the byte at which each begins, `[tokens]`.
 
     Raises:
-        ValueError: its tokens do not give back the text, and it does not tell where in the text they lie.
+        ValueError: the tokens do not decode to the text, and the tokenizer gives no offsets.
     """
     encoded = tokenizer(text, add_special_tokens=False)["input_ids"]
     input_ids = np.array(encoded, np.int64)
     decoded, offsets = text_and_offsets(input_ids, tokenizer)
     if decoded.endswith(text):  # some write a space before the first word
         offsets = np.maximum(offsets - (len(decoded) - len(text)), 0)
-    elif getattr(tokenizer, "is_fast", False):  # of transformers: one that says where its tokens lie
+    elif getattr(tokenizer, "is_fast", False):  # a tokenizer of transformers that gives the offsets of its tokens
         spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         offsets = np.maximum.accumulate(np.array(spans, np.int64).reshape(-1, 2)[:, 0])
     else:
         raise ValueError(
-            f"{type(tokenizer).__name__} changes the text that it reads and cannot say where its tokens lie. Use a "
-            "fast tokenizer (transformers.AutoTokenizer gives one where there is one)."
+            f"{type(tokenizer).__name__} changes the text that it reads, and gives no offsets of its tokens. Use a "
+            "fast tokenizer, such as transformers.AutoTokenizer returns where there is one."
         )
     return input_ids, byte_positions(text)[offsets]
 

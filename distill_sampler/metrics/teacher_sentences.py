@@ -1,4 +1,4 @@
-"""Teacher-guided selection, arXiv:2512.20908 (ICLR 2026): responses with many sentences of the teacher's own."""
+"""Teacher-guided selection, arXiv:2512.20908 (ICLR 2026): responses with many sentences typical of the teacher."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ from distill_sampler.types import Sample, TokenStats
 class TeacherSentences(SentenceMetric):
     """How many sentences of the response are the teacher's: p_T - p_S > beta. Higher is better.
 
-    Teacher and student both read the response; p is the geometric mean of the probabilities of a sentence's tokens.
-    `BestOf("teacher_sentences", per=…)` is the selection of the paper, with the student as it is now. One forward of
-    the student, shared with RSR, and one of the teacher, once: what a frozen teacher gave is kept.
+    Teacher and student both read the response. p is the geometric mean of the probabilities of a sentence's tokens.
+    `BestOf("teacher_sentences", per=…)` is the paper's selection, with the current student. Needs one forward of the
+    student, shared with RSR, and one of the teacher, in the first pass only, because a frozen teacher's numbers are
+    kept.
 
-    Columns: `num_sentences`, `teacher_share`, `teacher_label_flips` (sentences that change sides when probabilities are
-    normalised by bytes instead of tokens, or by tokens instead of bytes) and the score. With another `name`, the first
-    three get it as a prefix.
+    Columns: `num_sentences`, `teacher_share`, `teacher_label_flips` (the number of sentences whose label changes when
+    probabilities are normalised by bytes instead of tokens, or the other way round) and the score. With another `name`,
+    the first three have it as a prefix.
 
-    Weak spots: longer responses have more of everything. In the paper this count reached 58.7, the longest response
-    57.9, the share 56.4 and a random response 56.2; always show `ResponseLength` beside it. With two tokenizers, the
-    threshold means different things; look at the flips.
+    Weak spots: longer responses have more sentences of every kind. In the paper, selecting by this count reached 58.7,
+    by the longest response 57.9, by the share 56.4, and at random 56.2; always compare with `ResponseLength`. If the
+    two models have different tokenizers, the threshold does not mean the same for both; look at the label flips.
     """
 
     by: Literal["count", "share"] = "count"
     """Whether the score is the number of such sentences, as in the paper, or their share of all sentences."""
     first_bytes: int | None = None
-    """Only sentences that begin in the first so many bytes of the response count: responses that are longer are then
-    compared at equal length. None: all."""
+    """Only sentences that begin within this many bytes of the response count, so that long responses are compared at
+    equal length. None: all sentences."""
     beta: float = 0.1
     """How much more probable the teacher must find a sentence than the student."""
     name: str = "teacher_sentences"
@@ -49,7 +50,7 @@ class TeacherSentences(SentenceMetric):
             raise ValueError(
                 f"TeacherSentences(first_bytes={self.first_bytes}): give a positive number of bytes, such as 2000."
             )
-        self._provenance  # noqa: B018  # refuses thresholds that are none
+        self._provenance  # noqa: B018  # refuses invalid thresholds
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -15,12 +15,12 @@ from distill_sampler.types import Sample, TokenStats
 class TeacherStudentGap(SentenceMetric):
     """Mean over the response's sentences of p_T - p_S, between -1 and 1. Higher is better.
 
-    p is the geometric mean of the probabilities of a sentence's tokens, as in `TeacherSentences`, but without a
-    threshold, and a mean, which a longer response does not raise. It ranks samples for divergence-aware sampling
-    (several responses of one teacher, those kept that the student would say least):
-    `KeepTop("teacher_student_gap", max_tokens=…)`. The forwards are those of `TeacherSentences`.
+    p is the geometric mean of the probabilities of a sentence's tokens, as in `TeacherSentences`. Unlike there, there
+    is no threshold, and the mean does not grow with the length of the response. Use it for divergence-aware sampling,
+    which keeps those of a teacher's responses that the student is least likely to write:
+    `KeepTop("teacher_student_gap", max_tokens=…)`. Needs the same forwards as `TeacherSentences`.
 
-    Weak spot: a mean hides a few strong sentences in a long response.
+    Weak spot: in a long response, the mean hides a few sentences with a large gap.
     """
 
     name: str = "teacher_student_gap"

@@ -10,11 +10,12 @@ the teacher p. The loss of a position is T² D(p, q), whose gradient keeps its s
 | `"js"` | ½ Σ p log(p / m) + ½ Σ q log(q / m), m = ½ (p + q) | ½ q (log(q / m) - Σ q log(q / m)) |
 
 Logits exist for a chunk of positions at a time. The forward pass computes the loss and its gradient with respect to the
-hidden states, which are small; the backward pass computes the chunks again for the gradient of the output head, and
-only if the head is trained.
+hidden states, which are small. The backward pass computes the chunks again for the gradient of the output head, if the
+head is trained.
 
-A teacher of which only the most probable tokens were stored says nothing about single tokens beyond these. Its tail is
-then one *cell*, and so is the student's: D is taken over the stored tokens and that cell.
+If only a teacher's most probable tokens were stored, nothing is known about the single tokens beyond them. All other
+tokens then form one *cell*, for the teacher and for the student, and D is computed over the stored tokens and that
+cell.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from distill_sampler.reading.token_stats import LogitTransform, linear
 Divergence = Literal["forward", "reverse", "js"]
 
 _CHUNK_LOGITS = 2**24
-"""Logits of the student that exist at a time: 67 MB. With the teacher's and two buffers beside them 270 MB."""
+"""How many logits of the student exist at a time: 67 MB. With the teacher's and two buffers, that is 270 MB."""
 
 _NEVER = -1e4
 """Log-probability in place of -inf: exp is 0 and products with it are finite."""
@@ -44,21 +45,20 @@ class Cells:
     """A teacher's predictions at some positions."""
 
     log_probs: Tensor
-    """`[positions, cells]` float32, the logarithm of probabilities that sum to 1 in each row. -inf: never."""
+    """`[positions, cells]` float32, logarithms of probabilities that sum to 1 in each row; -inf: probability 0."""
     ids: Tensor | None = None
-    """`[positions, cells - 1]` the token of each cell; the last cell is all other tokens together. None: cell v is
-    token v."""
+    """`[positions, cells - 1]` the token of each cell; the last cell has all other tokens. None: cell v is token v."""
 
 
 Targets = Callable[[int, int], Cells]
-"""The teacher's predictions at the positions from the first number up to the second. Called again in the backward
-pass, so it must give the same both times."""
+"""Returns the teacher's predictions at the positions from the first number up to the second. It is called again in the
+backward pass, and must return the same then."""
 
 
 @documents_fields
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Head:
-    """The student's output head, as far as the loss is concerned."""
+    """What the loss needs of the student's output head."""
 
     weight: Tensor
     """`[vocab, hidden]`"""
@@ -67,10 +67,9 @@ class Head:
     transform: LogitTransform = field(default_factory=LogitTransform)
     """What the model does to its logits after the head."""
     columns: int | None = None
-    """How many columns count, from the first: those of real tokens, where vocabularies are padded to different sizes.
-    None: all."""
+    """How many columns count, from the first one on. Vocabularies may be padded to different sizes. None: all."""
     operands: torch.dtype | None = None
-    """What autocast rounds the factors of products to; None: they are taken as they are."""
+    """The dtype to which autocast rounds the factors of products; None: they are not rounded."""
 
 
 def soft_target_loss(
@@ -86,10 +85,10 @@ def soft_target_loss(
 
     Args:
         hidden: `[positions, hidden]` input of the output head.
-        head: the student's.
-        targets: the teacher's predictions, at temperature T already.
-        coefficients: `[positions]` c, what each position counts: its loss weight over the host's normaliser.
-        temperature: T, of the student's softmax.
+        head: the student's output head.
+        targets: the teacher's predictions, already at temperature T.
+        coefficients: `[positions]` c, the loss weight of each position divided by the host's normaliser.
+        temperature: T of the student's softmax.
         divergence: D; see the module's table.
     """
     loss: Tensor = _SoftTargetLoss.apply(  # type: ignore[no-untyped-call]
@@ -149,7 +148,7 @@ class _SoftTargetLoss(torch.autograd.Function):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Work:
-    """What the forward and the backward pass do alike."""
+    """The computation that the forward and the backward pass share."""
 
     head: Head
     targets: Targets
@@ -157,7 +156,7 @@ class _Work:
     divergence: Divergence
 
     def chunks(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """The positions of a chunk, T² D `[chunk]`, and its gradient by the head's logits `[chunk, columns]`."""
+        """For each chunk: its positions, T² D `[chunk]`, and the gradient by the head's logits `[chunk, columns]`."""
         head, columns = self.head, self.head.columns or len(weight)
         project = linear(weight, bias, LogitTransform(), operands=head.operands)
         rows = max(1, _CHUNK_LOGITS // len(weight))
@@ -178,8 +177,8 @@ def divergence_of(logits: Tensor, cells: Cells, divergence: Divergence) -> tuple
     """D `[positions]` between a teacher's predictions and softmax(logits), and its gradient by the logits.
 
     Args:
-        logits: `[positions, columns]` float32, divided by the temperature already. Overwritten.
-        cells: the teacher's.
+        logits: `[positions, columns]` float32, already divided by the temperature. They are overwritten.
+        cells: the teacher's predictions.
         divergence: D; see the module's table.
     """
     log_q = logits.sub_(logits.logsumexp(1, keepdim=True))
@@ -189,7 +188,7 @@ def divergence_of(logits: Tensor, cells: Cells, divergence: Divergence) -> tuple
     stored = log_q.gather(1, cells.ids)
     tail = log_q.scatter(1, cells.ids, -torch.inf).logsumexp(1, keepdim=True).clamp(min=_NEVER)
     loss, by_cell, mean = _between(cells.log_probs, torch.cat([stored, tail], 1), divergence)
-    # within the tail, the gradient is spread as the student's probabilities are
+    # the gradient of the tail is distributed over its tokens in proportion to the student's probabilities
     share = by_cell[:, -1:] * (-tail).exp() - mean[:, None]
     gradient = log_q.exp_()
     of_stored = by_cell[:, :-1] - gradient.gather(1, cells.ids) * mean[:, None]

@@ -1,4 +1,4 @@
-"""Which positions of a batch count, and how much."""
+"""Which positions of a batch count in an objective, and with which weight."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ IGNORED = -100
 
 
 def predicting(inputs: Mapping[str, Any]) -> Tensor:
-    """`[rows, width]` True at the positions that predict a token which is trained on: the one after them.
+    """`[rows, width]` True at the positions whose next token is trained on.
 
     Raises:
         ValueError: the batch has no labels.
@@ -24,7 +24,7 @@ def predicting(inputs: Mapping[str, Any]) -> Tensor:
     if "labels" not in inputs:
         raise ValueError(
             f"The batch has {', '.join(inputs)} but no labels, so it is not known which tokens an objective counts. "
-            "Let the data collator give labels, or leave out objective=."
+            "Let the data collator return labels, or leave out objective=."
         )
     labels: Tensor = inputs["labels"]
     counted = torch.zeros_like(labels, dtype=torch.bool)
