@@ -72,7 +72,10 @@ def test_tokens_of_another_student_and_labels_that_do_not_fit_are_refused(studen
         ({"input_ids": [5, 6, -1], "labels": [-100, 6, -1]}, "line 7: the token -1 is not one of the 258"),
         ({"input_ids": [5, 6, 7], "labels": [-100, 6]}, "line 7: its labels or masks do not have the length of its 3"),
         ({"input_ids": "5 6 7"}, "line 7: 'input_ids' is a str, not a list of token ids"),
-        ({"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, "line 7: the row is all trained on and holds no assistant turn"),
+        (
+            {"input_ids": [5, 6, 7], "labels": [5, 6, 7]},
+            "line 7: the row is all trained on and holds no assistant turn",
+        ),
     ):
         data = write_lines(tmp_path / "d.jsonl", [*good, bad])
         ended = call("score", data, "--model", student_path, "--output", tmp_path / "s.parquet", "--overwrite")
