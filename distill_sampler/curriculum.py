@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
 import pyarrow as pa
 from torch import nn
 
@@ -312,20 +313,30 @@ class Curriculum:
         """Share observed scores among all processes. Call it on all of them before `state_dict`."""
         self.cycle.store.observed.merge(Ranks.of(model))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, arrays: dict[str, npt.NDArray[Any]] | None = None) -> dict[str, Any]:
         """Plan, epoch and latest scores as plain JSON values, with compressed arrays.
 
         Hosts save it in their checkpoints. `accelerator.register_for_checkpointing(curriculum)` works as it is.
+
+        Args:
+            arrays: if given, copies of the arrays go in here by name, to be kept in a file of their own. The JSON then
+                has their hashes. For millions of samples that takes less time and memory.
         """
-        return self.cycle.state_dict()
+        return self.cycle.state_dict(arrays)
 
     def load_state_dict(
-        self, state: Mapping[str, Any], *, accept_changes: bool = False, epoch_over: bool = False
+        self,
+        state: Mapping[str, Any],
+        arrays: Mapping[str, npt.NDArray[Any]] | None = None,
+        *,
+        accept_changes: bool = False,
+        epoch_over: bool = False,
     ) -> None:
         """Restore what `state_dict` returned. Scores and plan are loaded, never computed again.
 
         Args:
             state: what `state_dict` returned.
+            arrays: the arrays, if it put them there.
             accept_changes: continue although metrics, policies, seed, or columns that they read have changed. The
                 current epoch keeps its plan; the next one is scored and planned with the new configuration. Another
                 data set is accepted only with `epoch_over`, because a plan refers to the rows of its own data set.
@@ -334,4 +345,4 @@ class Curriculum:
         Raises:
             ValueError: the state is damaged, or belongs to another data set or configuration; the message says which.
         """
-        self.cycle.load_state_dict(state, accept_changes=accept_changes, epoch_over=epoch_over)
+        self.cycle.load_state_dict(state, arrays, accept_changes=accept_changes, epoch_over=epoch_over)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from torch import nn
 
@@ -20,6 +21,7 @@ from distill_sampler.artifacts.parts import Parts
 from distill_sampler.artifacts.record import RECORD, Record
 from distill_sampler.artifacts.run_folder import column_values, measurement_rows, sample_rows
 from distill_sampler.artifacts.schema import run_facts
+from distill_sampler.artifacts.state import as_state, content_of
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.distributed import Ranks
 from distill_sampler.planning.planner import PlannedEpoch, Planner
@@ -31,14 +33,12 @@ from distill_sampler.protocols import Metric, Policy, Pool
 from distill_sampler.reading.reduce import data_columns_of
 from distill_sampler.reading.scorer import Scorer
 from distill_sampler.scoring import PassRunner
-from distill_sampler.serialize import described, differences, digest, pack, unpack
+from distill_sampler.serialize import described, differences
 from distill_sampler.store import ScoreStore, replay, replay_missing
 from distill_sampler.truncation import truncation_notes
 from distill_sampler.types import EncodedColumn, EpochPlan, FloatArray, IntArray
 
 logger = logging.getLogger(__name__)
-
-STATE_VERSION = 5
 
 
 class Cycle:
@@ -332,25 +332,36 @@ class Cycle:
 
     # ---- State ----
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, arrays: dict[str, npt.NDArray[Any]] | None = None) -> dict[str, Any]:
         """See `Curriculum.state_dict`."""
         plan = self.sampler.plan
-        state = {
-            "version": STATE_VERSION,
+        content = {
             "num_samples": self.planner.num_samples,
             "epoch": self.epoch,
-            "plan": None if plan is None else {"indices": pack(plan.indices), "weights": pack(plan.weights)},
+            "plan": None if plan is None else {"indices": plan.indices, "weights": plan.weights},
             "progress": self._progress,
             "plans": self._num_plans,
-            "trained": pack(self._trained_before),
+            "trained": self._trained_before,
             "clock": self.pass_runner.clock.state_dict(),
             "scores": self.store.state_dict(),
         }
-        return {**state, "digest": digest(state)}
+        return as_state(content, arrays)
 
-    def load_state_dict(self, state: Mapping[str, Any], *, accept_changes: bool, epoch_over: bool) -> None:
+    def load_state_dict(
+        self,
+        saved_state: Mapping[str, Any],
+        arrays: Mapping[str, npt.NDArray[Any]] | None,
+        *,
+        accept_changes: bool,
+        epoch_over: bool,
+    ) -> None:
         """See `Curriculum.load_state_dict`."""
-        _require_whole(state, self.planner.num_samples)
+        state = content_of(saved_state, arrays)
+        if state["num_samples"] != self.planner.num_samples:
+            raise ValueError(
+                f"The curriculum's state has epochs of {state['num_samples']} samples, but here they have "
+                f"{self.planner.num_samples}. Resume with Curriculum(num_samples={state['num_samples']})."
+            )
         saved, here = state["scores"]["origin"], self.origin
         same_data = saved["dataset"] == here["dataset"]
         if differing := differences(saved, here):
@@ -373,7 +384,7 @@ class Cycle:
         read = {f"column '{name}'" for name in data_columns_of(self.metrics.values())}
         same_metrics = all(saved.get(name) == here.get(name) for name in ("metrics", *read))
         if same_data:
-            self._trained_before = unpack(state["trained"]).astype(np.int64)
+            self._trained_before = state["trained"].astype(np.int64)
         if same_data and same_metrics:
             self.store.load_state_dict({**state["scores"], "origin": here})
             self.pass_runner.clock.load_state_dict(state["clock"])
@@ -386,33 +397,10 @@ class Cycle:
             self.record.trim(0, 0)
         self.epoch = state["epoch"]
         if same_data and state["plan"] is not None:
-            indices, weights = (unpack(state["plan"][name]) for name in ("indices", "weights"))
-            self.sampler.set_plan(EpochPlan(indices=indices, weights=weights))
+            self.sampler.set_plan(EpochPlan(**state["plan"]))
             self._progress = state["progress"]
 
 
 def _any_without_score(summary: ScoringSummary) -> bool:
     """Whether some candidates have no score, which may change the length of a plan."""
     return bool(len(summary.non_finite) + len(summary.too_long) + len(summary.not_applicable))
-
-
-def _require_whole(state: Mapping[str, Any], num_samples: int) -> None:
-    """Check a saved state.
-
-    Raises:
-        ValueError: the state is damaged, or has another version or epoch length.
-    """
-    if state.get("version") != STATE_VERSION:
-        raise ValueError(
-            f"The curriculum's state has version {state.get('version')}, but this distill_sampler reads version "
-            f"{STATE_VERSION}. Resume with the distill_sampler that wrote it."
-        )
-    if state.get("digest") != digest(state):
-        raise ValueError(
-            "The curriculum's state is damaged: its content does not match its hash. Resume from another checkpoint."
-        )
-    if state["num_samples"] != num_samples:
-        raise ValueError(
-            f"The curriculum's state has epochs of {state['num_samples']} samples, but here they have {num_samples}. "
-            f"Resume with Curriculum(num_samples={state['num_samples']})."
-        )

@@ -4,9 +4,9 @@ A sample is *measured* when the student reads it: in a scoring pass, or in train
 The student keeps learning between passes, so a score that a pass did not measure becomes an *estimate*: it moves by the
 *drift*, the median change of the scores that were measured. This keeps the order among the estimates.
 
-`state_dict` returns the store as plain JSON values, for checkpoints. The run's record (`artifacts/record.py`) keeps
-what each pass measured. The store knows what its scores belong to (metrics, data set, numerics) and refuses scores of
-another origin.
+`state_dict` returns the store as JSON values and arrays, for checkpoints. The run's record (`artifacts/record.py`)
+keeps what each pass measured. The store knows what its scores belong to (metrics, data set, numerics) and refuses
+scores of another origin.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from distill_sampler.distributed import Ranks
-from distill_sampler.serialize import differences, pack, unpack
+from distill_sampler.serialize import differences
 from distill_sampler.types import BoolArray, FloatArray, IntArray, Missing
 
 
@@ -188,17 +188,17 @@ class ScoreStore:
             self.missing[name][measurements.indices] = codes
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resume needs, as plain JSON values."""
+        """Everything that a resume needs, as JSON values and arrays. The arrays are the store's own."""
         return {
             "origin": self.origin,
             "numerics": self.numerics,
             "passes": [[epoch, step] for epoch, step in self.passes],
-            "estimated": pack(self.estimated),
-            "step": pack(self.step),
-            "times_scored": pack(self.times_scored),
-            "change": pack(self.change),
-            "latest": {name: pack(values) for name, values in self.latest.items()},
-            "missing": {name: pack(codes) for name, codes in self.missing.items()},
+            "estimated": self.estimated,
+            "step": self.step,
+            "times_scored": self.times_scored,
+            "change": self.change,
+            "latest": dict(self.latest),
+            "missing": dict(self.missing),
             "observed": self.observed.state_dict(),
         }
 
@@ -215,11 +215,10 @@ class ScoreStore:
             )
         self.numerics = dict(state["numerics"])
         self.passes = [(epoch, step) for epoch, step in state["passes"]]
-        self.estimated = unpack(state["estimated"])
-        self.step, self.times_scored = (unpack(state[name]).astype(np.int64) for name in ("step", "times_scored"))
-        self.change = unpack(state["change"])
-        self.latest = {name: unpack(state["latest"][name]) for name in self.latest}
-        self.missing = {name: unpack(state["missing"][name]).astype(np.int64) for name in self.missing}
+        self.estimated, self.change = (state[name].copy() for name in ("estimated", "change"))
+        self.step, self.times_scored = (state[name].astype(np.int64) for name in ("step", "times_scored"))
+        self.latest = {name: state["latest"][name].copy() for name in self.latest}
+        self.missing = {name: state["missing"][name].astype(np.int64) for name in self.missing}
         self.observed.load_state_dict(state["observed"])
 
 
@@ -246,7 +245,7 @@ class Observations:
         columns: Mapping[str, FloatArray],
         missing: Mapping[str, IntArray] | None = None,
         *,
-        step: int,
+        step: int | IntArray,
     ) -> None:
         """Add the numbers of some samples. Arrays are `[len(indices)]`."""
         self.step[indices] = step
@@ -287,18 +286,23 @@ class Observations:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """All observations as plain JSON values."""
+        """All observations, of the samples that have some."""
+        observed = self.measurements()
         return {
-            "step": pack(self.step),
-            "columns": {name: pack(values) for name, values in self.columns.items()},
-            "missing": {name: pack(codes) for name, codes in self.missing.items()},
+            "indices": observed.indices,
+            "step": observed.step,
+            "columns": dict(observed.columns),
+            "missing": dict(observed.missing),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.step = unpack(state["step"]).astype(np.int64)
-        self.columns = {name: unpack(state["columns"][name]) for name in self.columns}
-        self.missing = {name: unpack(state["missing"][name]).astype(np.int64) for name in self.missing}
+        self.step[:] = -1
+        for values in self.columns.values():
+            values[:] = np.nan
+        for codes in self.missing.values():
+            codes[:] = 0
+        self.write(state["indices"], state["columns"], state["missing"], step=state["step"])
 
 
 def drifted(values: FloatArray, drift: float) -> FloatArray:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import typer
 
+from distill_sampler.artifacts.state import read_arrays
 from distill_sampler.integrations.checkpoints import FOLDER, entry_of, read_state, why_broken
 from distill_sampler.integrations.sample_log import compare, read_log
-from distill_sampler.serialize import unpack
+from distill_sampler.serialize import unpacked
 from distill_sampler.types import EpochPlan
 
 
@@ -30,7 +31,7 @@ def run(checkpoints: Sequence[Path], log: Path | None) -> bool:
             raise ValueError(f"{checkpoint} was written without a curriculum, so its order is not known.")
         lines = read_log(log or checkpoint.resolve().parent / FOLDER)
         saved, progress = entry["curriculum"], entry["progress"]
-        plan = EpochPlan(**{name: unpack(packed) for name, packed in saved["plan"].items()})
+        plan = EpochPlan(**unpacked(saved["plan"], read_arrays(checkpoint)))
         epoch = saved["epoch"]
         trained, of_epoch = progress["places"], entry["places_per_epoch"]
         differing = compare(lines, plan, epoch=epoch, trained=trained)

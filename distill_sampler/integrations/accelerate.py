@@ -23,6 +23,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch import nn
@@ -204,8 +205,10 @@ class CurriculumLoop:
                 "is True."
             )
         self.curriculum.store.observed.merge(Ranks.current(self.accelerator.device))
+        arrays: dict[str, npt.NDArray[Any]] = {}
         return {
-            "curriculum": self.curriculum.state_dict(),
+            "curriculum": self.curriculum.state_dict(arrays),
+            "arrays": {name: torch.from_numpy(array) for name, array in arrays.items()},
             "run": self._run,
             "step": self.step,
             "epoch": self._epoch,
@@ -225,7 +228,8 @@ class CurriculumLoop:
             ValueError: the state belongs to another data set or configuration.
         """
         self._begin(str(state["run"]))
-        self.curriculum.load_state_dict(state["curriculum"], epoch_over=state["position"] == 0)
+        arrays = {name: tensor.numpy() for name, tensor in state["arrays"].items()}
+        self.curriculum.load_state_dict(state["curriculum"], arrays, epoch_over=state["position"] == 0)
         self.step, self._epoch = state["step"], state["epoch"]
         self._into_epoch, self._position = state["into_epoch"], state["position"]
         self._into_step, self._per_step = state["into_step"], state["per_step"]

@@ -1,7 +1,8 @@
 """The callback that `attach` adds: starts the curriculum's epochs, saves its state with the trainer's, calls the taps.
 
 The trainer calls `on_epoch_begin` before it iterates over the epoch's data loader, so a plan made there applies to that
-epoch. The curriculum's state goes into `state.stateful_callbacks`, which the trainer saves in `trainer_state.json`.
+epoch. The curriculum's state goes into `state.stateful_callbacks`, which the trainer saves in `trainer_state.json`,
+with its arrays in a file beside it (`artifacts/state.py`).
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch.utils.data
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from distill_sampler.artifacts.state import read_arrays, write_arrays
 from distill_sampler.curriculum import Curriculum
 from distill_sampler.distributed import Ranks
 from distill_sampler.integrations.batches import batch_of
@@ -59,11 +63,14 @@ class CurriculumCallback(TrainerCallback):
         self._planned = 0
         """Number of plans made before this epoch."""
 
-    def begin(self, state: TrainerState, *, max_steps: int, steps_per_epoch: int) -> tuple[int, int]:
+    def begin(
+        self, state: TrainerState, checkpoint: Path | None, *, max_steps: int, steps_per_epoch: int
+    ) -> tuple[int, int]:
         """Start a new run, or continue the checkpoint's.
 
         Args:
             state: the trainer's state. On a resume it holds the curriculum's entry from the checkpoint.
+            checkpoint: the folder to resume from.
             max_steps: optimizer steps of the whole run, as the trainer computes them now.
             steps_per_epoch: optimizer steps of an epoch, as the trainer computes them now.
 
@@ -88,7 +95,10 @@ class CurriculumCallback(TrainerCallback):
                 )
             progress = entry["progress"]
             self.curriculum.load_state_dict(
-                entry["curriculum"], accept_changes=self._accept_changes, epoch_over=progress.get("over", False)
+                entry["curriculum"],
+                {} if checkpoint is None else read_arrays(checkpoint),
+                accept_changes=self._accept_changes,
+                epoch_over=progress.get("over", False),
             )
             self.curriculum.progress(progress["places"])
             self._resumed = place = place_in(
@@ -130,7 +140,6 @@ class CurriculumCallback(TrainerCallback):
             "places_per_epoch": len(self.curriculum.sampler),
             "files": _files_of_a_checkpoint(self.trainer),
         }
-        self.note_state(state)
         self._note_progress(state)
         if args.dataloader_persistent_workers and self._epoch > 0:
             # An uninterrupted run still has its workers here. A resumed run starts new ones, and would draw their seed
@@ -149,7 +158,6 @@ class CurriculumCallback(TrainerCallback):
             self.pending[f"{PREFIX}scoring_share"] = round(seconds / (time.perf_counter() - self._epoch_started), 4)
         if control.should_epoch_stop and not control.should_training_stop:
             _entries(state)[STATE_ENTRY]["progress"]["over"] = True
-        self._discard_stale(args, state, control)
         self._epoch += 1
         self._steps_before = state.global_step
         self._batches = 0
@@ -160,12 +168,10 @@ class CurriculumCallback(TrainerCallback):
         self._note_progress(state)
         model = _wrapped_model(self.trainer)
         if self.curriculum.replan(model, step=state.global_step, into_epoch=into_epoch, start=start):
-            self.note_state(state)
             summary = self.curriculum.summaries[-1]
             self.pending.update(summary.logs())
             if state.is_world_process_zero and self.curriculum.scorer.progress:
                 summary.print()
-        self._discard_stale(args, state, control)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -193,10 +199,22 @@ class CurriculumCallback(TrainerCallback):
                         numbers[name] = total / weight
         return numbers
 
-    def note_state(self, state: TrainerState) -> None:
-        """Put the plan and the scores into the trainer's state, for the next checkpoint. All processes must call it."""
-        self.curriculum.merge_observed(_wrapped_model(self.trainer))
-        _entries(state)[STATE_ENTRY]["curriculum"] = self.curriculum.state_dict()
+    def saving(self, checkpoint: Path) -> None:
+        """Write the plan and the scores into a checkpoint, before the trainer does. All processes must call it.
+
+        The arrays are a file in the checkpoint's folder. Their hashes, and everything else, are in the trainer's state,
+        which the trainer writes last.
+        """
+        args, state = self.trainer.args, self.trainer.state
+        if self.curriculum.observe:
+            self.curriculum.merge_observed(_wrapped_model(self.trainer))
+        if args.should_save:
+            # A folder that is written to again is incomplete until the end. Otherwise a kill while it is saved would
+            # leave old and new files that look complete.
+            (checkpoint / TRAINER_STATE).unlink(missing_ok=True)
+            arrays: dict[str, npt.NDArray[Any]] = {}
+            _entries(state)[STATE_ENTRY]["curriculum"] = self.curriculum.state_dict(arrays)
+            write_arrays(arrays, checkpoint)
 
     @contextmanager
     def batch(self, inputs: Any, args: TrainingArguments, state: TrainerState) -> Iterator[None]:
@@ -229,15 +247,6 @@ class CurriculumCallback(TrainerCallback):
             "places": places,
             "over": into_epoch == self._steps_per_epoch,
         }
-
-    def _discard_stale(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-        """Mark a checkpoint that is about to be overwritten as incomplete.
-
-        Otherwise a kill while it is saved would leave a folder of old and new files that looks complete.
-        """
-        if control.should_save and args.should_save:
-            stale = output_of(args) / f"checkpoint-{state.global_step}" / TRAINER_STATE
-            stale.unlink(missing_ok=True)
 
 
 def _files_of_a_checkpoint(trainer: Trainer) -> list[str]:

@@ -1,8 +1,9 @@
 """Checkpoint folders of Hugging Face's `Trainer`: which are complete, which belong to this run, and who may write here.
 
 The curriculum's state is an entry of `trainer_state.json`, which the trainer writes last, so a checkpoint cannot have
-one without the other. This module looks for what can still go wrong, before the trainer loads anything: a save that a
-kill or a full disk interrupted, a lost or damaged file, two runs that write to one folder.
+one without the other. Its arrays are in a file beside it, and the entry has their hashes. This module looks for what
+can still go wrong, before the trainer loads anything: a save that a kill or a full disk interrupted, a lost or damaged
+file, two runs that write to one folder.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from distill_sampler.serialize import digest
+from distill_sampler.artifacts.state import read_arrays
+from distill_sampler.serialize import digest, unpacked
 
 if sys.platform != "win32":
     import fcntl
@@ -75,6 +77,10 @@ def why_broken(checkpoint: Path) -> str:
         curriculum, progress = entry.get("curriculum", {}), entry.get("progress", {})
         if curriculum.get("digest") != digest(curriculum):
             return f"the curriculum's entry in its {TRAINER_STATE} is damaged"
+        try:
+            unpacked(curriculum, read_arrays(checkpoint))
+        except ValueError as error:
+            return f"the curriculum's arrays in it are not whole: {str(error).rstrip('.')}"
         if progress.get("step") != state["global_step"]:
             return (
                 f"its {TRAINER_STATE} contradicts itself: the trainer is at step {state['global_step']}, the "

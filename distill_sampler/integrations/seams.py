@@ -4,7 +4,7 @@
 2. `trainer.log`: the curriculum's numbers join the trainer's next log entry.
 3. `trainer.train`: the checkpoint is checked before anything is loaded, and two runs never write to one folder.
 4. `trainer.training_step`: taps are called before and after the training on every batch.
-5. `trainer._save_checkpoint`: every checkpoint holds the scores observed so far.
+5. `trainer._save_checkpoint`: every checkpoint holds the plan and the scores.
 6. `trainer._init_training_state`: training continues at the place in the plan that the checkpoint names.
 7. `trainer.compute_loss`: objectives look at each training batch and add to its loss.
 """
@@ -32,8 +32,10 @@ class Follower(Protocol):
     run: str
 
     def finish(self) -> None: ...
-    def begin(self, state: TrainerState, *, max_steps: int, steps_per_epoch: int) -> tuple[int, int]: ...
-    def note_state(self, state: TrainerState) -> None: ...
+    def begin(
+        self, state: TrainerState, checkpoint: Path | None, *, max_steps: int, steps_per_epoch: int
+    ) -> tuple[int, int]: ...
+    def saving(self, checkpoint: Path) -> None: ...
     def numbers(self) -> Mapping[str, float]: ...
     def batch(self, inputs: Any, args: TrainingArguments, state: TrainerState) -> AbstractContextManager[None]: ...
 
@@ -105,9 +107,14 @@ def begin_through(trainer: Trainer, callback: Follower) -> None:
     """Let the callback decide where training begins: after how many epochs, and how many batches of the next one."""
     init_training_state = trainer._init_training_state
 
-    def init_at_the_plans_place(max_steps: int, num_update_steps_per_epoch: int, *args: Any, **kwargs: Any) -> Any:
-        init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)
-        return callback.begin(trainer.state, max_steps=max_steps, steps_per_epoch=num_update_steps_per_epoch)
+    def init_at_the_plans_place(
+        max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, resume_from_checkpoint: Any, trial: Any
+    ) -> tuple[int, int]:
+        init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial)
+        checkpoint = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
+        return callback.begin(
+            trainer.state, checkpoint, max_steps=max_steps, steps_per_epoch=num_update_steps_per_epoch
+        )
 
     trainer._init_training_state = init_at_the_plans_place  # type: ignore[method-assign]
 
@@ -189,12 +196,12 @@ def prepare_through(trainer: Trainer, objectives: Sequence[Objective]) -> None:
 
 
 def save_through(trainer: Trainer, callback: Follower) -> None:
-    """Bring the curriculum's state up to date before every save of a checkpoint."""
+    """Tell the callback of every checkpoint, before the trainer writes it."""
     save_checkpoint = trainer._save_checkpoint
 
-    def save_with_state(*args: Any, **kwargs: Any) -> Any:
-        callback.note_state(trainer.state)
-        return save_checkpoint(*args, **kwargs)
+    def save_with_state(model: nn.Module, trial: Any = None, *args: Any, **kwargs: Any) -> Any:
+        callback.saving(Path(trainer._get_output_dir(trial)) / f"checkpoint-{trainer.state.global_step}")
+        return save_checkpoint(model, trial, *args, **kwargs)
 
     trainer._save_checkpoint = save_with_state  # type: ignore[method-assign]
 

@@ -162,8 +162,7 @@ def attach(
     if objective_taps:
         loss_through(trainer, objective_taps)
         prepare_through(trainer, objectives)
-    if curriculum.observe:
-        save_through(trainer, callback)
+    save_through(trainer, callback)
     curriculum.driven_by = type(trainer).__name__
 
 

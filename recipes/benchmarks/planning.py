@@ -37,6 +37,7 @@ import pyarrow as pa
 import torch
 from torch import nn
 
+from distill_sampler.artifacts.state import read_arrays, write_arrays
 from distill_sampler.curriculum import Curriculum
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.distributed import Ranks
@@ -45,6 +46,7 @@ from distill_sampler.policies import BestOf, KeepCorrect, MixDomains, Shuffle, S
 from distill_sampler.protocols import Metric, Pool
 from distill_sampler.reading.blocks import in_reading_order
 from distill_sampler.reading.scored import Scored
+from distill_sampler.serialize import unpacked
 from distill_sampler.types import EncodedColumn, EpochPlan, FloatArray, IntArray, Sample, TokenStats
 
 POLICIES = [
@@ -159,6 +161,22 @@ def make_rows(size: int, folder: Path) -> datasets.Dataset:
     return datasets.Dataset.from_file(str(path))
 
 
+def save(curriculum: Curriculum, checkpoint: Path) -> None:
+    """What `attach` does to a checkpoint, but for the trainer's part."""
+    arrays: dict[str, Any] = {}
+    state = curriculum.state_dict(arrays)
+    write_arrays(arrays, checkpoint)
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+
+
+def load(curriculum: Curriculum, checkpoint: Path) -> None:
+    """The same when it resumes: the arrays are compared with their hashes twice, the first time to choose a
+    checkpoint."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    unpacked(state, read_arrays(checkpoint))
+    curriculum.load_state_dict(state, read_arrays(checkpoint))
+
+
 def peak_megabytes() -> float:
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
@@ -198,11 +216,11 @@ def measure_run(size: int) -> dict[str, float]:
         timed("order", lambda: in_reading_order(dataset, np.arange(size), unit_tokens=1 << 16))
         timed("epoch 0", lambda: curriculum.start_epoch(0, student, step=0, num_epochs=2))
         plan = timed("epoch 1", lambda: curriculum.start_epoch(1, student, step=size // 32, num_epochs=2))
-        timed("save", lambda: (folder / "state.json").write_text(json.dumps(curriculum.state_dict())))
-        result["saved MB"] = (folder / "state.json").stat().st_size / 1e6
+        timed("save", lambda: save(curriculum, folder / "checkpoint"))
+        result["saved MB"] = sum(path.stat().st_size for path in (folder / "checkpoint").iterdir()) / 1e6
         del curriculum
         resumed = bound()
-        timed("resume", lambda: resumed.load_state_dict(json.loads((folder / "state.json").read_text())))
+        timed("resume", lambda: load(resumed, folder / "checkpoint"))
         assert resumed.start_epoch(1, student, step=size // 32) == plan
     result["peak MB"] = peak_megabytes()
     return result

@@ -15,6 +15,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Traine
 from typer.testing import CliRunner
 
 from distill_sampler import BestOf, Shuffle, attach
+from distill_sampler.artifacts.state import ARRAYS
 from distill_sampler.cli import app
 from distill_sampler.integrations.checkpoints import STATE_ENTRY, last_whole, why_broken
 from tests import tiny
@@ -72,6 +73,25 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+# ---- What is saved ----
+
+
+def test_the_trainers_state_does_not_grow_with_the_samples(output: Path) -> None:
+    state = json.loads((output / "checkpoint-5" / "trainer_state.json").read_text(encoding="utf-8"))
+    assert '"data"' not in json.dumps(state["stateful_callbacks"][STATE_ENTRY])
+
+
+def test_only_the_process_that_writes_checkpoints_takes_the_state(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = plain_trainer(tmp_path / "run", tokenizer, **SAVING)
+    attached = curriculum(observe=True)
+    attach(trainer, attached)
+    monkeypatch.setattr(TrainingArguments, "should_save", property(lambda args: False))
+    monkeypatch.setattr(attached, "state_dict", lambda *_: pytest.fail("another process takes the state"))
+    trainer.train()
+
+
 # ---- Damage ----
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -84,12 +104,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda c: rewrite(c, lambda s: s["stateful_callbacks"][STATE_ENTRY]["curriculum"].update(epoch=0)),
         "entry in its trainer_state.json is damaged",
     ),
-    "plan bit-flipped": (
-        lambda c: flip(
-            c / "trainer_state.json", (c / "trainer_state.json").read_bytes().index(b'"data"') + len('"data": "eJ')
-        ),
-        "entry in its trainer_state.json is damaged",
-    ),
+    "array bit-flipped": (lambda c: flip(c / ARRAYS, -1), "is damaged"),
+    "arrays lost": (lambda c: (c / ARRAYS).unlink(), "is missing"),
+    "arrays cut off": (lambda c: cut(c / ARRAYS), f"{ARRAYS} cannot be read"),
+    "arrays empty": (lambda c: (c / ARRAYS).write_bytes(b""), f"{ARRAYS} cannot be read"),
+    "arrays of another step": (lambda c: shutil.copy(c.with_name("checkpoint-1") / ARRAYS, c), "is damaged"),
+    "arrays' folder": (lambda c: ((c / ARRAYS).unlink(), (c / ARRAYS).mkdir()), f"{ARRAYS} cannot be read"),
     "weights cut off": (lambda c: cut(c / "model.safetensors"), "model.safetensors is cut off"),
     "weights foreign": (lambda c: (c / "model.safetensors").write_text("nothing of ours"), "model.safetensors is cut"),
     "optimizer cut off": (lambda c: cut(c / "optimizer.pt"), "optimizer.pt is cut off"),
@@ -117,7 +137,7 @@ def test_a_resume_skips_broken_checkpoints_with_a_warning(
     tokenizer: PreTrainedTokenizerBase,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    for step, name in ((6, "killed before the end of the save"), (5, "plan bit-flipped")):
+    for step, name in ((6, "killed before the end of the save"), (5, "array bit-flipped")):
         DAMAGE[name][0](output / f"checkpoint-{step}")
     with caplog.at_level(logging.WARNING, "distill_sampler"):
         assert resumed(output, tokenizer) == whole_run[1][8:]

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill_sampler import BestOf, Curriculum, EpochPlan, RankSurprisalRatio, Rescore, ScoredDataset, Scorer, Shuffle
 from distill_sampler.artifacts.parts import Parts
+from distill_sampler.artifacts.state import read_arrays, write_arrays
 from distill_sampler.distributed import Ranks
 from distill_sampler.protocols import Metric
 from distill_sampler.serialize import pack, unpack
@@ -93,6 +94,45 @@ def test_a_damaged_state_is_refused_wherever_it_is_damaged(dataset: ScoredDatase
     ):
         with pytest.raises(ValueError, match=r"state is damaged.*Resume from another checkpoint"):
             bound(dataset).load_state_dict({**state, **damage})
+
+
+def test_arrays_that_are_kept_apart_come_back_and_only_whole(
+    dataset: ScoredDataset, model: PreTrainedModel, tmp_path: Path
+) -> None:
+    curriculum = bound(dataset)
+    curriculum.start_epoch(0, model)
+    scores = curriculum.store.latest[RSR].copy()
+    arrays: dict[str, Any] = {}
+    text = json.dumps(curriculum.state_dict(arrays))
+    assert '"data"' not in text
+    write_arrays(arrays, tmp_path)
+    curriculum.store.latest[RSR][:] = 0  # the copies do not change with the store
+    restored = bound(dataset)
+    restored.load_state_dict(json.loads(text), read_arrays(tmp_path))
+    assert restored.sampler.plan == curriculum.sampler.plan
+    assert np.array_equal(restored.store.latest[RSR], scores, equal_nan=True)
+    for name, array in arrays.items():
+        others = {other: values for other, values in arrays.items() if other != name}
+        changed = array.copy()
+        if len(array):
+            changed.view(np.uint8)[-1] ^= 1
+            with pytest.raises(ValueError, match=rf"'{name}' is damaged.*Resume from another checkpoint"):
+                bound(dataset).load_state_dict(json.loads(text), {**others, name: changed})
+        with pytest.raises(ValueError, match=rf"'{name}' is missing.*Resume from another checkpoint"):
+            bound(dataset).load_state_dict(json.loads(text), others)
+
+
+def test_observations_of_some_samples_come_back(dataset: ScoredDataset) -> None:
+    curriculum, restored = bound(dataset), bound(dataset)
+    observed = curriculum.store.observed
+    columns = {name: np.array([0.5, np.nan], np.float32) for name in observed.columns}
+    observed.write(np.array([3, 1]), columns, {RSR: np.array([0, 2])}, step=7)
+    restored.store.observed.write(np.array([5]), {}, step=9)  # what it had before is gone
+    restored.load_state_dict(json.loads(json.dumps(curriculum.state_dict())))
+    for name, values in observed.columns.items():
+        assert np.array_equal(restored.store.observed.columns[name], values, equal_nan=True)
+    assert np.array_equal(restored.store.observed.step, observed.step)
+    assert np.array_equal(restored.store.observed.missing[RSR], observed.missing[RSR])
 
 
 def test_the_history_of_passes_continues_after_a_resume(dataset: ScoredDataset, model: PreTrainedModel) -> None:
