@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -80,6 +81,11 @@ def _checked(item: Any, protocol: Any, what: str) -> Any:
         )
     if isinstance(item, str):
         raise ValueError(f"{argument}= was given the text {item!r}, but takes objects, such as {_HINTS[what]}.")
+    if inspect.isroutine(item):
+        raise ValueError(
+            f"{argument}= was given the function {item.__name__}. A {what} is an object: subclass "
+            f"distill_sampler.{kind}, and call the function in its {'reduce' if what == 'metric' else '__call__'}."
+        )
     if not isinstance(item, protocol):
         missing = ", ".join(lacking(item, protocol))
         raise ValueError(
@@ -121,13 +127,29 @@ def require_field_types(item: Any) -> None:
         ValueError: naming the argument and what it takes.
     """
     for each in fields(item) if is_dataclass(item) and not isinstance(item, type) else ():
-        kinds = [kind.strip() for kind in str(each.type).split("|")]
-        if any(kind not in _PLAIN_TYPES for kind in kinds):
+        if all(kind.strip() in _PLAIN_TYPES for kind in str(each.type).split("|")):
+            require_arguments(type(item).__name__, **{each.name: (getattr(item, each.name), str(each.type))})
+
+
+def require_arguments(owner: str, **arguments: tuple[Any, str | type]) -> None:
+    """Refuse an argument of another type.
+
+    Args:
+        owner: whose arguments they are, for the error message.
+        arguments: by name, the value, and what it takes: plain types such as `"int | None"`, or a class of ours.
+
+    Raises:
+        ValueError: naming the argument and what it takes.
+    """
+    for name, (value, takes) in arguments.items():
+        if isinstance(takes, type):
+            if not isinstance(value, takes):
+                raise ValueError(f"{owner}({name}={value!r}): {name} takes an object, such as {takes.__name__}().")
             continue
-        value = getattr(item, each.name)
+        kinds = takes.split(" | ")
         if not any(_is_of(value, kind) for kind in kinds):
-            takes = " or ".join(_PLAIN_TYPES[kind][0] for kind in kinds)
-            raise ValueError(f"{type(item).__name__}({each.name}={value!r}): {each.name} takes {takes}.")
+            words = " or ".join(_PLAIN_TYPES[kind][0] for kind in kinds)
+            raise ValueError(f"{owner}({name}={value!r}): {name} takes {words}.")
 
 
 _PLAIN_TYPES: dict[str, tuple[str, Any]] = {

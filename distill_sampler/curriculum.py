@@ -15,7 +15,7 @@ from torch import nn
 
 from distill_sampler.artifacts.run_folder import write_tables
 from distill_sampler.artifacts.schema import encode_facts
-from distill_sampler.contract import checked_metrics, checked_policies
+from distill_sampler.contract import checked_metrics, checked_policies, require_arguments
 from distill_sampler.cycle import Cycle
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.distributed import Ranks
@@ -66,6 +66,15 @@ class Curriculum:
         scorer: Scorer | None = None,
         teacher: str = "teacher",
     ) -> None:
+        require_arguments(
+            "Curriculum",
+            num_samples=(num_samples, "int | None"),
+            rescore=(rescore or Rescore(), Rescore),
+            observe=(observe, "bool"),
+            seed=(seed, "int"),
+            scorer=(scorer or Scorer(), Scorer),
+            teacher=(teacher, "str"),
+        )
         self.metrics = checked_metrics(metrics)
         self.policies = checked_policies(policies, self.metrics)
         self.rescore = rescore or Rescore()

@@ -19,8 +19,8 @@ from torch import nn
 
 from distill_sampler.artifacts.parts import Parts
 from distill_sampler.artifacts.record import RECORD, Record
-from distill_sampler.artifacts.run_folder import column_values, measurement_rows, sample_rows
-from distill_sampler.artifacts.schema import run_facts
+from distill_sampler.artifacts.run_folder import column_values, kept_as, measurement_rows, sample_rows
+from distill_sampler.artifacts.schema import OWN_COLUMNS, run_facts
 from distill_sampler.artifacts.state import as_state, content_of
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.distributed import Ranks
@@ -291,9 +291,7 @@ class Cycle:
 
     def history(self, *columns: str) -> pa.Table:
         """See `Curriculum.history`."""
-        samples = pa.table(
-            {"sample": np.arange(len(self.dataset)), **{name: column_values(self.dataset, name) for name in columns}}
-        )
+        samples = pa.table({"sample": np.arange(len(self.dataset)), **self._column_values(columns)})
         return measurement_rows(self.record, samples, None, unmeasured=False)
 
     def samples(self, *columns: str) -> pa.Table:
@@ -302,7 +300,7 @@ class Cycle:
             {
                 "sample": np.arange(len(self.dataset)),
                 "source_row": self.dataset.source_rows,
-                **{name: column_values(self.dataset, name) for name in columns},
+                **self._column_values(columns),
                 **self.store.latest,
                 "step": self.store.step,
                 "estimated": self.store.estimated,
@@ -314,7 +312,12 @@ class Cycle:
     def samples_table(self, *columns: str) -> pa.Table:
         """One row for each sample, with the columns that identify it; see `sample_rows`."""
         read = [*self.planner.columns, *data_columns_of(self.metrics.values())]
-        return sample_rows(self.dataset, columns or self.dataset.identifying_columns(*read))
+        return sample_rows(self.dataset, columns or self.dataset.identifying_columns(*read), self.metrics.values())
+
+    def _column_values(self, names: Sequence[str]) -> dict[str, pa.Array]:
+        """Columns of the data set for people, under the names that they have beside ours."""
+        own = (*OWN_COLUMNS, "estimated", "times_scored", "times_trained")
+        return {kept_as(name, self.metrics.values(), own): column_values(self.dataset, name) for name in names}
 
     def facts(self) -> dict[str, Any]:
         """What the run's scores belong to, for a file's metadata."""
@@ -322,8 +325,8 @@ class Cycle:
             run=self._run,
             metrics=list(self.metrics.values()),
             policies=self.planner.policies,
-            group=self._group,
-            teacher=None if self.teachers is None else self._teacher,
+            group=self._group and kept_as(self._group, self.metrics.values()),
+            teacher=None if self.teachers is None else kept_as(self._teacher, self.metrics.values()),
             dataset=self.dataset.fingerprint,
             seed=self.planner.seed,
             numerics=self.store.numerics,

@@ -16,6 +16,7 @@ from distill_sampler import (
     Curriculum,
     EpochPlan,
     GlobalNaturalness,
+    RankAverage,
     RankSurprisalRatio,
     ScoredDataset,
     Scorer,
@@ -23,6 +24,7 @@ from distill_sampler import (
     SortBy,
 )
 from distill_sampler.artifacts.schema import VERSION, decode_facts
+from distill_sampler.artifacts.scorefile import Scores
 from distill_sampler.protocols import Policy, Pool
 from tests import tiny
 
@@ -246,3 +248,53 @@ def test_a_length_that_depends_on_scores_is_refused_before_anything_is_scored(da
     with pytest.raises(ValueError, match=r"BestOf\(.*max_score=4\.0.*Curriculum\(num_samples="):
         bound(dataset, policies=policies)
     bound(dataset, policies=policies, num_samples=6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"num_samples": 2.5}, r"Curriculum\(num_samples=2.5\): num_samples takes a whole number or None"),
+        ({"num_samples": "10"}, r"num_samples='10'.*whole number"),
+        ({"seed": None}, r"seed=None.*whole number"),
+        ({"observe": "no"}, r"observe='no'.*True or False"),
+        ({"teacher": 3}, r"teacher=3.*text"),
+        ({"rescore": "never"}, r"rescore='never'.*Rescore\(\)"),
+        ({"scorer": Scorer}, r"scorer=<class.*Scorer\(\)"),
+        ({"metrics": [len]}, r"metrics= was given the function len.*subclass distill_sampler.Metric.*reduce"),
+        ({"policies": [len]}, r"policies= was given the function len.*subclass distill_sampler.Policy.*__call__"),
+        ({"policies": [SortBy(len)]}, r"name of a metric, such as.*RankAverage.*but was given len"),  # type: ignore[arg-type]
+        ({"policies": [SortBy(RankAverage)]}, r"name of a metric.*but was given RankAverage"),  # type: ignore[arg-type]
+        ({"policies": [SortBy(None)]}, r"name of a metric.*but was given None"),  # type: ignore[arg-type]
+    ],
+)
+def test_an_argument_of_another_kind_is_named_with_what_it_takes(
+    changes: dict[str, Any], sentence: str, dataset: ScoredDataset
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        bound(dataset, **changes)
+
+
+def test_columns_that_are_called_like_ours_are_kept_under_another_name(
+    dataset: ScoredDataset, model: PreTrainedModel, tmp_path: Path
+) -> None:
+    """Also where one of them says which rows answer the same prompt, and where a metric has its name."""
+    names = ["sample", "step", "source_row", "mean_rank", f"{RSR}_missing", "weight", "estimated"]
+    rows = [{**row, **dict.fromkeys(names, number // 3)} for number, row in enumerate(dataset.rows)]
+    curriculum = bound(ScoredDataset(rows, end_token_ids=[257]), policies=[BestOf(RSR, per="sample")])
+    curriculum.start_epoch(0, model)
+    curriculum.save_run(tmp_path)
+    expected = [number // 3 for number in range(len(rows))]
+    files = {name: pq.read_table(tmp_path / f"{name}.parquet") for name in ("scores", "plans")}
+    tables = {
+        "scores": (files["scores"], [*names[:5]]),
+        "plans": (files["plans"], ["sample", "weight"]),
+        "history": (curriculum.history(*names), [*names[:5]]),
+        "samples": (curriculum.samples(*names), ["sample", "step", "mean_rank", "estimated"]),
+    }
+    for where, (table, renamed) in tables.items():
+        for name in renamed:
+            kept = table[f"{name}_in_data"].to_pylist()
+            assert kept == [expected[row] for row in table["sample"].to_pylist()], (where, name)
+    scores = Scores.open(tmp_path)
+    assert scores.group == "sample_in_data"
+    assert scores.choose([BestOf(RSR, per="sample")]).plan == curriculum.plans[0]

@@ -5,7 +5,7 @@ A resume does not need these files. It loads the state in the checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from distill_sampler.artifacts.passes import missing_column
 from distill_sampler.artifacts.record import Record
 from distill_sampler.artifacts.schema import OWN_COLUMNS, RUN_COLUMNS
 from distill_sampler.dataset import ScoredDataset
+from distill_sampler.protocols import Metric
+from distill_sampler.reading.reduce import columns_of
 from distill_sampler.types import IntArray, Missing
 
 SCORES, PLANS = "scores.parquet", "plans.parquet"
@@ -33,20 +35,31 @@ def column_values(dataset: ScoredDataset, name: str) -> pa.Array:
     return pa.DictionaryArray.from_arrays(pa.array(column.codes), pa.array(column.values)).dictionary_decode()
 
 
-def sample_rows(dataset: ScoredDataset, columns: Sequence[str]) -> pa.Table:
-    """What each sample is, one row each: for people, and for planning from files.
+def kept_as(name: str, metrics: Collection[Metric], own: Collection[str] = OWN_COLUMNS) -> str:
+    """The name that a column of the data has in our tables: `sample_in_data` if one of ours is called `sample`.
 
-    A column of the data set with the name of one of the library's columns gets `_in_data` after its name.
+    Args:
+        name: the column of the data.
+        metrics: the metrics whose numbers are in the table.
+        own: names of the table's other columns.
+    """
+    taken = {*own, *columns_of(metrics), *(missing_column(metric.name) for metric in metrics)}
+    return name + "_in_data" * (name in taken)
+
+
+def sample_rows(dataset: ScoredDataset, columns: Sequence[str], metrics: Collection[Metric]) -> pa.Table:
+    """What each sample is, one row each: for people, and for planning from files.
 
     Args:
         dataset: the data set.
-        columns: names of the data set's columns to include.
+        columns: names of the data set's columns to include (`kept_as`).
+        metrics: the metrics whose numbers stand beside them.
     """
     return pa.table(
         {
             "sample": np.arange(len(dataset)),
             "source_row": dataset.source_rows,
-            **{name + "_in_data" * (name in OWN_COLUMNS): column_values(dataset, name) for name in columns},
+            **{kept_as(name, metrics): column_values(dataset, name) for name in columns},
             "num_tokens": dataset.num_scored,
             "length": dataset.lengths,
             "tokens_cut": dataset.tokens_cut,
@@ -96,6 +109,8 @@ def measurement_rows(
 
 def plan_rows(record: Record, samples: pa.Table, columns: Sequence[str] | None) -> pa.Table:
     """The plan of every epoch, as in `plans.parquet`. For a replanned epoch this is its last plan."""
+    ours = ("position", "weight")
+    samples = samples.rename_columns([name + "_in_data" * (name in ours) for name in samples.column_names])
     last_plans = {planned.epoch: planned.plan for planned in record.plans}
     tables = []
     for epoch, plan in last_plans.items():

@@ -153,22 +153,41 @@ class Lexicographic(MetricExpression):
 
 
 def metric_names(*metrics: str | MetricExpression) -> tuple[str, ...]:
-    """The names of all metrics that these names and expressions read, each once."""
+    """The names of all metrics that these names and expressions read, each once.
+
+    Raises:
+        ValueError: one of them is neither.
+    """
+    _require_names(metrics)
+    names = [name for metric in metrics for name in ((metric,) if isinstance(metric, str) else metric.uses_metrics)]
+    return tuple(dict.fromkeys(names))
+
+
+def column_names(*metrics: str | MetricExpression | None) -> tuple[str, ...]:
+    """The names of all columns of the data set that these expressions read, each once.
+
+    Raises:
+        ValueError: one of them is neither the name of a metric nor an expression.
+    """
+    given = [metric for metric in metrics if metric is not None]
+    _require_names(given)
+    names = [name for metric in given if not isinstance(metric, str) for name in metric.uses_columns]
+    return tuple(dict.fromkeys(names))
+
+
+def _require_names(metrics: Sequence[Any]) -> None:
     for metric in metrics:
         if isinstance(metric, Metric):
             raise ValueError(
                 f"A policy takes the name of a metric, not the metric itself: write '{metric.name}', and put the "
                 "metric into Curriculum(metrics=[…])."
             )
-    names = [name for metric in metrics for name in ((metric,) if isinstance(metric, str) else metric.uses_metrics)]
-    return tuple(dict.fromkeys(names))
-
-
-def column_names(*metrics: str | MetricExpression | None) -> tuple[str, ...]:
-    """The names of all columns of the data set that these expressions read, each once."""
-    expressions = [metric for metric in metrics if metric is not None and not isinstance(metric, str)]
-    names = [name for expression in expressions for name in expression.uses_columns]
-    return tuple(dict.fromkeys(names))
+        if not isinstance(metric, (str, MetricExpression)) or isinstance(metric, type):
+            given = getattr(metric, "__name__", None) or repr(metric)
+            raise ValueError(
+                "A policy takes the name of a metric, such as 'rank_surprisal_ratio', or an expression, such as "
+                f"RankAverage('rank_surprisal_ratio', 'global_naturalness'), but was given {given}."
+            )
 
 
 def numbers_of(column: EncodedColumn, name: str) -> npt.NDArray[np.float64]:
