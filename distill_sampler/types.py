@@ -155,6 +155,9 @@ class EpochPlan:
     """`[length]` sample indices in training order. A repeated index is trained on repeatedly."""
     weights: FloatArray = field(default_factory=lambda: np.ones(0, np.float32))
     """`[length]` loss weights of mean 1 (not probabilities of being drawn). By default all ones."""
+    packs: IntArray | None = None
+    """`[packs + 1]` the place at which each pack begins, and the end. The samples of a pack are trained in one row, end
+    to end. None: every sample has a row of its own."""
 
     def __post_init__(self) -> None:
         indices = np.array(self.indices, np.int64)
@@ -162,22 +165,35 @@ class EpochPlan:
         assert indices.ndim == 1, "a plan is one sequence"
         assert weights.shape == indices.shape, "one weight for each index"
         assert len(weights) == 0 or abs(weights.mean(dtype=np.float64) - 1) < 1e-3, "weights have mean 1"
-        for name, array in (("indices", indices), ("weights", weights)):
+        arrays: dict[str, npt.NDArray[Any]] = {"indices": indices, "weights": weights}
+        if self.packs is not None:
+            arrays["packs"] = packs = np.array(self.packs, np.int64)
+            assert (packs[0], packs[-1]) == (0, len(indices)), "packs share out the plan"
+            assert (np.diff(packs) > 0).all(), "no pack is empty"
+        for name, array in arrays.items():
             array.flags.writeable = False
             object.__setattr__(self, name, array)
 
     def __len__(self) -> int:
         return len(self.indices)
 
+    @property
+    def num_rows(self) -> int:
+        """Rows that the trainer gets: packs, or without packs, samples."""
+        return len(self) if self.packs is None else len(self.packs) - 1
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, EpochPlan):
             return NotImplemented
-        return np.array_equal(self.indices, other.indices) and np.array_equal(self.weights, other.weights)
+        if (self.packs is None) != (other.packs is None):
+            return False
+        pairs = [(self.indices, other.indices), (self.weights, other.weights), (self.packs, other.packs)]
+        return all(np.array_equal(own, others) for own, others in pairs if own is not None and others is not None)
 
     __hash__ = None  # type: ignore[assignment]  # compared by content; use `fingerprint` as a key
 
     def take(self, positions: npt.NDArray[Any]) -> EpochPlan:
-        """The plan with only these positions of this one, in this order. Weights are rescaled to mean 1."""
+        """The plan with only these positions of this one, in this order. Weights are rescaled to mean 1. No packs."""
         weights = self.weights[positions]
         mean = weights.mean(dtype=np.float64) if len(weights) else 1.0
         return EpochPlan(indices=self.indices[positions], weights=weights if mean == 1.0 else weights / mean)
@@ -187,6 +203,8 @@ class EpochPlan:
         """12 hex digits that two plans share only if they are the same."""
         digest = hashlib.blake2b(self.indices.tobytes(), digest_size=6)
         digest.update(self.weights.tobytes())
+        if self.packs is not None:
+            digest.update(self.packs.tobytes())
         return digest.hexdigest()
 
 

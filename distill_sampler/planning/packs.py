@@ -1,0 +1,225 @@
+"""Packs: the samples of a plan laid end to end in rows of a fixed number of tokens, after the plan was made.
+
+A pack is filled from the oldest samples that wait, a window of them in the plan's order: first the oldest, then again
+and again the longest that still fits. When none fits, the next pack begins. So a sample is trained at most a window of
+samples earlier than planned, and no pack that begins passes over the sample that has waited longest. (Best fit with a
+bounded look-ahead; with a window of 1 it is next fit.)
+
+All of it is arithmetic on lengths: equal arguments give equal packs on every process. A long plan is packed in
+stretches, side by side, each from its own first sample.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from distill_sampler.field_docs import documents_fields
+from distill_sampler.types import EpochPlan, IntArray
+
+_STRETCH_PACKS = 256
+"""Packs in a stretch, at least: the last pack of a stretch is not full."""
+_STRETCH_SAMPLES = 4096
+"""Samples in a stretch, at least."""
+_SIDE_BY_SIDE = 512
+"""Stretches at a time: their windows fit into the processor's cache."""
+
+
+@documents_fields
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """How plans are packed.
+
+    Raises:
+        ValueError: a number is not positive.
+    """
+
+    capacity: int
+    """Tokens of a pack, at most."""
+    window: int = 64
+    """How many samples that wait a pack is filled from. 1: strictly in the plan's order."""
+
+    def __post_init__(self) -> None:
+        for name, argument in (("capacity", "pack_to"), ("window", "pack_window")):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{argument}={getattr(self, name)}: give a positive whole number.")
+        if self.window > 2**15:
+            raise ValueError(f"pack_window={self.window}: give a number of samples up to {2**15}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackCounts:
+    """What an epoch's packs hold."""
+
+    packs: int
+    capacity: int
+    tokens: int
+    """Tokens that the epoch trains on."""
+    cut: int
+    """Tokens of the plan that it leaves out at its end."""
+    repeated: int
+    """Tokens that it has from the plan's start once more, to have all of its packs."""
+    moved: int
+    """Places that a sample is away from its place in the plan, at most."""
+
+    @property
+    def fill(self) -> float:
+        """Share of the packs' room that is filled."""
+        return self.tokens / (self.packs * self.capacity)
+
+    def sentence(self) -> str:
+        """The numbers, for people."""
+        said = (
+            f"{self.packs} packs of up to {self.capacity} tokens, {self.fill:.1%} full: {self.tokens:,} tokens. "
+            f"Samples are up to {self.moved} places from where they were planned."
+        )
+        if self.cut:
+            said += f" The last {self.cut:,} tokens of the plan are left out."
+        if self.repeated:
+            said += f" {self.repeated:,} of the tokens are from the plan's start once more."
+        return said
+
+
+def pack_plan(
+    plan: EpochPlan, lengths: IntArray, packing: Packing, num_packs: int | None = None
+) -> tuple[EpochPlan, PackCounts]:
+    """The plan in packs, in the order in which they are trained on.
+
+    An epoch has a constant number of packs: a plan that fills more is cut behind the last one, and a plan that fills
+    fewer goes on from its start.
+
+    Args:
+        plan: samples in the order that the policies gave.
+        lengths: `[samples]` tokens of each sample of the data set, at most `packing.capacity`.
+        packing: how to pack.
+        num_packs: packs in an epoch; None: as many as the plan fills.
+
+    Raises:
+        ValueError: the plan is empty.
+    """
+    if not len(plan):
+        raise ValueError("The policies left no sample, so there is nothing to pack.")
+    own = lengths[plan.indices]
+    order, bounds = lay_out(own, packing)
+    num_packs = num_packs or len(bounds) - 1
+    needed = len(plan)
+    while len(bounds) - 1 < num_packs:
+        needed = needed * num_packs // (len(bounds) - 1) + packing.window
+        order, bounds = lay_out(own[np.arange(needed) % len(plan)], packing)
+    bounds = bounds[: num_packs + 1]
+    order = order[: bounds[-1]]
+    chosen = plan.take(order % len(plan))
+    first_time = order < len(plan)
+    tokens = int(lengths[chosen.indices].sum())
+    counts = PackCounts(
+        packs=num_packs,
+        capacity=packing.capacity,
+        tokens=tokens,
+        cut=int(own.sum() - own[order[first_time]].sum()),
+        repeated=int(lengths[chosen.indices[~first_time]].sum()),
+        moved=int(np.abs(order - np.arange(len(order))).max()),
+    )
+    return EpochPlan(indices=chosen.indices, weights=chosen.weights, packs=bounds), counts
+
+
+def lay_out(lengths: IntArray, packing: Packing) -> tuple[IntArray, IntArray]:
+    """`([n], [packs + 1])`: the places `0..n-1` in the order of the packs, and where in it each pack begins.
+
+    Within a pack, places ascend. `lengths [5, 4, 3, 2, 1]` in packs of 6 with a window of 2
+    `-> [0, 1, 3, 2, 4], [0, 1, 3, 5]`.
+
+    Args:
+        lengths: `[n]` tokens of the sample at each place, from 1 to the capacity.
+        packing: how to pack.
+    """
+    assert len(lengths) == 0 or 1 <= lengths.min() <= lengths.max() <= packing.capacity
+    if len(lengths) == 0:
+        return np.zeros(0, np.int64), np.zeros(1, np.int64)
+    if packing.window == 1:
+        return np.arange(len(lengths)), _next_fit(lengths, packing.capacity)
+    return _best_fit(lengths, packing.capacity, packing.window)
+
+
+def _next_fit(lengths: IntArray, capacity: int) -> IntArray:
+    """Where packs begin if each takes what follows until a sample does not fit."""
+    ends = np.cumsum(lengths).tolist()
+    bounds = [0]
+    while (start := bounds[-1]) < len(ends):
+        used = ends[start - 1] if start else 0
+        bounds.append(bisect_right(ends, used + capacity, start, min(len(ends), start + capacity)))
+    return np.array(bounds)
+
+
+def _best_fit(lengths: IntArray, capacity: int, window: int) -> tuple[IntArray, IntArray]:
+    """See `lay_out`. All stretches place one sample each at a time, so that numpy works on all of them at once."""
+    per_pack = capacity * len(lengths) // int(lengths.sum()) + 1
+    bits = (min(len(lengths), max(_STRETCH_SAMPLES, _STRETCH_PACKS * per_pack)) - 1).bit_length()
+    stretch = 1 << bits
+    placed = [
+        _fill(lengths[start : start + _SIDE_BY_SIDE * stretch], capacity, window, bits)
+        for start in range(0, len(lengths), _SIDE_BY_SIDE * stretch)
+    ]
+    by_pack = np.concatenate(placed)  # [stretches, places]: a pack's number in the stretch << bits | place
+    by_pack.sort(axis=1)
+    first = np.arange(len(by_pack))[:, None] << bits
+    order = ((by_pack & (stretch - 1)) + first).ravel()
+    pack = ((by_pack >> bits) + first).ravel()
+    if len(order) > len(lengths):  # what completed the last stretch
+        kept = order < len(lengths)
+        order, pack = order[kept], pack[kept]
+    return order, np.flatnonzero(np.concatenate([[True], pack[1:] != pack[:-1], [True]]))
+
+
+def _fill(lengths: IntArray, capacity: int, window: int, bits: int) -> IntArray:
+    """`[stretches, places]`: each place with its pack, as `pack << bits | place`.
+
+    A waiting sample is one number, `length << bits | places behind it in the stretch`: of two samples the longer one is
+    larger, and of equally long ones the older one. What fits best is the number with the smallest distance below
+    `room << bits | all ones`; numbers above it wrap around, to distances in the upper half.
+
+    The last stretch is completed with samples of no length, which always fit, and change nothing.
+    """
+    stretch = 1 << bits
+    window = min(window, stretch)
+    kind: Any = np.uint32 if (capacity + 2) << bits < 2**31 else np.uint64
+    shift, ages = kind(bits), kind(stretch - 1)
+    upper_half = kind(1) << kind(8 * np.dtype(kind).itemsize - 1)
+    whole_room = kind(capacity << bits) | ages
+    num_stretches = -(-len(lengths) // stretch)
+    numbers: Any = np.zeros(num_stretches * stretch, kind)
+    numbers[: len(lengths)] = lengths
+    behind = np.arange(stretch - 1, -1, -1, dtype=kind)
+    numbers = np.ascontiguousarray((numbers.reshape(num_stretches, stretch) << shift | behind).T)
+    # [window, stretches] who waits, and the slot of each who came to wait; a slot that nobody fills holds `nobody`
+    waiting = numbers[:window].copy()
+    nobody = upper_half & ~ages
+    slots = np.zeros((stretch, num_stretches), np.int16)
+    slots[:window] = np.arange(window)[:, None]
+    columns = np.arange(num_stretches)
+    room: Any = np.zeros(num_stretches, kind)
+    pack = np.full(num_stretches, -1)
+    placed = np.empty((stretch, num_stretches), np.int64)
+    distance = np.empty_like(waiting)
+    for turn in range(stretch):
+        np.subtract(room, waiting, out=distance)
+        nearest = distance.min(0) if turn else np.full(num_stretches, upper_half)
+        chosen = room - nearest
+        begins = np.flatnonzero(nearest >= upper_half)
+        if len(begins):
+            oldest = (waiting[:, begins] & ages).argmax(0)
+            chosen[begins] = waiting[oldest, begins]
+            room[begins] = whole_room
+            pack[begins] += 1
+        room -= chosen & ~ages
+        place = (ages - (chosen & ages)).astype(np.int64)
+        placed[turn] = pack << bits | place
+        slot = slots[place, columns]
+        if turn + window < stretch:
+            waiting[slot, columns] = numbers[turn + window]
+            slots[turn + window] = slot
+        else:
+            waiting[slot, columns] = nobody
+    return placed.T
