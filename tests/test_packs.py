@@ -87,7 +87,7 @@ def test_no_sample_at_all_makes_no_pack() -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(lengths=LENGTHS, packing=PACKINGS, num_packs=st.integers(1, 60), data=st.data())
-def test_an_epoch_has_constantly_many_packs_cut_behind_the_last_or_gone_on_from_the_start(
+def test_an_epoch_has_constantly_many_packs_cut_behind_the_last_or_gone_on_from_the_first(
     lengths: IntArray, packing: Packing, num_packs: int, data: st.DataObject
 ) -> None:
     indices = np.array(data.draw(st.permutations(range(len(lengths)))))
@@ -100,13 +100,11 @@ def test_an_epoch_has_constantly_many_packs_cut_behind_the_last_or_gone_on_from_
     assert sums.max() <= packing.capacity
     assert counts.tokens == sums.sum() == lengths.sum() - counts.cut + counts.repeated
     copies = np.bincount(packed.indices, minlength=len(lengths))
-    if counts.cut:
-        assert copies.max() == 1
-    if len(packed) >= 2 * len(plan):  # whole rounds: nobody is forgotten
-        assert copies.min() >= 1
+    assert copies.max() - copies.min() <= 1
+    assert 0 in (counts.cut, counts.repeated)
     weight_of = dict(zip(indices.tolist(), weights, strict=True))
     ratio = packed.weights / np.array([weight_of[index] for index in packed.indices.tolist()])
-    assert ratio == pytest.approx(ratio[0])
+    assert ratio == pytest.approx(ratio[0], rel=1e-5)
     assert packed.weights.mean() == pytest.approx(1, abs=1e-3)
 
 

@@ -88,8 +88,8 @@ def pack_plan(
 ) -> tuple[EpochPlan, PackCounts]:
     """The plan in packs, in the order in which they are trained on.
 
-    An epoch has a constant number of packs: a plan that fills more is cut behind the last one, and a plan that fills
-    fewer goes on from its start.
+    An epoch has a constant number of packs: a plan that fills more is cut behind the last one, and one that fills fewer
+    goes on with its first packs.
 
     Args:
         plan: samples in the order that the policies gave.
@@ -104,22 +104,20 @@ def pack_plan(
         raise ValueError("The policies left no sample, so there is nothing to pack.")
     own = lengths[plan.indices]
     order, bounds = lay_out(own, packing)
-    num_packs = num_packs or len(bounds) - 1
-    needed = len(plan)
-    while len(bounds) - 1 < num_packs:
-        needed = needed * num_packs // (len(bounds) - 1) + packing.window
-        order, bounds = lay_out(own[np.arange(needed) % len(plan)], packing)
-    bounds = bounds[: num_packs + 1]
-    order = order[: bounds[-1]]
-    chosen = plan.take(order % len(plan))
-    first_time = order < len(plan)
+    filled = len(bounds) - 1
+    num_packs = num_packs or filled
+    rounds, more = divmod(num_packs, filled)
+    whole_rounds = bounds[:-1] + len(plan) * np.arange(rounds)[:, None]
+    bounds = np.concatenate([whole_rounds.ravel(), len(plan) * rounds + bounds[: more + 1]])
+    places = np.arange(bounds[-1])
+    chosen = plan.take(order[places % len(plan)])
     tokens = int(lengths[chosen.indices].sum())
     counts = PackCounts(
         packs=num_packs,
         capacity=packing.capacity,
         tokens=tokens,
-        cut=int(own.sum() - own[order[first_time]].sum()),
-        repeated=int(lengths[chosen.indices[~first_time]].sum()),
+        cut=max(0, int(own.sum()) - tokens),
+        repeated=max(0, tokens - int(own.sum())),
         moved=int(np.abs(order - np.arange(len(order))).max()),
     )
     return EpochPlan(indices=chosen.indices, weights=chosen.weights, packs=bounds), counts
