@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from distill_sampler.contract import checked_metrics, checked_policies, require_
 from distill_sampler.cycle import Cycle
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.distributed import Ranks
+from distill_sampler.planning.packs import Packing
 from distill_sampler.planning.planner import Planner
 from distill_sampler.planning.rescore import Rescore
 from distill_sampler.planning.sampler import DistillSampler
@@ -40,6 +42,9 @@ class Curriculum:
             It is constant, because trainers count their steps and set up the learning-rate schedule once. A plan of
             another length is completed from its start or cut at its end (`fit_length`) if you set `num_samples`, or if
             samples without a score can explain the difference. Otherwise it is refused.
+        num_tokens: length of every epoch in tokens, where the plan is packed (`attach(…, pack_to=)`): an epoch has as
+            many packs as so many tokens need. By default as many as the policies' plan fills if no sample lacks a
+            score.
         rescore: when the student scores again, and which samples. By default every candidate before every epoch.
         observe: also take scores from the forward passes of training, at the cost of one more product with the output
             head. Not possible for metrics that read other sequences than the samples (Local Naturalness) or use other
@@ -60,6 +65,7 @@ class Curriculum:
         metrics: Sequence[Metric],
         policies: Sequence[Policy],
         num_samples: int | None = None,
+        num_tokens: int | None = None,
         rescore: Rescore | None = None,
         observe: bool = False,
         seed: int = 0,
@@ -85,9 +91,14 @@ class Curriculum:
         self.driven_by: str | None = None
         """The trainer or loop that it was attached to; None: nothing yet. There can be one only."""
         self._num_samples = num_samples
+        self._num_tokens = num_tokens
         self._cycle: Cycle | None = None
         if num_samples is not None and num_samples < 1:
             raise ValueError(f"Curriculum(num_samples={num_samples}): an epoch needs at least one sample.")
+        if num_tokens is not None and num_tokens < 1:
+            raise ValueError(f"Curriculum(num_tokens={num_tokens}): an epoch needs at least one token.")
+        if num_samples is not None and num_tokens is not None:
+            raise ValueError("Curriculum(num_samples=, num_tokens=): an epoch has one length. Give one of the two.")
 
     # ---- Life cycle ----
 
@@ -95,7 +106,14 @@ class Curriculum:
         """Give a tokenizer to the metrics that read text and have none. Call it before `bind`; `attach` does."""
         self.metrics = {name: metric.with_tokenizer(tokenizer) for name, metric in self.metrics.items()}
 
-    def bind(self, dataset: ScoredDataset, *, applies_weights: bool = False, observes: bool = False) -> DistillSampler:
+    def bind(
+        self,
+        dataset: ScoredDataset,
+        *,
+        applies_weights: bool = False,
+        observes: bool = False,
+        packing: Packing | None = None,
+    ) -> DistillSampler:
         """Start a run on a data set. Returns the sampler for its data loader.
 
         `attach` and `CurriculumLoop` call this. In a loop of your own, say what it supports.
@@ -104,16 +122,26 @@ class Curriculum:
             dataset: the prepared data set.
             applies_weights: whether the loop multiplies each sample's loss by its weight in `sampler.plan.weights`.
             observes: whether the loop takes scores from the forward passes of training.
+            packing: how plans are packed. The sampler then gives tuples of indices, whose samples are one row.
 
         Raises:
             ValueError: a column that a policy or metric needs is missing, the policies would leave no sample, or the
                 curriculum needs loss weights or observed scores and the loop does not support them.
         """
+        if self._num_tokens is not None:
+            if packing is None:
+                raise ValueError(
+                    f"Curriculum(num_tokens={self._num_tokens}) is the length of an epoch in packs, but nothing is "
+                    "packed. Say how many tokens a pack has, attach(trainer, curriculum, pack_to=…), or give "
+                    "num_samples= instead."
+                )
+            packing = replace(packing, num_packs=-(-self._num_tokens // packing.capacity))
         cycle = Cycle(
             dataset,
             metrics=self.metrics,
             policies=self.policies,
             num_samples=self._num_samples,
+            packing=packing,
             rescore=self.rescore,
             observe=self.observe,
             seed=self.seed,

@@ -24,6 +24,7 @@ from distill_sampler.artifacts.schema import OWN_COLUMNS, run_facts
 from distill_sampler.artifacts.state import as_state, content_of
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.distributed import Ranks
+from distill_sampler.planning.packs import Packing, require_same_packing
 from distill_sampler.planning.planner import PlannedEpoch, Planner
 from distill_sampler.planning.rescore import Rescore
 from distill_sampler.planning.sampler import DistillSampler
@@ -60,13 +61,16 @@ class Cycle:
         seed: int,
         scorer: Scorer,
         teacher: str,
+        packing: Packing | None = None,
     ) -> None:
         self.dataset = dataset
         self.metrics = dict(metrics)
         self.rescore = rescore
         self.scorer = scorer
         replans = rescore.every_steps is not None
-        self.planner = Planner(dataset, self.metrics, policies, seed=seed, num_samples=num_samples, plans_rest=replans)
+        self.planner = Planner(
+            dataset, self.metrics, policies, seed=seed, num_samples=num_samples, plans_rest=replans, packing=packing
+        )
         self.teachers: EncodedColumn | None = None
         if teacher in dataset.column_names:
             self.teachers = self.planner.columns.get(teacher) or dataset.column(teacher)
@@ -82,7 +86,7 @@ class Cycle:
             **{f"column '{name}'": dataset.column_fingerprint(name) for name in read},
         }
         """What the scores and plans belong to."""
-        self.sampler = DistillSampler(self.planner.num_samples)
+        self.sampler = DistillSampler(self.planner.num_rows, packs=packing is not None)
         self.summaries: list[EpochSummary] = []
         self.record = Record()
         self._run = ""
@@ -157,7 +161,7 @@ class Cycle:
             return self.sampler.plan
         ranks.require_equal(self.dataset.fingerprint, "data set")
         if self.sampler.plan is not None:
-            self._trained_before = self.times_trained(assumed_progress=len(self.sampler))
+            self._trained_before = self.times_trained(assumed_progress=self.sampler.places(len(self.sampler)))
             self.sampler.plan = None
         summary = self.score(model, epoch=epoch, step=step, indices=self.pass_runner.due(ranks, epoch=epoch))
         planned, notes = self.planner.plan(self._pool(epoch, step), tolerate=_any_without_score(summary))
@@ -170,7 +174,9 @@ class Cycle:
 
     def replan(self, model: nn.Module, *, step: int, into_epoch: int, start: int) -> EpochPlan | None:
         """Replan the rest of the epoch, if it is time; see `Curriculum.replan`."""
-        if start >= self.planner.num_samples or into_epoch == 0 or not self.rescore.due(epoch=0, into_epoch=into_epoch):
+        if into_epoch == 0 or not self.rescore.due(epoch=0, into_epoch=into_epoch):
+            return None
+        if self.sampler.rows(start) >= self.sampler.num_rows:
             return None
         assert self.epoch is not None
         assert self.sampler.plan is not None
@@ -233,6 +239,7 @@ class Cycle:
                 num_scored=self.dataset.num_scored,
                 scoring=scoring,
                 notes=all_notes,
+                packed=planned.packed,
             )
         )
 
@@ -254,7 +261,7 @@ class Cycle:
     def progress(self, places: int) -> None:
         """See `Curriculum.progress`."""
         # of what completes the last step, at most a step less one sample
-        self._progress = min(places, self.planner.num_samples + self.sampler.per_step - 1)
+        self._progress = min(places, self.sampler.places(self.sampler.num_rows + self.sampler.per_step - 1))
 
     def times_trained(self, *, assumed_progress: int = 0) -> IntArray:
         """`[samples]` how often each sample was trained on.
@@ -337,11 +344,12 @@ class Cycle:
 
     def state_dict(self, arrays: dict[str, npt.NDArray[Any]] | None = None) -> dict[str, Any]:
         """See `Curriculum.state_dict`."""
-        plan = self.sampler.plan
+        plan, packing = self.sampler.plan, self.planner.packing
         content = {
             "num_samples": self.planner.num_samples,
             "epoch": self.epoch,
-            "plan": None if plan is None else {"indices": plan.indices, "weights": plan.weights},
+            **({} if packing is None else {"packing": packing.described}),
+            "plan": None if plan is None else plan.arrays(),
             "progress": self._progress,
             "plans": self._num_plans,
             "trained": self._trained_before,
@@ -360,7 +368,8 @@ class Cycle:
     ) -> None:
         """See `Curriculum.load_state_dict`."""
         state = content_of(saved_state, arrays)
-        if state["num_samples"] != self.planner.num_samples:
+        require_same_packing(state.get("packing"), self.planner.packing)
+        if self.planner.packing is None and state["num_samples"] != self.planner.num_samples:
             raise ValueError(
                 f"The curriculum's state has epochs of {state['num_samples']} samples, but here they have "
                 f"{self.planner.num_samples}. Resume with Curriculum(num_samples={state['num_samples']})."

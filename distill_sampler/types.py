@@ -182,13 +182,16 @@ class EpochPlan:
         """Rows that the trainer gets: packs, or without packs, samples."""
         return len(self) if self.packs is None else len(self.packs) - 1
 
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """What it was made of, by the names of the fields."""
+        packs = {} if self.packs is None else {"packs": self.packs}
+        return {"indices": self.indices, "weights": self.weights, **packs}
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, EpochPlan):
             return NotImplemented
-        if (self.packs is None) != (other.packs is None):
-            return False
-        pairs = [(self.indices, other.indices), (self.weights, other.weights), (self.packs, other.packs)]
-        return all(np.array_equal(own, others) for own, others in pairs if own is not None and others is not None)
+        own, others = self.arrays(), other.arrays()
+        return own.keys() == others.keys() and all(np.array_equal(own[name], others[name]) for name in own)
 
     __hash__ = None  # type: ignore[assignment]  # compared by content; use `fingerprint` as a key
 

@@ -1,5 +1,6 @@
 """Packing as arithmetic: every sample once, nothing overfull, the oldest first, an epoch of constantly many packs."""
 
+import dataclasses
 from collections import deque
 from itertools import pairwise
 
@@ -93,7 +94,7 @@ def test_an_epoch_has_constantly_many_packs_cut_behind_the_last_or_gone_on_from_
     indices = np.array(data.draw(st.permutations(range(len(lengths)))))
     weights = np.linspace(0.5, 1.5, len(lengths)) if len(lengths) > 1 else np.ones(1)
     plan = EpochPlan(indices=indices, weights=weights)
-    packed, counts = pack_plan(plan, lengths, packing, num_packs)
+    packed, counts = pack_plan(plan, lengths, dataclasses.replace(packing, num_packs=num_packs))
     assert packed.packs is not None
     assert packed.num_rows == counts.packs == num_packs
     sums = np.add.reduceat(lengths[packed.indices], packed.packs[:-1])

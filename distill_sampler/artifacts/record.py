@@ -31,7 +31,7 @@ from distill_sampler.artifacts.passes import missing_column
 from distill_sampler.planning.planner import PlannedEpoch
 from distill_sampler.serialize import write_atomically
 from distill_sampler.store import Measurements, ScoringPass
-from distill_sampler.types import EpochPlan
+from distill_sampler.types import EpochPlan, IntArray
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ class Record:
             return
         number = self._count("plan")
         metadata = {"epoch": planned.epoch, "step": planned.step, "start": planned.start, "passes": planned.passes}
-        plan = pa.table({"sample": planned.plan.indices, "weight": planned.plan.weights})
+        plan = pa.table({"sample": planned.plan.indices, "weight": planned.plan.weights, **packs_of(planned.plan)})
         # write the reasons first, so that every plan in the record has them
         self._add("left", number, pa.table({"left_out_by": planned.left_out_by.astype(np.int16)}))
         self._add("plan", number, plan.replace_schema_metadata({b"record": json.dumps(metadata).encode()}))
@@ -207,7 +207,9 @@ class Record:
         table = read_part(path)
         metadata = json.loads(table.schema.metadata[b"record"])
         return PlannedEpoch(
-            plan=EpochPlan(indices=table["sample"].to_numpy(), weights=table["weight"].to_numpy()),
+            plan=EpochPlan(
+                indices=table["sample"].to_numpy(), weights=table["weight"].to_numpy(), packs=_bounds_of(table)
+            ),
             left_out_by=read_part(self._files("left")[number])["left_out_by"].to_numpy().astype(np.int64),
             **metadata,
         )
@@ -295,3 +297,17 @@ def _pass_from_table(table: pa.Table) -> ScoringPass:
         measured=measured,
         drift=metadata["drift"],
     )
+
+
+def packs_of(plan: EpochPlan) -> dict[str, IntArray]:
+    """The column `pack` of a plan's table: the number of each sample's pack, from 0. None without packs."""
+    if plan.packs is None:
+        return {}
+    return {"pack": np.repeat(np.arange(plan.num_rows), np.diff(plan.packs))}
+
+
+def _bounds_of(table: pa.Table) -> IntArray | None:
+    if "pack" not in table.column_names:
+        return None
+    pack = table["pack"].to_numpy()
+    return np.searchsorted(pack, np.arange(pack[-1] + 2))

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distill_sampler.artifacts.passes import missing_column
-from distill_sampler.artifacts.record import Record
+from distill_sampler.artifacts.record import Record, packs_of
 from distill_sampler.artifacts.schema import OWN_COLUMNS, RUN_COLUMNS
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.protocols import Metric
@@ -119,9 +119,11 @@ def plan_rows(record: Record, samples: pa.Table, columns: Sequence[str] | None) 
             "position": np.arange(len(plan)),
             "sample": plan.indices,
             "weight": plan.weights,
+            **packs_of(plan),
         }
         of_samples = [name for name in samples.column_names if name not in of_plan]
-        names = ["epoch", "position", "sample", *of_samples, "weight"] if columns is None else list(columns)
+        last = [name for name in of_plan if name in ("weight", "pack")]
+        names = ["epoch", "position", "sample", *of_samples, *last] if columns is None else list(columns)
         tables.append(_joined(of_plan, samples, plan.indices, names))
     return pa.concat_tables(tables) if tables else pa.table({})
 

@@ -251,7 +251,7 @@ class CurriculumLoop:
                 self._per_step,
                 per_step,
                 self._position,
-                self.sampler.num_samples,
+                self.sampler.num_rows,
                 self._epoch,
             )
         return self.accelerator.skip_first_batches(loader, skip)

@@ -49,7 +49,14 @@ def rows_of(inputs: Mapping[str, Any]) -> list[IntArray]:
 
 
 def batch_of(
-    inputs: Mapping[str, Any], plan: EpochPlan, dataset: ScoredDataset, *, place: int, epoch: int, step: int
+    inputs: Mapping[str, Any],
+    plan: EpochPlan,
+    dataset: ScoredDataset,
+    *,
+    place: int,
+    stop: int | None = None,
+    epoch: int,
+    step: int,
 ) -> Batch:
     """Which samples a host's batch holds: the plan's samples from `place` on, after a comparison of their tokens.
 
@@ -58,6 +65,7 @@ def batch_of(
         plan: the epoch's plan.
         dataset: the samples with their tokens.
         place: position of the batch's first sample in the plan.
+        stop: position behind its last sample; None: it is not known.
         epoch: from 0.
         step: optimizer steps taken so far.
 
@@ -65,11 +73,20 @@ def batch_of(
         ValueError: the batch has no token ids, or holds other tokens than the planned samples.
     """
     starts, lengths = layout(inputs)
+    if plan.packs is not None and stop is not None:
+        # what follows completes the row to a multiple of some number of tokens
+        starts, lengths = starts[: stop - place], lengths[: stop - place]
+        if len(starts) < stop - place:
+            raise ValueError(
+                f"The batch holds {len(starts)} samples where the packs of epoch {epoch} have {stop - place} from "
+                f"place {place} on. The collator must lay samples end to end, with position ids that restart."
+            )
+    tokens = inputs["input_ids"].cpu().numpy().reshape(-1)
     # the plan's first samples complete the last step of an epoch
     places = (place + np.arange(len(starts))) % len(plan)
     samples = plan.indices[places]
-    for row, (tokens, sample) in enumerate(zip(rows_of(inputs), dataset.samples(samples), strict=True)):
-        if not np.array_equal(tokens, sample.input_ids):
+    for row, sample in enumerate(dataset.samples(samples)):
+        if not np.array_equal(tokens[starts[row] : starts[row] + lengths[row]], sample.input_ids):
             raise ValueError(
                 f"The batch does not hold the tokens of sample {sample.index}, which the plan of epoch {epoch} has at "
                 f"place {places[row]}, so training does not follow the plan. If your own collator or data loader "

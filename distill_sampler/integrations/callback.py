@@ -137,7 +137,7 @@ class CurriculumCallback(TrainerCallback):
             "run": self.run,
             "world_size": args.world_size,
             "samples_per_step": samples_per_step(args),
-            "places_per_epoch": len(self.curriculum.sampler),
+            "places_per_epoch": self.curriculum.sampler.places(len(self.curriculum.sampler)),
             "files": _files_of_a_checkpoint(self.trainer),
         }
         self._note_progress(state)
@@ -164,7 +164,7 @@ class CurriculumCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         into_epoch = state.global_step - self._steps_before
-        start = self._position(into_epoch + self.curriculum.rescore.lag)
+        start = self._places(into_epoch + self.curriculum.rescore.lag)
         self._note_progress(state)
         model = _wrapped_model(self.trainer)
         if self.curriculum.replan(model, step=state.global_step, into_epoch=into_epoch, start=start):
@@ -219,27 +219,35 @@ class CurriculumCallback(TrainerCallback):
     @contextmanager
     def batch(self, inputs: Any, args: TrainingArguments, state: TrainerState) -> Iterator[None]:
         """Identify the samples of a batch, and call the taps before and after the training on it."""
-        plan = self.curriculum.sampler.plan
-        assert plan is not None
+        sampler = self.curriculum.sampler
+        assert sampler.plan is not None
         # accelerate gives the batches to the processes in turn
-        place = (self._batches * args.world_size + args.process_index) * args.train_batch_size
-        place += self.curriculum.sampler.shift
+        row = (self._batches * args.world_size + args.process_index) * args.train_batch_size + sampler.shift
         self._batches += 1
-        batch = batch_of(inputs, plan, self.curriculum.dataset, place=place, epoch=self._epoch, step=state.global_step)
+        batch = batch_of(
+            inputs,
+            sampler.plan,
+            self.curriculum.dataset,
+            place=sampler.places(row),
+            stop=sampler.places(row + args.train_batch_size),
+            epoch=self._epoch,
+            step=state.global_step,
+        )
         for tap in self.taps:
             tap.before(batch)
         yield
         for tap in self.taps:
             tap.after(batch)
 
-    def _position(self, into_epoch: int) -> int:
+    def _places(self, into_epoch: int) -> int:
         """How many places of the plan have been trained on after `into_epoch` optimizer steps of the epoch."""
-        return self.curriculum.sampler.shift + into_epoch * samples_per_step(self.trainer.args)
+        sampler = self.curriculum.sampler
+        return sampler.places(sampler.shift + into_epoch * samples_per_step(self.trainer.args))
 
     def _note_progress(self, state: TrainerState) -> None:
         """Put the trainer's place in the plan into its state. A resume continues there."""
         into_epoch = state.global_step - self._steps_before
-        places = self._position(into_epoch)
+        places = self._places(into_epoch)
         self.curriculum.progress(places)
         _entries(state)[STATE_ENTRY]["progress"] = {
             "step": state.global_step,

@@ -49,7 +49,7 @@ def place_in(
         ValueError: `max_steps` is set, and a step now has another number of samples.
     """
     progress, per_step = entry["progress"], samples_per_step(args)
-    epoch, into_epoch, position = progress["epoch"], 0, progress["places"]
+    epoch, into_epoch, position = progress["epoch"], 0, sampler.rows(progress["places"])
     over = progress["over"]
     if not over:
         into_epoch = sampler.resume_at(position) // per_step
@@ -58,19 +58,21 @@ def place_in(
         epoch, into_epoch = epoch + 1, 0
     if entry["samples_per_step"] == per_step:
         return Place(epoch=epoch, into_epoch=into_epoch)
+    rows = sampler.noun
     if args.max_steps > 0:
         raise ValueError(
-            f"max_steps={args.max_steps} counts optimizer steps, but a step had {entry['samples_per_step']} samples "
+            f"max_steps={args.max_steps} counts optimizer steps, but a step had {entry['samples_per_step']} {rows} "
             f"until this checkpoint and has {per_step} now. Set the length of the run with num_train_epochs, or make "
             f"per_device_train_batch_size × gradient_accumulation_steps × processes {entry['samples_per_step']} again."
         )
     schedule_step = epoch * steps_per_epoch + into_epoch
     if args.process_index == 0:
-        where = f"at sample {position} of {sampler.num_samples} of the plan of epoch {epoch}"
+        where = f"at {rows[:-1]} {position} of {sampler.num_rows} of the plan of epoch {epoch}"
         logger.warning(
-            "An optimizer step had %d samples until this checkpoint and has %d now. Training continues %s. The "
+            "An optimizer step had %d %s until this checkpoint and has %d now. Training continues %s. The "
             "learning-rate schedule continues at its step %d of %d, the same share of the run as before.",
             entry["samples_per_step"],
+            rows,
             per_step,
             f"with epoch {epoch}" if over else where,
             schedule_step,

@@ -1,4 +1,4 @@
-"""The seven methods of a trainer that `attach` wraps, each on the instance, and why.
+"""The methods of a trainer that `attach` wraps, each on the instance, and why.
 
 1. `trainer._get_train_sampler`: the trainer draws samples from the curriculum's sampler.
 2. `trainer.log`: the curriculum's numbers join the trainer's next log entry.
@@ -7,6 +7,7 @@
 5. `trainer._save_checkpoint`: every checkpoint holds the plan and the scores.
 6. `trainer._init_training_state`: training continues at the place in the plan that the checkpoint names.
 7. `trainer.compute_loss`: objectives look at each training batch and add to its loss.
+8. `trainer._get_dataloader`: the trainer reads packs (`packs.py`).
 """
 
 from __future__ import annotations
@@ -40,14 +41,14 @@ class Follower(Protocol):
     def batch(self, inputs: Any, args: TrainingArguments, state: TrainerState) -> AbstractContextManager[None]: ...
 
 
-def sample_through(trainer: Trainer, sampler: torch.utils.data.Sampler[int]) -> None:
+def sample_through(trainer: Trainer, sampler: torch.utils.data.Sampler[Any]) -> None:
     """Make the trainer draw its samples from `sampler`, out of the data set that it has now.
 
     When training starts, a trainer whose data set has been replaced since raises a ValueError.
     """
     planned = trainer.train_dataset
 
-    def get_train_sampler(train_dataset: object = None) -> torch.utils.data.Sampler[int]:
+    def get_train_sampler(train_dataset: object = None) -> torch.utils.data.Sampler[Any]:
         if trainer.train_dataset is not planned:
             raise ValueError(
                 "trainer.train_dataset was replaced after attach. The curriculum plans the data set that the trainer "

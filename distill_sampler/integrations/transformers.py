@@ -24,6 +24,14 @@ from distill_sampler.integrations.callback import CurriculumCallback
 from distill_sampler.integrations.checkpoints import FOLDER
 from distill_sampler.integrations.loss_weights import LossWeights
 from distill_sampler.integrations.observed_scores import ObservedScores
+from distill_sampler.integrations.packs import (
+    Overlong,
+    SeparateSamples,
+    fitted,
+    pack_through,
+    packing_of,
+    refuse_packed,
+)
 from distill_sampler.integrations.refusals import (
     refuse_for,
     refuse_for_objectives,
@@ -67,6 +75,9 @@ def attach(
     accept_changes: bool = False,
     sample_log: bool = False,
     objective: Objective | Sequence[Objective] = (),
+    pack_to: int | Literal["max_length"] | None = None,
+    pack_window: int = 64,
+    pack_overlong: Overlong = "refuse",
 ) -> None:
     """Let a curriculum decide what each epoch of this trainer trains on. Call it once, before `trainer.train()`.
 
@@ -107,6 +118,14 @@ def attach(
             (`distill_sampler/samples-R.jsonl`); `distill-sampler verify` compares it with the checkpoints.
         objective: what training minimises beside the trainer's own loss, such as `SoftTargets(teacher)`; one, or
             several that are added one after the other.
+        pack_to: lay the samples of each epoch's plan end to end in packs of at most so many tokens, each a row of
+            training; `"max_length"`: `SFTConfig`'s. `per_device_train_batch_size` counts packs then. An epoch has a
+            constant number of packs: a plan that fills more is cut behind the last one, and one that fills fewer goes
+            on with its first packs. The table of each plan says how full they are, and what was cut. None: every sample
+            has a row of its own.
+        pack_window: a pack is filled from so many samples that wait, in the plan's order. 1: strictly in its order.
+        pack_overlong: what to do with samples that have more tokens than a pack: `"refuse"`; `"truncate"` keeps their
+            first tokens; `"split"` makes several samples of each, which are scored and chosen on their own.
 
     Raises:
         ValueError: the trainer's settings rule out a curriculum, or the data set lacks rows or columns; the message
@@ -115,29 +134,39 @@ def attach(
     refuse_settings(trainer)
     refuse_second_host(curriculum)
     args = trainer.args
+    trained_rows: Any = trainer.train_dataset
+    refuse_packed(trained_rows)
+    packing = None if pack_to is None else packing_of(trainer, pack_to, pack_window)
+    source = source_rows(trained_rows)
+    taps: list[Tap] = []
+    if packing is not None:
+        taps.append(SeparateSamples(trainer))
+        trained_rows, source = fitted(trained_rows, packing.capacity, pack_overlong)
     end_tokens = end_token_ids(trainer.processing_class, trainer.model)
     rows, labels, tokens_cut = with_response_labels(
-        trainer, trainer.train_dataset, labels, score_whole_text=score_whole_text, end_token_ids=end_tokens
+        trainer, trained_rows, labels, score_whole_text=score_whole_text, end_token_ids=end_tokens
     )
     dataset = ScoredDataset(
         rows, labels=labels, end_token_ids=() if score_end_marker else end_tokens, unscorable=unscorable
     )
-    dataset.source_rows = source_rows(trainer.train_dataset)
+    dataset.source_rows = source
     if is_sft_trainer(trainer):
         dataset.dropped = dropped_rows(trainer)
+        limits = [args.max_length] if args.max_length else []  # type: ignore[attr-defined]  # of SFTConfig
+        if packing is not None and pack_overlong == "truncate":
+            limits.append(packing.capacity)
         cut = cut_responses(
             dataset,
-            max_length=args.max_length,  # type: ignore[attr-defined]  # of SFTConfig
+            max_length=min(limits) if limits else None,
             end_token_ids=end_tokens,
             truncation_mode=args.truncation_mode,  # type: ignore[attr-defined]
         )
         unknown = np.where(cut, UNKNOWN, 0)
         dataset.tokens_cut = unknown if tokens_cut is None else np.where(tokens_cut == UNKNOWN, unknown, tokens_cut)
     curriculum.use_tokenizer(trainer.processing_class)
-    sampler = curriculum.bind(dataset, applies_weights=True, observes=True)
+    sampler = curriculum.bind(dataset, applies_weights=True, observes=True, packing=packing)
     sampler.in_whole_steps(samples_per_step(args), cut=args.dataloader_drop_last)
     refuse_for(curriculum, args)
-    taps: list[Tap] = []
     if sample_log:
         taps.append(SampleLog(output_of(args) / FOLDER / f"samples-{args.process_index}.jsonl"))
     if curriculum.planner.gives_weights:
@@ -151,8 +180,11 @@ def attach(
     num_tokens = None if tokenizer is None else len(tokenizer)
     objective_taps = [each.tap(teachers, num_tokens=num_tokens) for each in objectives]
     taps += objective_taps
+    trainer.train_dataset = trained_rows
     callback = CurriculumCallback(trainer, curriculum, taps=taps, accept_changes=accept_changes)
     sample_through(trainer, sampler)
+    if packing is not None:
+        pack_through(trainer)
     trainer.add_callback(callback)
     log_through(trainer, callback)
     train_through(trainer, callback)

@@ -29,8 +29,9 @@ def refuse_sft_settings(trainer: Any) -> None:
     """
     if trainer.args.packing:
         raise ValueError(
-            "packing=True merges several samples into one row, so they can no longer be chosen one by one. Use "
-            "packing=False; padding_free=True (with max_length=None) also trains without padding and keeps the samples."
+            "packing=True merges several samples into one row before training, so they can no longer be chosen one by "
+            "one. Change two things: packing=False in SFTConfig, and attach(trainer, curriculum, "
+            'pack_to="max_length"). Then each epoch\'s plan is packed after it was made.'
         )
     if trainer._is_vision_dataset:
         raise ValueError(

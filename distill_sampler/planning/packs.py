@@ -12,7 +12,8 @@ stretches, side by side, each from its own first sample.
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,13 @@ class Packing:
     """Tokens of a pack, at most."""
     window: int = 64
     """How many samples that wait a pack is filled from. 1: strictly in the plan's order."""
+    num_packs: int | None = None
+    """Packs in every epoch. None: as many as the first plan fills."""
+
+    @property
+    def described(self) -> dict[str, int | None]:
+        """Its fields as plain values."""
+        return asdict(self)
 
     def __post_init__(self) -> None:
         for name, argument in (("capacity", "pack_to"), ("window", "pack_window")):
@@ -83,9 +91,7 @@ class PackCounts:
         return said
 
 
-def pack_plan(
-    plan: EpochPlan, lengths: IntArray, packing: Packing, num_packs: int | None = None
-) -> tuple[EpochPlan, PackCounts]:
+def pack_plan(plan: EpochPlan, lengths: IntArray, packing: Packing) -> tuple[EpochPlan, PackCounts]:
     """The plan in packs, in the order in which they are trained on.
 
     An epoch has a constant number of packs: a plan that fills more is cut behind the last one, and one that fills fewer
@@ -95,7 +101,6 @@ def pack_plan(
         plan: samples in the order that the policies gave.
         lengths: `[samples]` tokens of each sample of the data set, at most `packing.capacity`.
         packing: how to pack.
-        num_packs: packs in an epoch; None: as many as the plan fills.
 
     Raises:
         ValueError: the plan is empty.
@@ -105,7 +110,7 @@ def pack_plan(
     own = lengths[plan.indices]
     order, bounds = lay_out(own, packing)
     filled = len(bounds) - 1
-    num_packs = num_packs or filled
+    num_packs = packing.num_packs or filled
     rounds, more = divmod(num_packs, filled)
     whole_rounds = bounds[:-1] + len(plan) * np.arange(rounds)[:, None]
     bounds = np.concatenate([whole_rounds.ravel(), len(plan) * rounds + bounds[: more + 1]])
@@ -221,3 +226,29 @@ def _fill(lengths: IntArray, capacity: int, window: int, bits: int) -> IntArray:
         else:
             waiting[slot, columns] = nobody
     return placed.T
+
+
+def require_same_packing(saved: Mapping[str, Any] | None, here: Packing | None) -> None:
+    """Check that a saved state has packs like ours.
+
+    Args:
+        saved: `Packing.described` of the state's; None: it has no packs.
+        here: the run's that continues.
+
+    Raises:
+        ValueError: it has others.
+    """
+    if saved == (None if here is None else here.described):
+        return
+    if saved is None:
+        raise ValueError(
+            "The curriculum's state has no packs, but here plans are packed. Resume without pack_to=, or start a new "
+            "run from the checkpoint's weights."
+        )
+    own = "none" if here is None else f"{here.num_packs} of {here.capacity} tokens (pack_window={here.window})"
+    raise ValueError(
+        f"The curriculum's state has epochs of {saved['num_packs']} packs of {saved['capacity']} tokens "
+        f"(pack_window={saved['window']}), but here they have {own}. Resume with pack_to={saved['capacity']}, "
+        f"pack_window={saved['window']}, and Curriculum(num_tokens={saved['num_packs'] * saved['capacity']}) if the "
+        "policies have changed."
+    )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from distill_sampler.dataset import ScoredDataset
+from distill_sampler.planning.packs import PackCounts, Packing, pack_plan
 from distill_sampler.planning.sampler import fit_length, replace_rest
 from distill_sampler.planning.why import ExplainedPlan, PolicyFacts, plan_with_reasons
 from distill_sampler.policies import apply_one_by_one
@@ -32,6 +33,8 @@ class PlannedEpoch:
     """The position from which a replanned epoch changed; 0 for an epoch's first plan."""
     passes: int = 0
     """How many scoring passes of the run the plan is based on."""
+    packed: PackCounts | None = None
+    """What its packs hold, those behind `start` if the plan has one; None: it has no packs, or is of a record."""
 
 
 class Planner:
@@ -44,6 +47,7 @@ class Planner:
         seed: seed of all random choices.
         num_samples: length of every epoch. None: the length that the policies give if no sample lacks a score.
         plans_rest: whether epochs will be replanned midway. All policies must then have the same groups.
+        packing: how plans are packed; None: samples are trained one by one.
 
     Raises:
         ValueError: a column that a policy needs is missing, no sample would be left, or policies disagree about groups.
@@ -58,6 +62,7 @@ class Planner:
         seed: int,
         num_samples: int | None,
         plans_rest: bool = False,
+        packing: Packing | None = None,
     ) -> None:
         self.dataset = dataset
         self.metrics = metrics
@@ -69,16 +74,22 @@ class Planner:
         self.facts = [PolicyFacts.of(policy) for policy in policies]
         self.groups = self._groups(plans_rest)
         """`[samples]` equal numbers for samples of the same group, within which a policy chooses."""
-        self._length_given = num_samples is not None
+        self._in_tokens = packing is not None and packing.num_packs is not None
+        self._length_given = num_samples is not None or self._in_tokens
+        if packing is not None:
+            _refuse_longer(dataset.lengths, self.candidates, packing)
         for policy in policies:
             if policy.length_depends_on_scores and not self._length_given:
                 raise ValueError(
                     f"{as_typed(policy)} keeps a number of samples that depends on their scores, and trainers lay out "
                     "their epochs before anything is scored. Say how long an epoch is: Curriculum(num_samples=…) "
-                    "completes shorter plans from their start and cuts longer ones."
+                    "completes shorter plans from their start and cuts longer ones"
+                    + (" (num_tokens=… does that in packs)." if packing else ".")
                 )
         # equal scores for all samples show the plan's length before anything is scored
         self.num_samples = num_samples or len(self._dry_run(lambda: np.ones(len(dataset), np.float32)))
+        """Samples of the policies' plan of every epoch; unless epochs are given in tokens, then it is a guess."""
+        self.packing = None if packing is None else replace(packing, num_packs=self._num_packs(packing))
         # different made-up scores show whether the policies set weights, which some hosts cannot apply
         made_up = (dataset.content_hash >> np.uint64(40)) / 2.0**24 + 1
         self.gives_weights = bool((self._dry_run(lambda: made_up).weights != 1).any())
@@ -118,6 +129,14 @@ class Planner:
         Raises:
             ValueError: the policies give another length than the epochs have.
         """
+        whole, notes = self._plan_of_samples(pool, tolerate=tolerate)
+        if self.packing is None:
+            return whole, notes
+        plan, packed = pack_plan(whole.plan, self.dataset.lengths, self.packing)
+        return replace(whole, plan=plan, packed=packed), [*notes, packed.sentence()]
+
+    def _plan_of_samples(self, pool: Pool, *, tolerate: bool) -> tuple[PlannedEpoch, list[str]]:
+        """See `plan`. It is not packed yet."""
         policy_plan, left_out_by = plan_with_reasons(self.policies, self.candidates, pool, self.seed)
         if len(policy_plan) != self.num_samples and not self._length_given and not tolerate:
             raise ValueError(
@@ -126,7 +145,7 @@ class Planner:
                 f"Curriculum(num_samples={len(policy_plan)}) completes shorter plans from their start and cuts longer "
                 "ones at their end."
             )
-        plan = fit_length(policy_plan, self.num_samples)
+        plan = policy_plan if self._in_tokens else fit_length(policy_plan, self.num_samples)
         notes = []
         if len(policy_plan) != len(plan):
             action = "cut at its end" if len(policy_plan) > len(plan) else "completed from its start"
@@ -140,9 +159,19 @@ class Planner:
 
         The policies plan the whole epoch from the current scores. Samples before `start` count towards it.
         """
-        whole, notes = self.plan(pool, tolerate=tolerate)
-        plan = replace_rest(current, whole.plan, start, self.groups)
-        return replace(whole, plan=plan, start=start), [f"replanned from position {start} on.", *notes]
+        whole, notes = self._plan_of_samples(pool, tolerate=tolerate)
+        counts: list[PackCounts] = []
+
+        def pack(rest: EpochPlan, num_packs: int) -> EpochPlan:
+            assert self.packing is not None
+            packing = replace(self.packing, num_packs=num_packs)
+            packed, of_rest = pack_plan(rest, self.dataset.lengths, packing)
+            counts.append(of_rest)
+            return packed
+
+        plan = replace_rest(current, whole.plan, start, self.groups, None if self.packing is None else pack)
+        notes = [f"replanned from position {start} on.", *notes, *(of_rest.sentence() for of_rest in counts)]
+        return replace(whole, plan=plan, start=start, packed=counts[0] if counts else None), notes
 
     def explained(
         self, planned: PlannedEpoch, scores: Mapping[str, FloatArray], missing: Mapping[str, IntArray]
@@ -165,6 +194,17 @@ class Planner:
     def _dry_run(self, scores: Any) -> EpochPlan:
         columns = {name: scores() for name in columns_of(self.metrics.values())}
         return plan_with_reasons(self.policies, self.candidates, self.pool(0, columns, dry_run=True), self.seed)[0]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of every epoch: packs, or without packs, samples."""
+        return self.num_samples if self.packing is None else self.packing.num_packs or 0
+
+    def _num_packs(self, packing: Packing) -> int:
+        if packing.num_packs is not None:
+            return packing.num_packs
+        plan = fit_length(self._dry_run(lambda: np.ones(len(self.dataset), np.float32)), self.num_samples)
+        return pack_plan(plan, self.dataset.lengths, packing)[1].packs
 
     def _samples_to_score(self) -> IntArray:
         constant = {name: np.ones(len(self.dataset), np.float32) for name in columns_of(self.metrics.values())}
@@ -200,3 +240,14 @@ def _same_groups(left: IntArray, right: IntArray) -> bool:
     """Whether two columns define the same groups."""
     # codes are numbered by first appearance, so equal groups have equal codes
     return bool(np.array_equal(left, right))
+
+
+def _refuse_longer(lengths: IntArray, candidates: IntArray, packing: Packing) -> None:
+    """Refuse samples that no pack has room for."""
+    longer = candidates[lengths[candidates] > packing.capacity]
+    if len(longer):
+        raise ValueError(
+            f"pack_to={packing.capacity}: {len(longer)} of {len(candidates)} samples have more tokens, the longest "
+            f"{lengths[longer].max()} (first: row {longer[0]}). Make the packs larger, leave these samples out of the "
+            'data set, or say what to do with them: attach(…, pack_overlong="truncate") or "split".'
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -10,8 +10,15 @@ from torch.utils.data import Sampler
 from distill_sampler.types import EpochPlan, IntArray
 
 
-class DistillSampler(Sampler[int]):
-    """Yields the indices of the current plan, in its order.
+class _Current:
+    """The plan that iterations over an epoch yield: `set_rest` replaces it under a running one."""
+
+    def __init__(self, plan: EpochPlan) -> None:
+        self.plan = plan
+
+
+class DistillSampler(Sampler[int | tuple[int, ...]]):
+    """Yields the indices of the current plan, in its order; of a plan in packs, the indices of each pack as a tuple.
 
     It yields the *global* order on every process; accelerate's `BatchSamplerShard` distributes the batches. It does not
     rely on `set_epoch`, which does not reach every sampler on a resume. Its length never changes, because trainers
@@ -20,58 +27,78 @@ class DistillSampler(Sampler[int]):
     A plan that is not a whole number of optimizer steps is completed from its start, once the host says what a step
     takes (`in_whole_steps`). Otherwise the host would do it, in one way for one process and in another for several.
 
+    It counts in rows: a row is a pack, or without packs, a sample. A plan counts in places, one for each sample.
+
     Args:
-        num_samples: length of every plan.
+        num_rows: rows of every plan.
+        packs: whether rows are packs.
     """
 
-    def __init__(self, num_samples: int) -> None:
-        self.num_samples = num_samples
+    def __init__(self, num_rows: int, *, packs: bool = False) -> None:
+        self.num_rows = num_rows
+        self.noun = "packs" if packs else "samples"
+        """What its rows are, for sentences."""
         self.per_step = 1
-        """Samples that all processes together train on in one optimizer step; 1: the host has not said."""
+        """Rows that all processes together train on in one optimizer step; 1: the host has not said."""
         self.shift = 0
-        """Position in the plan of the current epoch's first sample: not 0 after `resume_at` with other steps."""
+        """Row of the plan that the current epoch begins with: not 0 after `resume_at` with other steps."""
         self._cut = False
         self.plan: EpochPlan | None = None
         self.handed_out = 0
-        """How many samples of the plan a data loader has taken, including those it read ahead."""
+        """How many rows of the plan a data loader has taken, including those it read ahead."""
+
+    def places(self, rows: int) -> int:
+        """How many places of the plan its first rows have. Rows behind its end are its first ones once more."""
+        if self.plan is None or self.plan.packs is None:
+            return rows
+        rounds, more = divmod(rows, self.num_rows)
+        return rounds * len(self.plan) + int(self.plan.packs[more])
+
+    def rows(self, places: int) -> int:
+        """How many rows so many places of the plan make up; see `places`."""
+        if self.plan is None or self.plan.packs is None:
+            return places
+        rounds, more = divmod(places, len(self.plan))
+        return rounds * self.num_rows + int(np.searchsorted(self.plan.packs, more))
 
     def in_whole_steps(self, per_step: int, *, cut: bool = False) -> None:
         """Make every epoch a whole number of optimizer steps: `[a, b, c, d, e] -> [a, b, c, d, e, a]` for steps of 2.
 
         Args:
-            per_step: samples that all processes together train on in one optimizer step.
+            per_step: rows that all processes together train on in one optimizer step.
             cut: leave out what is too much for whole steps (`[a, b, c, d]`) instead of completing the last one.
 
         Raises:
             ValueError: nothing would be left.
         """
-        if cut and self.num_samples < per_step:
+        if cut and self.num_rows < per_step:
             raise ValueError(
-                f"An epoch of {self.num_samples} samples has no whole optimizer step of {per_step}, and drop_last=True "
-                "leaves out the rest. Leave drop_last (dataloader_drop_last) at False, or make the batches smaller."
+                f"An epoch of {self.num_rows} {self.noun} has no whole optimizer step of {per_step}, and "
+                "drop_last=True leaves out the rest. Leave drop_last (dataloader_drop_last) at False, or make the "
+                "batches smaller."
             )
         self.per_step = per_step
         self._cut = cut
 
     def whole_steps_note(self) -> str:
         """A sentence on what `in_whole_steps` changes; empty if nothing."""
-        extra = len(self) - self.num_samples
+        extra = len(self) - self.num_rows
         if extra < 0:
-            return f"drop_last=True leaves out the last {-extra} of {self.num_samples} samples of each epoch's plan."
+            return f"drop_last=True leaves out the last {-extra} of {self.num_rows} {self.noun} of each epoch's plan."
         if extra > 0:
             return (
-                f"the plan of {self.num_samples} samples is completed by {extra} from its start, to whole optimizer "
+                f"the plan of {self.num_rows} {self.noun} is completed by {extra} from its start, to whole optimizer "
                 f"steps of {self.per_step}."
             )
         return ""
 
     def set_plan(self, plan: EpochPlan) -> None:
         """Set the plan that the next iteration yields. A running iteration does not change."""
-        assert len(plan) == self.num_samples, "a plan has the constant length of an epoch"
+        assert plan.num_rows == self.num_rows, "a plan has the constant length of an epoch"
         self.plan = plan
         self.handed_out = 0
         self.shift = 0
-        self._order: IntArray = plan.indices.copy()  # shared with the running iteration, for `set_rest`
+        self._current = _Current(plan)
 
     def resume_at(self, position: int) -> int:
         """Continue the plan at this position once the host has skipped a whole number of steps.
@@ -82,54 +109,58 @@ class DistillSampler(Sampler[int]):
         position 6: skip 4, then `[6, 7, 8, 9], [10, 11, 0, 1]`.
 
         Args:
-            position: how many samples of the plan were trained on.
+            position: how many rows of the plan were trained on.
 
         Returns:
-            How many samples the host must skip: a whole number of steps.
+            How many rows the host must skip: a whole number of steps.
         """
-        skipped = len(self) - self._whole(max(0, self.num_samples - position))
+        skipped = len(self) - self._whole(max(0, self.num_rows - position))
         self.shift = position - skipped
         return skipped
 
     def set_rest(self, plan: EpochPlan, start: int) -> None:
-        """Replace the plan from position `start` on, in a running iteration too.
+        """Replace the plan from place `start` on, in a running iteration too.
 
         Raises:
             ValueError: the data loader has read past `start`, so training would differ from the plan.
         """
         assert self.plan is not None
-        assert len(plan) == self.num_samples
+        assert plan.num_rows == self.num_rows
         assert np.array_equal(plan.indices[:start], self.plan.indices[:start]), "samples before start stay as planned"
-        if self.handed_out > start:
+        if self.handed_out > self.rows(start):
             raise ValueError(
-                f"The data loader has read {self.handed_out} samples of the epoch's plan, but the plan was to "
-                f"change from position {start} on. Raise Rescore(lag=), or make the data loader read less far ahead "
-                "(dataloader_num_workers, dataloader_prefetch_factor)."
+                f"The data loader has read {self.handed_out} {self.noun} of the epoch's plan, but the plan was to "
+                f"change from position {self.rows(start)} on. Raise Rescore(lag=), or make the data loader read less "
+                "far ahead (dataloader_num_workers, dataloader_prefetch_factor)."
             )
         self.plan = plan
-        self._order[start:] = plan.indices[start:]
+        self._current.plan = plan
 
     def __len__(self) -> int:
-        return self._whole(self.num_samples)
+        return self._whole(self.num_rows)
 
-    def _whole(self, samples: int) -> int:
-        """So many samples in whole steps."""
-        steps = samples // self.per_step if self._cut else -(-samples // self.per_step)
+    def _whole(self, rows: int) -> int:
+        """So many rows in whole steps."""
+        steps = rows // self.per_step if self._cut else -(-rows // self.per_step)
         return steps * self.per_step
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[int | tuple[int, ...]]:
         if self.plan is None:
             raise ValueError(
                 "There is no plan yet: call curriculum.start_epoch(epoch, model) before you iterate over the data "
                 "loader in each epoch (attach does this in the trainer)."
             )
-        return self._iterate(self._order, self.shift)
+        return self._iterate(self._current, self.shift)
 
-    def _iterate(self, order: IntArray, shift: int) -> Iterator[int]:
+    def _iterate(self, current: _Current, shift: int) -> Iterator[int | tuple[int, ...]]:
         for position in range(shift, shift + len(self)):
-            if order is self._order:
+            if current is self._current:
                 self.handed_out = max(self.handed_out, position + 1)
-            yield int(order[position % len(order)])
+            plan, row = current.plan, position % self.num_rows
+            if plan.packs is None:
+                yield int(plan.indices[row])
+            else:
+                yield tuple(plan.indices[plan.packs[row] : plan.packs[row + 1]].tolist())
 
 
 def fit_length(plan: EpochPlan, num_samples: int) -> EpochPlan:
@@ -143,20 +174,27 @@ def fit_length(plan: EpochPlan, num_samples: int) -> EpochPlan:
     return plan.take(np.arange(num_samples) % len(plan))
 
 
-def replace_rest(current: EpochPlan, new: EpochPlan, start: int, groups: IntArray) -> EpochPlan:
+def replace_rest(
+    current: EpochPlan,
+    new: EpochPlan,
+    start: int,
+    groups: IntArray,
+    pack: Callable[[EpochPlan, int], EpochPlan] | None = None,
+) -> EpochPlan:
     """The plan of an epoch that starts with one plan and continues with another.
 
     The new plan describes the whole epoch, and the samples that were handed out count towards it. For each of them, one
     sample of the same group is removed from the new plan, if there is one: first the same sample, then the last ones.
-    What remains follows in the new plan's order, cut at its end to the epoch's length. So a prompt whose best response
-    has changed is not trained on twice, and no prompt is forgotten.
+    What remains follows in the new plan's order, cut at its end to the epoch's length, or in packs. So a prompt whose
+    best response has changed is not trained on twice, and no prompt is forgotten.
 
     Args:
         current: the plan so far.
-        new: the new plan of the whole epoch, of the same length.
-        start: positions of `current` that stay.
+        new: the new plan of the whole epoch, of the same length if it is not packed.
+        start: places of `current` that stay: whole packs.
         groups: `[samples]` equal numbers for samples of the same group, such as the responses to a prompt; `arange` if
             there are no groups.
+        pack: where plans are packed: what remains, in so many packs.
     """
     handed_out = current.indices[:start]
     num_groups = int(groups.max(initial=0)) + 1
@@ -169,11 +207,23 @@ def replace_rest(current: EpochPlan, new: EpochPlan, start: int, groups: IntArra
     first = np.searchsorted(group[order], group[order])
     removed = np.zeros(len(new), bool)
     removed[order] = np.arange(len(new)) - first < to_remove[group[order]]
-    rest = np.flatnonzero(~removed)[: len(new) - start]
-    weights = new.weights[rest].astype(np.float64)
-    remaining_weight = len(new) - current.weights[:start].sum(dtype=np.float64)
-    if len(rest) and weights.sum() > 0:
+    rest = np.flatnonzero(~removed)
+    packs = None
+    if pack is None:
+        indices, weights = (values[rest[: len(new) - start]] for values in (new.indices, new.weights))
+    else:
+        assert current.packs is not None
+        before = int(np.searchsorted(current.packs, start))
+        packed = pack(new.take(rest) if len(rest) else new, current.num_rows - before)
+        assert packed.packs is not None
+        indices, weights = packed.indices, packed.weights
+        packs = np.r_[current.packs[:before], start + packed.packs]
+    weights = weights.astype(np.float64)
+    remaining_weight = start + len(indices) - current.weights[:start].sum(dtype=np.float64)
+    if len(indices) and weights.sum() > 0:
         weights *= remaining_weight / weights.sum()
     return EpochPlan(
-        indices=np.r_[handed_out, new.indices[rest]], weights=np.r_[current.weights[:start], weights.astype(np.float32)]
+        indices=np.r_[handed_out, indices],
+        weights=np.r_[current.weights[:start], weights.astype(np.float32)],
+        packs=packs,
     )

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distill_sampler.metrics.groups import group_score
+from distill_sampler.planning.packs import PackCounts
 from distill_sampler.policies import effective_sample_size
 from distill_sampler.policies.keys import num_distinct
 from distill_sampler.protocols import Metric
@@ -84,6 +85,8 @@ class EpochSummary:
     scoring: ScoringSummary
     notes: Sequence[str]
     """Notes that the user should read."""
+    packed: PackCounts | None = None
+    """What its packs hold."""
 
     def logs(self) -> dict[str, float]:
         """The numbers for the trainer's log, for any `report_to`."""
@@ -103,6 +106,8 @@ class EpochSummary:
             # loggers store float32, which holds 24 bits exactly
             "plan_hash": int(self.plan_fingerprint[:6], 16),
         }
+        if self.packed is not None:
+            numbers |= {"pack_fill": round(self.packed.fill, 4), "pack_tokens": self.packed.tokens}
         for metric, (candidates, chosen) in self.mean_scores.items():
             numbers[f"{metric}/candidates"] = candidates
             numbers[f"{metric}/chosen"] = chosen
@@ -170,6 +175,7 @@ def summarise(
     num_scored: IntArray,
     scoring: ScoringSummary,
     notes: Sequence[str],
+    packed: PackCounts | None = None,
 ) -> EpochSummary:
     """Compute the numbers of a plan. Arrays are indexed by sample; `candidates` lists sample indices."""
     mean_scores = {}
@@ -202,6 +208,7 @@ def summarise(
         teachers=tuple(rows),
         scoring=scoring,
         notes=tuple(notes),
+        packed=packed,
     )
 
 

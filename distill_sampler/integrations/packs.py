@@ -1,0 +1,242 @@
+"""Packs in a trainer: its data loader draws tuples of samples, and its collator lays their rows end to end.
+
+Nothing about packs is in the data set, which data loader workers copy when they start: a pack *is* the index that the
+sampler gives. Position ids restart with each sample, and attention must not cross from one sample to the next. Whether
+it does is the model's affair, so a trial shows it before training begins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import torch
+import torch.utils.data
+from torch import Tensor, nn
+from transformers import DataCollatorWithFlattening, Trainer
+
+from distill_sampler.integrations.trl import is_sft_trainer, source_rows
+from distill_sampler.planning.packs import Packing
+from distill_sampler.protocols import Tap
+from distill_sampler.reading.forward import reading
+from distill_sampler.types import Batch, IntArray
+
+Overlong = Literal["refuse", "truncate", "split"]
+
+_SAME = 1e-3
+"""Largest difference between logits that count as equal, relative to the largest logit, in float32."""
+_SAME_LOW_PRECISION = 0.05
+"""The same in bfloat16, float16 and TF32."""
+
+
+class PackedRows(torch.utils.data.Dataset[Any]):
+    """Rows of a data set by packs: `[(3, 1), (2,)] -> rows 3, 1 and 2`."""
+
+    def __init__(self, rows: Any) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, pack: tuple[int, ...]) -> list[Any]:
+        return self.__getitems__([pack])
+
+    def __getitems__(self, packs: Sequence[tuple[int, ...]]) -> list[Any]:
+        samples = [sample for pack in packs for sample in pack]
+        if isinstance(self._rows, datasets.Dataset):
+            return list(self._rows.__getitems__(samples))
+        return [self._rows[sample] for sample in samples]
+
+
+def pack_through(trainer: Trainer) -> None:
+    """Make the trainer's training data loader give packs. Evaluation stays as it is.
+
+    Raises:
+        ValueError: the trainer's collator does not lay samples end to end.
+    """
+    collator = _laid_end_to_end(trainer.data_collator)
+    get_dataloader: Any = trainer._get_dataloader
+
+    def get_dataloader_of_packs(dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        if not is_training:
+            return get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        if isinstance(dataset, datasets.Dataset):  # behind the wrapper, the trainer would not see its columns
+            dataset = trainer._remove_unused_columns(dataset, description="training")
+        own, trainer.data_collator = trainer.data_collator, collator
+        try:
+            return get_dataloader(PackedRows(dataset), *args, is_training=is_training, **kwargs)
+        finally:
+            trainer.data_collator = own
+
+    trainer._get_dataloader = get_dataloader_of_packs  # type: ignore[method-assign]
+
+
+def packing_of(trainer: Trainer, pack_to: int | str, window: int) -> Packing:
+    """What `attach(pack_to=, pack_window=)` asks for.
+
+    Raises:
+        ValueError: `pack_to` is no number of tokens.
+    """
+    capacity: Any = pack_to
+    if pack_to == "max_length":
+        capacity = trainer.args.max_length if is_sft_trainer(trainer) else None  # type: ignore[attr-defined]
+        if capacity is None:
+            raise ValueError(
+                'pack_to="max_length": this trainer has no max_length. Say how many tokens a pack has: pack_to=8192.'
+            )
+    if not isinstance(capacity, int) or isinstance(capacity, bool):
+        raise ValueError(f'pack_to={pack_to!r}: give a number of tokens, or "max_length".')
+    return Packing(capacity=capacity, window=window)
+
+
+def refuse_packed(rows: Any) -> None:
+    """Refuse rows that hold several samples already.
+
+    Raises:
+        ValueError: `seq_lengths` or `position_ids` of a row say so.
+    """
+    if not isinstance(rows, datasets.Dataset):
+        return
+    names = {"seq_lengths", "position_ids"} & set(rows.column_names)
+    for start in range(0, len(rows) if names else 0, 1000):
+        for name, values in rows.select_columns(sorted(names))[start : start + 1000].items():
+            for row, value in enumerate(values, start):
+                samples = len(value) if name == "seq_lengths" else sum(position == 0 for position in value)
+                if samples > 1:
+                    raise ValueError(
+                        f"Row {row} of the data set was packed before: its {name} say that it holds {samples} samples, "
+                        "which can no longer be chosen one by one. Give attach the samples unpacked, one in a row, and "
+                        "pack_to=: then each epoch's plan is packed after it was made."
+                    )
+
+
+def fitted(rows: Any, capacity: int, overlong: Overlong) -> tuple[Any, IntArray]:
+    """The data set with rows of at most `capacity` tokens, and for each of its rows the number of the source row.
+
+    Args:
+        rows: the trainer's prepared data set.
+        capacity: tokens of a pack.
+        overlong: `"refuse"` leaves longer rows as they are, for `Planner` to refuse; `"truncate"` keeps their first
+            tokens; `"split"` makes several rows of them, which are samples of their own from then on.
+
+    Raises:
+        ValueError: `overlong` is something else, or the data set is no `datasets.Dataset`.
+    """
+    if overlong not in ("refuse", "truncate", "split"):
+        raise ValueError(f"pack_overlong={overlong!r}: choose one of 'refuse', 'truncate', 'split'.")
+    source = source_rows(rows)
+    if overlong == "refuse":
+        return rows, source
+    if not isinstance(rows, datasets.Dataset):
+        raise ValueError(
+            f'pack_overlong="{overlong}" works on a datasets.Dataset, but train_dataset is a {type(rows).__name__}. '
+            "Cut its rows before attach."
+        )
+    if overlong == "split":
+        lengths = np.array([len(tokens) for tokens in rows.with_format(None)["input_ids"]], np.int64)
+        source = np.repeat(source, -(-lengths // capacity))
+    cut = rows.with_format(None).map(
+        _cut,
+        batched=True,
+        fn_kwargs={"capacity": capacity, "split": overlong == "split"},
+        desc=f"Cutting rows to {capacity} tokens",
+    )
+    return cut, source
+
+
+def _cut(batch: Mapping[str, Sequence[Any]], *, capacity: int, split: bool) -> dict[str, list[Any]]:
+    """Rows of at most `capacity` tokens. What has a value for each token is cut with the tokens."""
+    result: dict[str, list[Any]] = {name: [] for name in batch}
+    for row, tokens in enumerate(batch["input_ids"]):
+        for start in range(0, len(tokens) if split else min(1, len(tokens)), capacity):
+            for name, values in batch.items():
+                value = values[row]
+                by_token = isinstance(value, list) and len(value) == len(tokens) > capacity
+                result[name].append(value[start : start + capacity] if by_token else value)
+    return result
+
+
+class SeparateSamples(Tap):
+    """Makes sure that the samples of a pack do not see each other, and of every batch that it is the planned one."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._collator = _laid_end_to_end(trainer.data_collator)
+
+    @contextmanager
+    def open(self, model: nn.Module, *, step: int) -> Iterator[None]:
+        refuse_crossing(model, self._collator)
+        yield
+
+    def before(self, batch: Batch) -> None:
+        pass
+
+    def after(self, batch: Batch) -> None:
+        pass
+
+
+def refuse_crossing(model: nn.Module, collator: Any) -> None:
+    """Read two short samples in one row, in both orders: each must get the same logits before and behind the other.
+
+    Args:
+        model: the student, as the trainer calls it. All processes take part.
+        collator: lays samples end to end.
+
+    Raises:
+        ValueError: a sample's logits depend on what lies before it in the row.
+    """
+    texts = [torch.arange(2, 11).tolist(), torch.arange(3, 19).flip(0).tolist()]
+    cure = (
+        "Train this model without pack_to=. For linear attention and convolutions, the kernels that take the limits of "
+        "samples (seq_idx, cu_seq_lens) must be installed, and the collator must give them: SFTTrainer's does, "
+        "DataCollatorWithFlattening does with return_seq_idx=True and return_flash_attn_kwargs=True."
+    )
+    with reading(model) as forward:
+        seen = []
+        for order in (texts, texts[::-1]):
+            inputs = collator([{"input_ids": text, "labels": text} for text in order])
+            del inputs["labels"]
+            on_device = {
+                name: value.to(forward.device) if isinstance(value, Tensor) else value for name, value in inputs.items()
+            }
+            try:
+                logits: Tensor = model(**on_device, use_cache=False).logits[0].float()
+            except (TypeError, NotImplementedError) as error:
+                raise ValueError(
+                    f"pack_to=: {type(model).__name__} cannot read samples that lie end to end in one row ({error}). "
+                    + cure
+                ) from error
+            total = sum(map(len, texts))
+            seen.append(torch.split(logits[:total], [len(text) for text in order]))
+        low_precision = not forward.exact
+    (first, second), (second_in_front, first_behind) = seen
+    largest = first.abs().max()
+    difference = torch.cat([first - first_behind, second - second_in_front]).abs().max() / largest
+    if not difference <= (_SAME_LOW_PRECISION if low_precision else _SAME):
+        raise ValueError(
+            "pack_to=: with this model, what a sample gives depends on the sample before it in the row (its logits "
+            f"differ by {difference:.2g} of the largest), so the samples of a pack would be trained in each other's "
+            f"context. {cure}"
+        )
+
+
+def _laid_end_to_end(collator: Any) -> Any:
+    """The collator, if it lays samples end to end; TRL's own in that mode.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    if isinstance(collator, DataCollatorWithFlattening):
+        return collator
+    trl = sys.modules.get("trl.trainer.sft_trainer")
+    if trl is not None and type(collator) is trl.DataCollatorForLanguageModeling:
+        return dataclasses.replace(collator, padding_free=True)
+    raise ValueError(
+        "pack_to= needs a collator that lays samples end to end, with position ids that restart, but the trainer has "
+        f"a {type(collator).__name__}. Use Trainer(data_collator=DataCollatorWithFlattening()) of transformers; "
+        "SFTTrainer's own works as it is."
+    )
