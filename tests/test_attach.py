@@ -424,7 +424,7 @@ def test_a_checkpoint_of_other_data_or_without_a_curriculum_is_refused(
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"packing": True}, "packing=True merges several samples.*padding_free=True"),
+        ({"packing": True}, "packing=True.*packing=False.*pack_to"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy='group_by_len.*Leave it at 'random'"),
         ({"ignore_data_skip": True}, "ignore_data_skip=True.*Leave it at False"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True"),

@@ -205,7 +205,7 @@ def refuse_crossing(model: nn.Module, collator: Any) -> None:
             }
             try:
                 logits: Tensor = model(**on_device, use_cache=False).logits[0].float()
-            except (TypeError, NotImplementedError) as error:
+            except (TypeError, ValueError, NotImplementedError) as error:
                 raise ValueError(
                     f"pack_to=: {type(model).__name__} cannot read samples that lie end to end in one row ({error}). "
                     + cure
