@@ -15,7 +15,6 @@ import pyarrow as pa
 from torch import nn
 
 from distill_sampler.artifacts.run_folder import write_tables
-from distill_sampler.artifacts.schema import encode_facts
 from distill_sampler.contract import checked_metrics, checked_policies, require_arguments
 from distill_sampler.cycle import Cycle
 from distill_sampler.dataset import ScoredDataset
@@ -28,6 +27,7 @@ from distill_sampler.planning.summary import EpochSummary, ScoringSummary
 from distill_sampler.protocols import Metric, Policy
 from distill_sampler.reading.observer import not_observable
 from distill_sampler.reading.scorer import Scorer
+from distill_sampler.serialize import encode_facts
 from distill_sampler.store import ScoreStore
 from distill_sampler.types import EpochPlan, IntArray
 

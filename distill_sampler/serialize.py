@@ -176,6 +176,27 @@ def unpack(packed: Mapping[str, str]) -> npt.NDArray[Any]:
 
 # ---- Files ----
 
+PREFIX = b"distill_sampler."
+"""Prefix of the library's entries in a file's metadata."""
+
+
+def encode_facts(facts: Mapping[str, Any]) -> dict[bytes, bytes]:
+    """Facts as metadata of a file, each as JSON."""
+    return {PREFIX + name.encode(): json.dumps(value, default=str).encode() for name, value in facts.items()}
+
+
+def decode_facts(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
+    """The facts in a file's metadata. An entry that is not JSON stays text."""
+    facts: dict[str, Any] = {}
+    for key, value in (metadata or {}).items():
+        if key.startswith(PREFIX):
+            text = value.decode(errors="replace")
+            try:
+                facts[key.removeprefix(PREFIX).decode()] = json.loads(text)
+            except ValueError:
+                facts[key.removeprefix(PREFIX).decode()] = text
+    return facts
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, flush it to disk, then rename it: readers see all of it or nothing."""

@@ -23,9 +23,10 @@ from distill_sampler import (
     Shuffle,
     SortBy,
 )
-from distill_sampler.artifacts.schema import VERSION, decode_facts
+from distill_sampler.artifacts.schema import VERSION
 from distill_sampler.artifacts.scorefile import Scores
 from distill_sampler.protocols import Policy, Pool
+from distill_sampler.serialize import decode_facts
 from tests import tiny
 
 RSR = "rank_surprisal_ratio"

@@ -19,7 +19,7 @@ LAYERS = [
     {"protocols"},
     {"hashing", "serialize", "distributed"},
     {"content"},
-    {"dataset", "store", "contract"},
+    {"dataset", "store", "contract", "engines"},
     {"truncation"},
     {"metrics", "policies", "sources"},
     {"reading"},

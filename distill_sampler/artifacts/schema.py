@@ -15,7 +15,6 @@ The metadata, called *facts* here, says what the numbers belong to.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +26,6 @@ from distill_sampler.specs import known_metrics, recorded_metric
 from distill_sampler.types import FloatArray, Sample, TokenStats
 
 VERSION = 3
-PREFIX = b"distill_sampler."
-"""Prefix of the library's entries in a file's metadata."""
 
 TRACE_COLUMNS = ("prompt_text", "tokens", "token_ranks", "token_surprisals")
 RUN_COLUMNS = ("pass", "epoch", "step", "observed")
@@ -144,21 +141,3 @@ def run_facts(
         "columns": {"group": group, "teacher": teacher},
         **more,
     }
-
-
-def encode_facts(facts: Mapping[str, Any]) -> dict[bytes, bytes]:
-    """Facts as metadata of a file, each as JSON."""
-    return {PREFIX + name.encode(): json.dumps(value, default=str).encode() for name, value in facts.items()}
-
-
-def decode_facts(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
-    """The facts in a file's metadata. An entry that is not JSON stays text."""
-    facts: dict[str, Any] = {}
-    for key, value in (metadata or {}).items():
-        if key.startswith(PREFIX):
-            text = value.decode(errors="replace")
-            try:
-                facts[key.removeprefix(PREFIX).decode()] = json.loads(text)
-            except ValueError:
-                facts[key.removeprefix(PREFIX).decode()] = text
-    return facts

@@ -24,11 +24,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from distill_sampler.artifacts.parts import Parts, read_part
-from distill_sampler.artifacts.schema import TRACE_COLUMNS, decode_facts, encode_facts
+from distill_sampler.artifacts.schema import TRACE_COLUMNS
 from distill_sampler.distributed import Ranks
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.policies.keys import first_of_each
-from distill_sampler.serialize import differences, hash_of
+from distill_sampler.serialize import decode_facts, differences, encode_facts, hash_of
 from distill_sampler.types import BoolArray, HashArray, IntArray
 
 ROW_GROUP = 1 << 14

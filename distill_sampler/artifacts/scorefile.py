@@ -20,11 +20,12 @@ import pyarrow.parquet as pq
 from distill_sampler.artifacts.passes import missing_column
 from distill_sampler.artifacts.record import RECORD, Record, read_run, read_samples
 from distill_sampler.artifacts.run_folder import PLANS, SCORES, measurement_rows, plan_rows
-from distill_sampler.artifacts.schema import decode_facts, metrics_in_file
+from distill_sampler.artifacts.schema import metrics_in_file
 from distill_sampler.column_names import DOMAINS, GROUPS, TEACHERS, VERDICTS
 from distill_sampler.planning.sampler import fit_length
 from distill_sampler.planning.why import ExplainedPlan, PolicyFacts
 from distill_sampler.protocols import Metric, Policy, Pool
+from distill_sampler.serialize import decode_facts
 from distill_sampler.store import drifted
 from distill_sampler.types import BoolArray, EncodedColumn, EpochPlan, FloatArray, HashArray, IntArray, unknown_name
 

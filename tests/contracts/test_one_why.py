@@ -32,9 +32,10 @@ from distill_sampler import (
     WeightBySoftmax,
     WithinLength,
 )
-from distill_sampler.artifacts.schema import FACT_COLUMNS, VERSION, decode_facts
+from distill_sampler.artifacts.schema import FACT_COLUMNS, VERSION
 from distill_sampler.artifacts.scorefile import Scores
 from distill_sampler.report.payload import payload
+from distill_sampler.serialize import decode_facts
 from tests import tiny
 from tests.cli.conftest import call, rows, student_path, write_lines  # noqa: F401
 

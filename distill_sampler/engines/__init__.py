@@ -1,0 +1,1 @@
+"""Readers that are not models in this process: a teacher's log-probabilities, kept on disk."""

@@ -1,0 +1,129 @@
+"""The bytes that each token of a tokenizer stands for, and a text in a tokenizer's own tokens with their places."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from distill_sampler.engines.alignment import place
+from distill_sampler.types import BoolArray, IntArray
+
+_KNOWN: WeakKeyDictionary[Any, TokenBytes] = WeakKeyDictionary()
+
+
+class TokenBytes:
+    """Gives the bytes of tokens, also of those that are a part of a UTF-8 character. Use `token_bytes` to get one.
+
+    Byte-level BPE (GPT, Llama 3, Qwen) and SentencePiece (Gemma, Mistral) are read from the vocabulary. Tokens of other
+    tokenizers are decoded one after the other.
+
+    Args:
+        tokenizer: of transformers, a fast one.
+
+    Raises:
+        ValueError: it is a slow tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not tokenizer.is_fast:
+            raise ValueError(f"{type(tokenizer).__name__} cannot tell where its tokens lie; use a fast tokenizer.")
+        self._backend = tokenizer.backend_tokenizer
+        self._name = tokenizer.name_or_path or type(tokenizer).__name__
+        decoder = self._backend.decoder
+        told = json.loads(decoder.__getstate__()) if decoder is not None else {}
+        parts = {part["type"]: part for part in told.get("decoders", [told] if told else [])}
+        self._is_byte_level = "ByteLevel" in parts
+        self._is_sentencepiece = "ByteFallback" in parts or "Metaspace" in parts
+        added = tokenizer.added_tokens_decoder
+        self._table: dict[int, bytes] = {number: token.content.encode() for number, token in added.items()}
+        self._apart = np.array(sorted(added), np.int64)
+
+    def __call__(self, token_ids: Sequence[int] | IntArray) -> list[bytes]:
+        """The bytes of each token; of a special token its name.
+
+        Raises:
+            ValueError: the tokenizer has no such token.
+        """
+        ids = np.asarray(token_ids, np.int64).tolist()
+        if not (self._is_byte_level or self._is_sentencepiece):
+            return self._decoded(ids)
+        table = self._table
+        for number in set(ids) - table.keys():
+            table[number] = self._bytes_of(number)
+        return [table[number] for number in ids]
+
+    def apart(self, token_ids: Sequence[int] | IntArray) -> BoolArray:
+        """`[tokens]` True for tokens that were added to the vocabulary, such as special ones, which may be absent from
+        a text."""
+        found: BoolArray = np.isin(np.asarray(token_ids, np.int64), self._apart)
+        return found
+
+    def _bytes_of(self, number: int) -> bytes:
+        token = self._token(number)
+        if self._is_byte_level:
+            return bytes(_BYTES[character] for character in token)
+        if len(token) == 6 and token.startswith("<0x"):
+            return bytes([int(token[3:5], 16)])
+        return token.replace("\u2581", " ").encode()
+
+    def _token(self, number: int) -> str:
+        token: str | None = self._backend.id_to_token(number) if number >= 0 else None
+        if token is None:
+            raise ValueError(
+                f"The tokenizer {self._name} has no token {number} (its vocabulary has "
+                f"{self._backend.get_vocab_size()}), so the token ids are of another model. Give the tokenizer of the "
+                "teacher that wrote them (--tokenizer)."
+            )
+        return token
+
+    def _decoded(self, ids: list[int]) -> list[bytes]:
+        from tokenizers.decoders import DecodeStream
+
+        stream = DecodeStream(skip_special_tokens=False)
+        pieces = []
+        for number in ids:
+            self._token(number)
+            pieces.append((stream.step(self._backend, number) or "").encode())
+        return pieces
+
+
+def token_bytes(tokenizer: Any) -> TokenBytes:
+    """A tokenizer's `TokenBytes`, made once.
+
+    Raises:
+        ValueError: it is a slow tokenizer.
+    """
+    if tokenizer not in _KNOWN:
+        _KNOWN[tokenizer] = TokenBytes(tokenizer)
+    return _KNOWN[tokenizer]
+
+
+def tokens_of(text: str, tokenizer: Any) -> tuple[IntArray, IntArray]:
+    """A text in a tokenizer's own tokens, without special tokens in front or behind.
+
+    Args:
+        text: the text.
+        tokenizer: of transformers, a fast one.
+
+    Returns:
+        `[tokens]` the token ids, and `[tokens]` the byte of the text's UTF-8 at which each token begins. A token whose
+        text is not in the text (a tokenizer may normalise it) begins where the one before it does.
+    """
+    ids = np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
+    known = token_bytes(tokenizer)
+    begins, _ = place(known(ids), text.encode(), apart=known.apart(ids))
+    return ids, np.maximum.accumulate(np.maximum(begins, 0)) if len(begins) else begins
+
+
+def _byte_level() -> dict[str, int]:
+    """The character that byte-level BPE writes for each byte: itself if it can be seen, else one from 256 on."""
+    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTES = _byte_level()
