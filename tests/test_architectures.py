@@ -325,6 +325,8 @@ def test_a_learned_prompt_is_read_before_every_sequence(peft: Any, model: PreTra
     reader = assert_own_logits(adapted, VIEWS, virtual=0 if name == "prefix tuning" else 7, batch_tokens=300)
     assert reader._sharing is False
     assert reader.positions == 512 - 7
+    with reading(adapted) as forward:
+        assert forward.transform is not None
     with reader.open(PassInfo()) as read:
         assert all(np.abs(a.surprisal - b.surprisal).max() > 0.1 for a, b in zip(plain, read(VIEWS), strict=True))
 
@@ -355,10 +357,11 @@ def scaled(logits: torch.Tensor) -> None:
     logits[..., 30:60] *= 1.01
 
 
-@pytest.mark.parametrize("change", [masked, scaled])
-def test_single_columns_that_a_model_changes_are_seen(
-    change: Any, model: PreTrainedModel, dataset: ScoredDataset, caplog: pytest.LogCaptureFixture
-) -> None:
+def shifted(logits: torch.Tensor) -> None:
+    logits[..., 7] += 0.01
+
+
+def changing(change: Any) -> type[LlamaForCausalLM]:
     class Changed(LlamaForCausalLM):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             output = super().forward(*args, **kwargs)
@@ -366,11 +369,35 @@ def test_single_columns_that_a_model_changes_are_seen(
             change(output.logits)
             return output
 
-    model.__class__ = Changed
+    return Changed
+
+
+@pytest.mark.parametrize("change", [masked, scaled])
+def test_single_columns_that_a_model_changes_are_seen(
+    change: Any, model: PreTrainedModel, dataset: ScoredDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    model.__class__ = changing(change)
     assert_own_logits(model, VIEWS, batch_tokens=300)
     assert "full logits" in caplog.text
     with pytest.raises(ValueError, match="observe=True"):
         Observer(model, dataset, METRICS)
+
+
+@pytest.mark.parametrize("change", [masked, scaled, shifted])
+def test_single_columns_that_a_model_changes_are_seen_at_low_precision(change: Any, model: PreTrainedModel) -> None:
+    """By less than the rounding of a product in bfloat16."""
+    with reading(model.bfloat16()) as forward:
+        assert forward.transform is not None
+    model.__class__ = changing(change)
+    with reading(model) as forward:
+        assert forward.transform is None
+
+
+@pytest.mark.parametrize("name", ["gemma2", "granite", "cohere", "llama"])
+def test_a_transform_of_all_columns_is_found_at_low_precision(name: str) -> None:
+    with reading(build(ARCHITECTURES[name])) as exact, reading(build(ARCHITECTURES[name]).bfloat16()) as rounded:
+        assert rounded.transform == exact.transform
+        assert rounded.transform is not None
 
 
 def bert(spread: float, **changes: Any) -> BertLMHeadModel:

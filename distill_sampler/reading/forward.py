@@ -210,10 +210,10 @@ class Forward:
     def _probe(self, name: str) -> LogitTransform | None:
         """Find out what the model does to its logits after the head. One forward of three rows of four tokens.
 
-        In the last row the head returns known values instead of logits, and the model's output shows the transform. No
-        name in a configuration is trusted. In the other two rows the head returns the true logits, and the model's
-        output must equal the head's product after the transform in every column, because a model may change single
-        columns.
+        In the last row the head returns known values instead of logits, in float32 and in every column, and the model's
+        output shows the transform. No name in a configuration is trusted. It must be the same transform in every
+        column, because a model may change single columns. In the other two rows the head returns the true logits, and
+        the model's output must equal the head's product after the transform.
 
         These two rows differ only in their last token, which must not affect a causal model's earlier logits. Encoders
         such as BERT can be loaded as causal language models without a warning, but their scores would mean nothing.
@@ -249,7 +249,7 @@ class Forward:
                 ours = project(hidden[:2, -tokens.shape[1] :].flatten(0, 1)).clone()
             seen.append((hidden.shape[:-1], ours))
             logits = logits.to(torch.float32, copy=True)
-            logits[2, :, : len(shown)] = shown
+            logits[2, -tokens.shape[1] :] = _in_every_column(shown, logits[2, -tokens.shape[1] :])
             return logits
 
         with forward_of(self._head, look):
@@ -272,7 +272,7 @@ class Forward:
                 "Give a decoder such as Llama, Qwen or SmolLM."
             )
         if [states for states, _ in seen] == [shape] and seen[0][1].shape[-1] == own.shape[-1]:
-            fitted = _fitted(shown, own[2, 0, : len(shown)])
+            fitted = _fitted(_in_every_column(shown, own[2]), own[2])
             if fitted is not None and _same(fitted.apply_(seen[0][1]), own[:2].flatten(0, 1), limit).all():
                 return fitted
         logger.warning(
@@ -298,14 +298,22 @@ def _same(left: Tensor, right: Tensor, limit: float) -> Tensor:
     return rows
 
 
+def _in_every_column(shown: Tensor, like: Tensor) -> Tensor:
+    """`[positions, columns]` the values `shown`, repeated along each row and moved on from row to row, so that every
+    column has large ones and small ones."""
+    positions, columns = like.shape
+    places = torch.arange(columns, device=shown.device) + 2 * torch.arange(positions, device=shown.device)[:, None]
+    return shown[places % len(shown)]
+
+
 def _fitted(shown: Tensor, seen: Tensor) -> LogitTransform | None:
-    """The transform that turned the logits `shown` (`[-1e6, …, 1e-3, …, 1e6]`) into `seen`; None if it is not a scale
-    and a soft cap."""
-    scale = float(seen[5] / shown[5])
-    cap = float(seen[-1])
+    """The transform that turned the logits `shown` into `seen`, `[positions, columns]` each; None if it is not a scale
+    and a soft cap. The first row begins with `-1e6, …, 1e-3, …, 1e6`, the sixth and the ninth value."""
+    scale = float(seen[0, 5] / shown[0, 5])
+    cap = float(seen[0, 8])
     capped = abs(cap) < 0.5 * abs(scale) * 1e6
     fitted = LogitTransform(scale=scale, softcap=cap if capped else None)
-    same = torch.allclose(fitted.apply_(shown.clone()[None])[0], seen, rtol=1e-3, atol=1e-5)
+    same = torch.allclose(fitted.apply_(shown.clone()), seen, rtol=1e-3, atol=1e-5)
     return fitted if same else None
 
 
