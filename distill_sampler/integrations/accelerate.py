@@ -28,6 +28,7 @@ import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch import nn
 
+from distill_sampler.contract import checked_objectives
 from distill_sampler.curriculum import Curriculum
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.distributed import Ranks
@@ -37,8 +38,10 @@ from distill_sampler.integrations.loss_weights import LossWeights
 from distill_sampler.integrations.observed_scores import ObservedScores
 from distill_sampler.integrations.refusals import refuse_parallelism, refuse_second_host
 from distill_sampler.integrations.sample_log import SampleLog
+from distill_sampler.objectives.live import Teachers
+from distill_sampler.objectives.places import predicting
 from distill_sampler.planning.sampler import DistillSampler
-from distill_sampler.protocols import Tap
+from distill_sampler.protocols import Objective, Tap
 from distill_sampler.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -68,6 +71,8 @@ class CurriculumLoop:
             show them and an interrupted scoring pass can continue; None: they stay in memory.
         sample_log: record which samples each batch held (needs `output_dir`).
         taps: further taps on the batches.
+        objective: what training minimises beside the loop's own loss, such as `SoftTargets(teacher)`; one or several.
+            Call `prepare(model)` before you make the optimizer, and train on `loss(loss)`.
 
     Raises:
         ValueError: the accelerator's settings rule out a curriculum, the data set lacks a column, or the curriculum
@@ -83,6 +88,7 @@ class CurriculumLoop:
         output_dir: str | Path | None = None,
         sample_log: bool = False,
         taps: Sequence[Tap] = (),
+        objective: Objective | Sequence[Objective] = (),
     ) -> None:
         refuse_parallelism(accelerator)
         refuse_second_host(curriculum)
@@ -108,6 +114,13 @@ class CurriculumLoop:
             self._taps.append(LossWeights())
         if curriculum.observe:
             self._taps.append(ObservedScores(curriculum))
+        self._objectives = checked_objectives(objective)
+        teachers = Teachers()
+        self._objective_taps = [each.tap(teachers) for each in self._objectives]
+        self._taps += self._objective_taps
+        self._prepared: nn.Module | None = None
+        self._scale: torch.Tensor | None = None
+        """1 / (tokens that count in the batch that the loop body is training on); None: its loss has been made."""
         curriculum.driven_by = type(self).__name__
         self._run = ""
         self._epoch: int | None = None
@@ -123,6 +136,42 @@ class CurriculumLoop:
         self._in_training: tuple[Batch | None, nn.Module, int] | None = None
         """The batch that the loop body is training on, the student, and how many samples all processes train on in the
         same step of the loop."""
+
+    def prepare(self, model: nn.Module) -> None:
+        """Let objectives add to the student what they learn beside it. Call it before you make the optimizer.
+
+        Raises:
+            ValueError: an objective does not fit the student.
+        """
+        for objective in self._objectives:
+            objective.prepare(model)
+        self._prepared = model
+
+    def loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss of this batch with the objectives: `accelerator.backward(loop.loss(model(**batch).loss))`.
+
+        Args:
+            loss: the mean over the batch's tokens that are trained on, as models of transformers give it.
+
+        Raises:
+            ValueError: it was called twice for a batch, or the student's decoder was not run.
+        """
+        if not self._objectives:
+            return loss
+        if self._scale is None:
+            raise ValueError("Call loop.loss once for each batch, inside the loop over loop.batches.")
+        for tap in self._objective_taps:
+            loss = tap.added_to(loss, scale=self._scale)
+        self._scale = None
+        return loss
+
+    def _expect(self, inputs: Any) -> None:
+        """Announce a batch to the objectives."""
+        assert self._epoch is not None
+        self._scale = 1 / predicting(inputs).sum().clamp(min=1)
+        done = self._epoch + min(1.0, self._position / len(self.sampler))
+        for tap in self._objective_taps:
+            tap.expect(inputs, progress=done / (self._num_epochs or self._epoch + 1))
 
     def epochs(self, num_epochs: int) -> Iterator[int]:
         """The numbers of the epochs to train, from 0, or from the checkpoint's epoch.
@@ -157,6 +206,8 @@ class CurriculumLoop:
             raise ValueError("loop.batches was called outside of an epoch. Use it in `for epoch in loop.epochs(n)`.")
         if not self._run:
             self._begin(new_run())
+        if self._objectives and self._prepared is None:
+            raise ValueError("objective=: call loop.prepare(model) before you make the optimizer.")
         planned = len(self.curriculum.summaries)
         samples_per_batch = loader.total_batch_size
         per_step = samples_per_batch * self.accelerator.gradient_accumulation_steps
@@ -180,6 +231,8 @@ class CurriculumLoop:
                     batch = batch_of(inputs, plan, dataset, place=place, epoch=self._epoch, step=self.step)
                     for tap in self._taps:
                         tap.before(batch)
+                if self._objectives:
+                    self._expect(inputs)
                 self._in_training = batch, model, samples_per_batch
                 yield inputs
                 self._finish_batch()
@@ -187,6 +240,9 @@ class CurriculumLoop:
 
     def finish(self) -> None:
         """Write `scores.parquet` and `plans.parquet` into the output folder. Call it after training."""
+        if self._prepared is not None:
+            for objective in self._objectives:
+                objective.withdraw(self._prepared)
         if self._output is not None and self.accelerator.is_main_process:
             self.curriculum.cycle.done()
             self.curriculum.save_run(self._output)
@@ -265,6 +321,11 @@ class CurriculumLoop:
         if self._in_training is None:
             return
         (batch, model, samples_per_batch), self._in_training = self._in_training, None
+        if self._scale is not None:
+            raise ValueError(
+                "objective=: this batch was trained without its objectives. Train on the loss that loop.loss gives: "
+                "accelerator.backward(loop.loss(model(**batch).loss))."
+            )
         if batch is not None:
             for tap in self._taps:
                 tap.after(batch)
