@@ -6,7 +6,8 @@
 
 Every field of TRL's `SFTConfig` and `ModelConfig` is an option, on the command line or in the YAML file; `--help` lists
 them. Name metrics and policies with their arguments, or give a Python factory `module:function` that returns a
-`Curriculum`. After an interruption, run it again with `--resume_from_checkpoint true`.
+`Curriculum`. With `--teacher`, the student also learns from that model's distributions. After an interruption, run it
+again with `--resume_from_checkpoint true`.
 """
 
 import importlib
@@ -14,9 +15,10 @@ from dataclasses import dataclass, field
 
 import torch
 from datasets import load_dataset
+from transformers import AutoModelForCausalLM
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
-from distill_sampler import Curriculum, attach
+from distill_sampler import Curriculum, SoftTargets, attach
 from distill_sampler.specs import parse_metrics, parse_policies, parse_rescore
 
 
@@ -38,6 +40,23 @@ class CurriculumArguments:
     )
 
 
+@dataclass
+class TeacherArguments:
+    """A model whose soft targets the student learns, beside the traces."""
+
+    teacher: str | None = field(default=None, metadata={"help": "A model with the student's tokenizer."})
+    temperature: float = field(default=2.0, metadata={"help": "Softens both models' distributions."})
+    alpha: float = field(default=0.5, metadata={"help": "Share of the soft targets in the loss."})
+    divergence: str = field(default="forward", metadata={"help": "forward, reverse or js."})
+
+
+def make_objectives(chosen: TeacherArguments, dtype: str | None) -> list[SoftTargets]:
+    if chosen.teacher is None:
+        return []
+    teacher = AutoModelForCausalLM.from_pretrained(chosen.teacher, dtype=dtype or "auto")
+    return [SoftTargets(teacher, temperature=chosen.temperature, alpha=chosen.alpha, divergence=chosen.divergence)]
+
+
 def make_curriculum(chosen: CurriculumArguments, seed: int) -> Curriculum:
     if chosen.curriculum:
         name, _, function = chosen.curriculum.partition(":")
@@ -53,7 +72,8 @@ def make_curriculum(chosen: CurriculumArguments, seed: int) -> Curriculum:
 
 
 def main() -> None:
-    chosen, args, model = TrlParser((CurriculumArguments, SFTConfig, ModelConfig)).parse_args_and_config()
+    parser = TrlParser((CurriculumArguments, TeacherArguments, SFTConfig, ModelConfig))
+    chosen, teaching, args, model = parser.parse_args_and_config()
     kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
     kind = next((kinds[ending] for ending in kinds if chosen.data.endswith(ending)), None)
     rows = (
@@ -65,7 +85,7 @@ def main() -> None:
     trainer = SFTTrainer(
         model=model.model_name_or_path, args=args, train_dataset=rows, peft_config=get_peft_config(model)
     )
-    attach(trainer, make_curriculum(chosen, args.seed))
+    attach(trainer, make_curriculum(chosen, args.seed), objective=make_objectives(teaching, model.dtype))
     # "true" resumes from the last checkpoint in the output folder, a path from that checkpoint
     resume = {None: None, "true": True, "false": None}.get(args.resume_from_checkpoint, args.resume_from_checkpoint)
     trainer.train(resume_from_checkpoint=resume)

@@ -111,10 +111,10 @@ class FollowsTeacher(ObjectiveTap):
         self._sums.zero_()
         return {self.name: (total, weight)}
 
-    def _see(self, seen: Seen) -> None:
+    def _see(self, seen: Seen) -> Tensor | None:
         counted = self._counted
         if counted is None or self._value is not None or not torch.is_grad_enabled():
-            return  # evaluation, or a host's second look at the same batch
+            return None  # evaluation, or a host's second look at the same batch
         if seen.last.shape[:2] != counted.shape:
             raise ValueError(
                 f"objective={self.name}: the student has states for {tuple(seen.last.shape[:2])} positions, but the "
@@ -125,6 +125,24 @@ class FollowsTeacher(ObjectiveTap):
         chosen = weights.to(counted.device)[counted]
         self._value = self.compare(seen, self._of_teacher, counted, chosen)
         self._sums += torch.stack([self._value.detach().double(), chosen.double().sum()]).cpu()
+        held: Tensor = _Holding.apply(seen.last, self._value)  # type: ignore[no-untyped-call]
+        return held
+
+
+class _Holding(torch.autograd.Function):
+    """The states as they are, in a graph that holds the objective too.
+
+    DDP looks for unused parameters in the graph of what the model returns, and would take those for unused that only
+    the objective uses.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, value: Tensor) -> Tensor:
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 def scheduled(value: Any, progress: float, *, argument: str, highest: float = float("inf")) -> float:

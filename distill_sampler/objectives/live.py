@@ -50,8 +50,11 @@ class Watch:
         self._attention |= set(attention)
 
     @contextmanager
-    def open(self, then: Callable[[Seen], None]) -> Iterator[None]:
-        """Watch, and call `then` inside each forward pass of the decoder, at its end."""
+    def open(self, then: Callable[[Seen], Tensor | None]) -> Iterator[None]:
+        """Watch, and call `then` inside each forward pass of the decoder, at its end.
+
+        What it returns goes into the output head in place of `Seen.last`; None: as it was.
+        """
         with ExitStack() as hooks:
             for number, layer in enumerate(layers_of(self.model)):
                 if number in self._layers:
@@ -61,11 +64,16 @@ class Watch:
                         attention_of(layer).register_forward_hook(self._keep(self._maps, number, part=1)).remove
                     )
 
-            def at_the_end(decoder: nn.Module, args: Any, output: Any) -> None:
+            def at_the_end(decoder: nn.Module, args: Any, output: Any) -> Any:
                 seen = Seen(last=output[0], layers=dict(self._outputs), attention=dict(self._maps))
                 self._outputs.clear()
                 self._maps.clear()
-                then(seen)
+                if (last := then(seen)) is None:
+                    return output
+                if isinstance(output, tuple):
+                    return (last, *output[1:])
+                output.last_hidden_state = last
+                return output
 
             hooks.callback(self.decoder.register_forward_hook(at_the_end).remove)
             yield

@@ -17,10 +17,20 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from distill_sampler import BestOf, Curriculum, Rescore, Scorer, Shuffle, WeightBySoftmax, attach
+from distill_sampler import (
+    BestOf,
+    Curriculum,
+    HiddenHints,
+    Rescore,
+    Scorer,
+    Shuffle,
+    SoftTargets,
+    WeightBySoftmax,
+    attach,
+)
 from distill_sampler.specs import parse_metrics
 
 parser = argparse.ArgumentParser()
@@ -37,6 +47,7 @@ parser.add_argument("--checkpointing", action="store_true")
 parser.add_argument("--compile", action="store_true")
 parser.add_argument("--bf16", action="store_true")
 parser.add_argument("--online", action="store_true", help="Observe, weigh, and plan anew after every step.")
+parser.add_argument("--objectives", action="store_true", help="Learn from a random teacher's targets and states too.")
 parser.add_argument("--rank-1", choices=["reads other data", "dies", "hangs"], help="What goes wrong on process 1.")
 options = parser.parse_args()
 rank = int(os.environ.get("RANK", 0))
@@ -58,6 +69,12 @@ class Recorded(SFTTrainer):
             self.batches.append([row[mask].tolist() for row, mask in zip(inputs["input_ids"], kept, strict=True)])
         return super().compute_loss(model, inputs, *args, **kwargs)
 
+
+objectives: list[Any] = []
+if options.objectives:  # made before the arguments, which would shard it
+    torch.manual_seed(7)
+    teacher = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.student, hidden_size=48))
+    objectives = [SoftTargets(teacher), HiddenHints(teacher, layers={0: 0})]
 
 peft_config = None
 if options.lora:
@@ -116,7 +133,7 @@ curriculum = Curriculum(
     rescore=Rescore(every_steps=1, lag=2, fraction=0.3) if options.online else None,
     scorer=Scorer(batch_tokens=options.batch_tokens, progress=False),
 )
-attach(trainer, curriculum)
+attach(trainer, curriculum, objective=objectives)
 trainer.train(resume_from_checkpoint=options.resume)
 
 report = {
@@ -132,6 +149,9 @@ report = {
     "measured at": curriculum.store.step.tolist(),
     "times scored": curriculum.store.times_scored.tolist(),
     "shapes": shapes,
+    "objectives": [
+        [line["soft_targets"], line["hidden_hints"]] for line in trainer.state.log_history if "soft_targets" in line
+    ],
     "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
 }
 options.output.mkdir(parents=True, exist_ok=True)

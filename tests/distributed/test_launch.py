@@ -59,6 +59,13 @@ def alone(stage: Path) -> dict[str, Any]:
     return report
 
 
+@functools.cache
+def alone_with_teacher(stage: Path) -> dict[str, Any]:
+    """The same with objectives."""
+    (report,) = reports(stage, "alone-teacher", None, "--batch-size", "4", "--objectives")
+    return report
+
+
 def work(report: dict[str, Any]) -> int:
     """How many batches a process read, without the probe's and those that only take part in the others' forwards."""
     return sum(shape not in ([1, 2], [3, 4]) for shape in report["shapes"])
@@ -156,6 +163,24 @@ def test_two_processes_observe_weigh_and_plan_anew_as_one_does(way: str, stage: 
     )
     assert trained(rest) == trained([one])[3:]
     assert rest[0]["times scored"] == one["times scored"]
+
+
+@pytest.mark.parametrize("way", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_two_processes_learn_from_a_teacher_as_one_does(way: str, stage: Path) -> None:
+    config, distributed_type, *_ = WAYS[way]
+    if distributed_type == "DEEPSPEED":
+        pytest.importorskip("deepspeed", reason="the extra 'deepspeed' is not installed")
+    both = reports(stage, f"{way}-teacher", config, "--objectives")
+    one = alone_with_teacher(stage)
+    assert trained(both) == trained([one])
+    np.testing.assert_allclose(both[0]["losses"], one["losses"], rtol=1e-3)
+    assert len(one["objectives"]) == 4
+    np.testing.assert_allclose(both[0]["objectives"], one["objectives"], rtol=2e-3)
+
+    rest = reports(
+        stage, f"{way}-teacher-resumed", config, "--objectives", "--resume", str(stage / f"{way}-teacher/checkpoint-2")
+    )
+    np.testing.assert_allclose(rest[0]["losses"][-2:], one["losses"][-2:], rtol=1e-3)
 
 
 def test_fewer_samples_than_processes_do_not_hang(stage: Path) -> None:

@@ -57,7 +57,11 @@ def test_every_configuration_of_the_sft_recipe_runs(config: Path, stage: Path) -
     options += ["--bf16", "false", "--report_to", "none", "--gradient_accumulation_steps", "1", "--logging_steps", "1"]
     if config.stem == "best_teacher":
         options += ["--num_samples", "8"]
-    assert "curriculum/plan_hash" in run(stage, "sft.py", *options)
+    if config.stem == "distill":
+        options += ["--teacher", str(stage / "student")]
+    printed = run(stage, "sft.py", *options)
+    assert "curriculum/plan_hash" in printed
+    assert ("soft_targets" in printed) == (config.stem == "distill")
     assert list((stage / config.stem).glob("*model.safetensors"))
 
 
