@@ -1,8 +1,9 @@
 """Provenance tracing, arXiv:2512.20908: which sentences of responses a distilled model owes to its teacher.
 
-Teacher, student (before distillation) and distilled model read the same responses one model after the other
-(`read_responses`), each in its own tokens and chat template. What they found is laid on the same sentences (`trace`)
-and counted: by class, by position in the response, for correct and incorrect answers apart (`Trace`).
+Teacher, student (before distillation) and distilled model read the same responses, one model after the other
+(`read_responses`), each in its own tokens and chat template. Their log-probabilities are assigned to the same sentences
+(`trace`), and the sentences are counted by class and by position in the response, separately for correct and incorrect
+answers (`Trace`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from distill_sampler.protocols import PassInfo, Reader
 from distill_sampler.types import FloatArray, IntArray, Missing, View
 
 MODELS = ("teacher", "student", "distilled")
-"""Who reads, in the order of `Traced.by_model`."""
+"""The models that read, in the order of `Traced.by_model`."""
 
 
 @documents_fields
@@ -45,11 +46,11 @@ class Response:
     """A response to be traced."""
 
     where: str
-    """For a person: `"texts.jsonl, line 17"`."""
+    """Its place in the data, for messages: `"texts.jsonl, line 17"`."""
     prompt: tuple[Mapping[str, Any], ...]
     """The messages before it."""
     text: str
-    """What the models read, as it is."""
+    """The text that the models read."""
     correct: bool | None = None
     """Whether its answer is correct; None: unknown."""
 
@@ -57,12 +58,12 @@ class Response:
 @documents_fields
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenLogProbs:
-    """What one model makes of one response."""
+    """One model's log-probabilities of the tokens of one response."""
 
     begins: IntArray
     """`[tokens]` the byte of the response at which each of the model's own tokens begins."""
     surprisal: FloatArray
-    """`[tokens]` -log p of each, in nats."""
+    """`[tokens]` -log p of each token, in nats."""
 
 
 def read_responses(
@@ -73,14 +74,14 @@ def read_responses(
     plain: bool = False,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> list[TokenLogProbs | Missing]:
-    """What a model makes of each response, in its own tokens and chat template; or why it makes nothing of it.
+    """A model's log-probabilities of each response, in its own tokens and chat template; or why it has none.
 
     Args:
         reader: the model.
-        responses: what it reads.
-        tokenizer: the model's.
-        plain: write prompts without a chat template, which is also what happens if the tokenizer has none.
-        progress: told the number of tokens that have been read.
+        responses: the responses to read.
+        tokenizer: the model's tokenizer.
+        plain: read prompts without a chat template. (A tokenizer without a template always does.)
+        progress: called with the number of tokens that have just been read.
     """
     found: list[TokenLogProbs | Missing] = [Missing.NO_RESPONSE] * len(responses)
     views: dict[int, View] = {}
@@ -116,7 +117,7 @@ def read_responses(
 
 
 def _context(response: Response, tokenizer: Any, *, plain: bool) -> IntArray:
-    """`[tokens]` what stands before a response, up to where the model's turn begins."""
+    """`[tokens]` the text before a response, up to where the assistant's turn begins."""
     if plain or not tokenizer.chat_template:
         text = "".join(str(message["content"]) for message in response.prompt)
         return np.array(tokenizer(text)["input_ids"], np.int64)
@@ -130,11 +131,11 @@ class Traced:
     """A response, sentence by sentence."""
 
     response: Response
-    """Which one."""
+    """The response."""
     starts: IntArray
-    """`[sentences]` the byte at which each begins."""
+    """`[sentences]` the byte at which each sentence begins."""
     by_model: tuple[SentenceLogProbs, SentenceLogProbs, SentenceLogProbs]
-    """What teacher, student and distilled model make of the sentences."""
+    """The log-probabilities of the sentences by teacher, student and distilled model."""
     provenance: Provenance
     """The thresholds."""
 
@@ -166,12 +167,12 @@ class Traced:
 @documents_fields
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Trace:
-    """Every response that all three models could read."""
+    """The sentences of all responses that all three models could read."""
 
     traced: tuple[Traced, ...]
-    """Them, in the order of the data."""
+    """These responses, in the order of the data."""
     left_out: tuple[tuple[Response, str, Missing], ...]
-    """The others, with who could not read them, and why."""
+    """The other responses, each with a model that could not read it, and why."""
     provenance: Provenance
     """The thresholds."""
 
@@ -182,11 +183,12 @@ class Trace:
 
     @property
     def num_sentences(self) -> int:
+        """The number of sentences of all responses."""
         return sum(len(each.starts) for each in self.traced)
 
     @property
     def flips(self) -> int:
-        """Sentences whose class is another one when probabilities are normalised the other way."""
+        """How many sentences have another class if probabilities are normalised the other way."""
         return sum(int((each.classes != each.other_classes).sum()) for each in self.traced)
 
     def sensitivity(self, at: Sequence[float] = (0.05, 0.1, 0.15)) -> dict[float, FloatArray]:
@@ -251,13 +253,13 @@ def trace(
     provenance: Provenance,
     splitter: Splitter = sentences,
 ) -> Trace:
-    """Lay what three models found on the same sentences.
+    """Assign the log-probabilities of three models to the same sentences.
 
     Args:
-        responses: what they read.
-        readings: for each of `MODELS` what it made of every response.
+        responses: the responses that they read.
+        readings: for each of `MODELS`, its log-probabilities of every response.
         provenance: the thresholds.
-        splitter: where sentences begin.
+        splitter: finds where sentences begin.
     """
     traced, left_out = [], []
     for place, response in enumerate(responses):

@@ -1,7 +1,7 @@
 """`distill-sampler trace`: three models read the same responses; each sentence gets a class, a row and a colour.
 
-The models are loaded one after the other, never two at once. What each has read is kept beside the table, so that a run
-which failed at the last model, or is repeated with other thresholds, reads nothing again.
+The models are loaded one after the other, never two at once. What each has read is kept in a folder beside the table,
+so that a run that failed at the last model, or is repeated with other thresholds, reads nothing twice.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from distill_sampler.types import Missing
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the command was told."""
+    """The command's options."""
 
     data: Sequence[str]
     teacher: str
@@ -48,7 +48,7 @@ class Options:
     table: Path = Path("trace.parquet")
     layout: Layout = field(default_factory=Layout)
     correct: str | None = None
-    """Column that says whether a response is correct."""
+    """Column that tells whether a response is correct."""
     split: str = "train"
     subset: str | None = None
     alpha: float = 0.1
@@ -65,16 +65,16 @@ class Options:
 
 
 def run(options: Options) -> Trace:
-    """Trace, show the counts, and leave the page and the table.
+    """Trace the responses, print the counts, and write the page and the table.
 
     Raises:
-        ValueError: one sentence about what is wrong, and the cure. What models have read by then is kept.
+        ValueError: an option, the data or a model cannot be used. What models have read by then is kept.
     """
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries to each other
+    warnings.filterwarnings("ignore", category=FutureWarning)  # dependencies raise these about one another
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     say = Console(stderr=True, soft_wrap=True)
-    # all that can be refused before a model is loaded
+    # first, everything that can be refused before a model is loaded
     provenance = Provenance(alpha=options.alpha, beta=options.beta, bytes_per_token=options.bytes_per_token)
     require_writable(options.output, ".html", ".htm")
     require_writable(options.table, ".parquet")
@@ -120,8 +120,8 @@ def run(options: Options) -> Trace:
     if not found.traced:
         _, who, why = found.left_out[0]
         raise ValueError(
-            f"No response could be read by all three models. Of the first one, for the {who}: {why.reason}. Give "
-            "shorter responses, or models with more positions."
+            f"No response could be read by all three models. The reason for the first one and the {who}: {why.reason}. "
+            "Give shorter responses, or models with more positions."
         )
     pq.write_table(found.table(), options.table)
     write_trace(found, options.output, models=names, shown=options.shown)
@@ -173,14 +173,14 @@ def _response(candidate: Candidate, correct: str | None) -> Response:
     )
 
 
-# ---- What a model has read, kept ----
+# ---- What models have read ----
 
 
 def _identity(options: Options, files: Any, responses: Sequence[Response], numerics: str) -> str:
     """A hash of all that a model's readings depend on."""
     read = [[list(each.prompt), each.text] for each in responses]
-    told = [files, options.plain, numerics, read]
-    return hash_of(json.dumps(told, sort_keys=True, default=str).encode(errors="surrogatepass"))
+    content = [files, options.plain, numerics, read]
+    return hash_of(json.dumps(content, sort_keys=True, default=str).encode(errors="surrogatepass"))
 
 
 def _keep(path: Path, identity: str, readings: Sequence[TokenLogProbs | Missing]) -> None:

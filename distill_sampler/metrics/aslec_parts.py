@@ -16,7 +16,7 @@ from distill_sampler.serialize import described
 from distill_sampler.types import Sample, TokenStats
 
 _NO_TOKENS = -16.0
-"""The authors' mean log-probability of no tokens."""
+"""The mean log-probability that the authors use if there are no tokens."""
 
 
 @documents_fields
@@ -24,17 +24,17 @@ _NO_TOKENS = -16.0
 class AslecParts(Metric):
     """Mean log-probabilities (nats) of a response's step beginnings, of its other tokens, and of all. Higher is better.
 
-    Longer steps have a smaller share of first tokens, which are hard to predict, so naturalness prefers long steps to
-    good ones. The expression `AslecCasl()` takes that out: it regresses the mean over all tokens on these numbers over
+    Longer steps have a smaller share of first tokens, which are hard to predict, so naturalness favours long steps over
+    good ones. The expression `AslecCasl()` corrects that: it regresses the mean over all tokens on these numbers over
     the whole pool, and subtracts the part that the share of first tokens explains. Use it in place of this metric's
     name: `BestOf(AslecCasl(), per="prompt_id")`. One forward pass per sample, shared with `RankSurprisalRatio`.
 
     Columns: `aslec_first_share` (of tokens at the beginning of a step), `aslec_first`, `aslec_rest` and `aslec` (mean
     log-probabilities of these tokens, of the others, and of all). `aslec_rest` is ASLEC-drop as in the authors' code;
-    our `AslecDrop` reads steps in windows and gives every step the same weight.
+    the metric `AslecDrop` reads steps in windows and gives every step the same weight.
 
-    What to keep in mind: `aslec` itself is global naturalness, uncorrected. Where steps begin decides everything; the
-    authors split after `". "` and `"? "` (`by_pattern(r"[.?] ")`, with `min_tokens=1`).
+    What to keep in mind: `aslec` itself is uncorrected global naturalness. The result depends strongly on where steps
+    begin; the authors split after `". "` and `"? "` (`by_pattern(r"[.?] ")`, with `min_tokens=1`).
     """
 
     skip: int = 1

@@ -27,16 +27,16 @@ class InstructionFollowingDifficulty(Metric):
     `name`, the first two get it as a prefix.
 
     What to keep in mind: it was made to filter single-turn instructions of mixed quality. The beginning of a long
-    reasoning trace says what the question was, so ratios of long traces lie close to 1 and differ little. The turns of
-    a conversation are read alone as one text, without what stands between them.
+    reasoning trace repeats the question, so the ratios of long traces are close to 1 and differ little. The turns of a
+    conversation are read as one text, without what stands between them.
     """
 
     limit: float | None = 1.0
     """Samples with a larger ratio have no score; 1 in the paper. None: all have one."""
     start_token: int | None = None
-    """Token shown before the answer that is read alone, so that its first token is predicted too: the BOS token of
-    tokenizers that write one, as in the authors' code for Llama. None: there is none, as for Qwen or SmolLM, and the
-    mean of the answer read alone leaves its first token out."""
+    """Token to put before the answer that is read alone, so that its first token is predicted too: the tokenizer's BOS
+    token, as in the authors' code for Llama. None, for tokenizers without one, such as Qwen's or SmolLM's: the mean of
+    the answer alone leaves out its first token."""
     name: str = "instruction_following_difficulty"
     """Its name in policies, and the column of the score."""
 

@@ -19,21 +19,21 @@ class Lark(Metric):
     """ρ = B / L: the mean Brier score of the response's tokens over their mean surprisal. Higher is better.
 
     L is the mean of -log p (nats). B is the mean of |onehot(y) - p|² = 1 - 2 p(y) + Σ p², the squared gradient of the
-    loss by the logits, so ρ is how fast the loss falls relative to what it is. LARK does not choose by ρ alone but by
-    the gain g within each prompt's candidates, which also weighs a response's share of the loss: `LarkGain`, as in
+    loss by the logits, so ρ is how fast the loss falls relative to its size. LARK does not choose by ρ alone, but by
+    the gain g within each prompt's candidates, which also considers a response's share of the loss: `LarkGain`, as in
     `KeepByMargin(LarkGain(per="prompt_id"), per="prompt_id", k=3)`. A group's score here is ΣB / ΣL over its samples.
     One forward pass per sample, shared with `RankSurprisalRatio`.
 
     Columns: `lark_loss` (L), `lark_brier` (B) and `lark` (ρ).
 
-    What to keep in mind: ρ is small both where the student is sure of the tokens and where it thinks them impossible;
-    it is largest for tokens of a probability near 0.25. It says nothing about length or correctness. The results are
-    the authors' own so far.
+    What to keep in mind: ρ is small both for tokens that the student is sure of and for tokens that it thinks
+    impossible; it is largest for tokens with a probability near 0.25. It says nothing about length or correctness. So
+    far, the only results are the authors' own.
     """
 
     top_50: bool = False
-    """Take B over the 50 most likely tokens, with probabilities scaled to add up to 1, as the authors' code does to
-    save memory. False: over all tokens, as in the paper, which costs less here."""
+    """Compute B over the 50 most likely tokens, with probabilities scaled to add up to 1, as the authors' code does to
+    save memory. False: over all tokens, as in the paper, which is cheaper here."""
     name: str = "lark"
     """Its name in policies, the column of the score, and the beginning of the other columns' names."""
 

@@ -25,8 +25,8 @@ class RankSurprisalRatio(Metric):
     Columns: `mean_rank` (of the clipped ranks), `mean_surprisal` (nats) and `rank_surprisal_ratio`. With another
     `name`, the first two get it as a prefix, so that variants can be scored side by side.
 
-    Weak spots: three teachers from outside the students' family account for part of the paper's correlation, one
-    teacher supplies 45-77 % of each selected set, and text that repeats itself in loops scores well.
+    Weak spots: three teachers from outside the students' family account for part of the paper's correlation, and one
+    teacher supplies 45-77 % of each selected set.
     """
 
     rank_clip: int = 100

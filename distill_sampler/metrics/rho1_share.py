@@ -18,10 +18,10 @@ from distill_sampler.types import Sample, TokenStats
 class Rho1Share(SecondModelMetric):
     """Share of the response's tokens whose loss under the student exceeds a reference model's. Higher is better.
 
-    Rho-1 trains only on the tokens with the largest excess loss, student minus reference. This tells, for each sample,
-    how many tokens those are, and how much excess they hold; the loss itself stays as it is. `ExcessLoss` is the same
-    difference over the whole response. One forward of the student, shared with `RankSurprisalRatio`, and one of the
-    reference, which is read once in a run.
+    Rho-1 trains only on the tokens with the largest excess loss, student minus reference. This metric tells, for each
+    sample, how many such tokens it has, and how large their excess is; it does not change the training loss.
+    `ExcessLoss` is the same difference over the whole response. Needs one forward of the student, shared with
+    `RankSurprisalRatio`, and one of the reference, in the first pass only.
 
     Columns: `rho1_excess` (nats: mean excess of the tokens that count, 0 if there is none) and `rho1_share`.
 
@@ -31,9 +31,9 @@ class Rho1Share(SecondModelMetric):
     """
 
     reference: Reader
-    """The reference model, with the student's tokenizer: excess is told token by token."""
+    """The reference model. It must have the student's tokenizer, because tokens are compared one by one."""
     threshold: float = 0.0
-    """A token counts if its excess loss is above this, in nats."""
+    """A token counts if its excess loss, in nats, is above this."""
     name: str = "rho1_share"
     """Its name in policies, and the column of the score."""
 

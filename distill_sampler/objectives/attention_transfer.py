@@ -19,22 +19,22 @@ from distill_sampler.reading.forward import unwrap
 class AttentionTransfer(Objective):
     """weight · the mean over layers of ‖Q_student / ‖Q_student‖ - Q_teacher / ‖Q_teacher‖‖², added to the loss.
 
-    Q of a position is its attention to the positions before it and to itself, the mean over the heads, so student and
-    teacher may have different numbers of heads. The paper's equation 2, a row of the map at a time. It is taken at
-    every position that predicts a token that is trained on, and normalised as the trainer normalises its loss.
+    Q of a position is its attention to itself and the positions before it, averaged over the heads, so student and
+    teacher may have different numbers of heads. This is the paper's equation 2, for one row of the map at a time. It is
+    computed at every position whose next token is trained on, and normalised as the trainer normalises its loss.
 
-    Both models must compute their attention maps, which fused attention never does: load them with
-    `attn_implementation="eager"`. The maps take memory that grows with the square of the length.
+    Both models must compute their attention maps, which fused attention does not do: load them with
+    `attn_implementation="eager"`. The memory for the maps grows with the square of the length.
     """
 
     teacher: nn.Module
     """A causal language model with the student's tokens and eager attention. It is frozen, put into evaluation mode and
     moved to the student's device."""
     layers: Mapping[int, int] = field(default_factory=lambda: {-1: -1})
-    """Student's layer to teacher's layer. Layers count from 0; -1 is the last one."""
+    """The teacher's layer for each layer of the student. Layers count from 0; -1 is the last one."""
     weight: float | Callable[[float], float] = 1.0
-    """Weight in the loss. A function gives it for the progress of the run, which goes from 0 to 1. At 0 the teacher is
-    not read."""
+    """Weight in the loss, or a function that returns it for the progress of the run, from 0 to 1. At 0, the teacher
+    does not run."""
 
     def __post_init__(self) -> None:
         require_model(self.teacher, what="AttentionTransfer")
@@ -51,7 +51,7 @@ class AttentionTransfer(Objective):
         return "attention_transfer"
 
     def prepare(self, student: nn.Module) -> None:
-        """Check that both models show their attention.
+        """Check that both models compute their attention maps.
 
         Raises:
             ValueError: one of them has fused attention, or a layer does not exist or has no attention.

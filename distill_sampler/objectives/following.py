@@ -1,4 +1,4 @@
-"""What objectives have in common: from the batch that a host announces to a number in the student's forward pass."""
+"""The base of objectives that compare the student with a teacher inside the student's forward pass."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class FollowsTeacher(ObjectiveTap):
     """An objective that compares the student with a teacher at each token that is trained on.
 
     Args:
-        name: of the objective.
-        teacher: who reads the same batches.
+        name: the objective's name.
+        teacher: reads the same batches.
     """
 
     def __init__(self, name: str, teacher: LiveTeacher) -> None:
@@ -30,21 +30,21 @@ class FollowsTeacher(ObjectiveTap):
         self.teacher = teacher
         self.student: Any = None
         self.factor = 0.0
-        """How much of the objective is in the loss of this batch. At 0 the teacher is not read."""
+        """The objective's weight in the loss of this batch. At 0, the teacher does not run."""
         self._batch: Batch | None = None
         self._counted: Tensor | None = None
         self._of_teacher: Seen | None = None
         self._value: Tensor | None = None
         self._sums = torch.zeros(2, dtype=torch.float64)
-        """Sum of the weighted values since the last report, and of the weights."""
+        """The sum of the weighted values, and the sum of the weights, since the last report."""
 
     @abstractmethod
     def factor_at(self, progress: float) -> float:
-        """How much of the objective is in the loss at this point of the run."""
+        """The objective's weight in the loss at this point of the run."""
 
     @abstractmethod
     def begin(self, student: Watch) -> None:
-        """Training starts: check that student and teacher fit, and ask them for what is compared.
+        """Called when training starts: check that student and teacher fit, and request what is compared.
 
         Raises:
             ValueError: they do not fit.
@@ -57,8 +57,8 @@ class FollowsTeacher(ObjectiveTap):
         Called inside the student's forward pass, where sharded weights can be gathered.
 
         Args:
-            student: what the student showed.
-            teacher: the same of the teacher.
+            student: the student's states and attention.
+            teacher: the teacher's states and attention.
             counted: `[rows, width]` True at the positions that count.
             weights: `[positions]` loss weights, where `counted` is True.
         """
@@ -90,7 +90,7 @@ class FollowsTeacher(ObjectiveTap):
         """The loss of the batch.
 
         Raises:
-            ValueError: the student's decoder was not run.
+            ValueError: the trainer did not run the student's decoder.
         """
         if not self.factor:
             return loss
@@ -114,7 +114,7 @@ class FollowsTeacher(ObjectiveTap):
     def _see(self, seen: Seen) -> Tensor | None:
         counted = self._counted
         if counted is None or self._value is not None or not torch.is_grad_enabled():
-            return None  # evaluation, or a host's second look at the same batch
+            return None  # evaluation, or a second forward of the same batch
         if seen.last.shape[:2] != counted.shape:
             raise ValueError(
                 f"objective={self.name}: the student has states for {tuple(seen.last.shape[:2])} positions, but the "
@@ -154,15 +154,15 @@ def scheduled(value: Any, progress: float, *, argument: str, highest: float = fl
     number = value(progress) if callable(value) else value
     if not 0 <= number <= highest:
         bounds = "from 0 on" if highest == float("inf") else f"from 0 to {highest:g}"
-        raise ValueError(f"{argument}: it is {number} at progress {progress}. Give numbers {bounds}.")
+        raise ValueError(f"{argument}: the value at progress {progress} is {number}. Give numbers {bounds}.")
     return float(number)
 
 
 def require_model(teacher: Any, *, what: str) -> None:
-    """Refuse what is not a model in memory.
+    """Refuse a teacher that is not a model in memory.
 
     Raises:
-        ValueError: naming the argument and what it takes.
+        ValueError: it is not an `nn.Module`.
     """
     if not isinstance(teacher, nn.Module):
         raise ValueError(

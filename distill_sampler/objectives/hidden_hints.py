@@ -1,4 +1,4 @@
-"""Hints (FitNets, Romero et al. 2014, arXiv:1412.6550): the student's hidden states come close to the teacher's."""
+"""Hints (FitNets, Romero et al. 2014, arXiv:1412.6550): the student's hidden states are drawn to the teacher's."""
 
 from __future__ import annotations
 
@@ -24,24 +24,23 @@ MODULE = "distillation_projections"
 class HiddenHints(Objective):
     """weight · the mean over layers of MSE(W h_student, h_teacher), added to the loss.
 
-    The error of a position is the mean over the teacher's dimensions. It is taken at every position that predicts a
-    token that is trained on, and normalised as the trainer normalises its loss. W is a learned matrix, where the two
-    widths differ.
+    The error of a position is the mean over the teacher's dimensions. It is computed at every position whose next token
+    is trained on, and normalised as the trainer normalises its loss. If the two widths differ, W is a learned matrix.
 
-    The matrices are part of the student while it is trained: they are in its optimizer and its checkpoints, and come
-    back on a resume. When training ends they are taken out, so that the saved student is the student.
+    The matrices are part of the student while it is trained: they are in its optimizer and its checkpoints, and are
+    restored on a resume. They are removed when training ends, so the saved student does not contain them.
     """
 
     teacher: nn.Module
     """A causal language model with the student's tokens. It is frozen, put into evaluation mode and moved to the
     student's device."""
     layers: Mapping[int, int] = field(default_factory=lambda: {-1: -1})
-    """Student's layer to teacher's layer. Layers count from 0; -1 is the last one."""
+    """The teacher's layer for each layer of the student. Layers count from 0; -1 is the last one."""
     projection: Literal["auto", "always", "never"] = "auto"
-    """When there is a W: where the widths differ, always, or never."""
+    """Whether there is a W. `"auto"`: where the widths differ."""
     weight: float | Callable[[float], float] = 1.0
-    """Weight in the loss. A function gives it for the progress of the run, which goes from 0 to 1. At 0 the teacher is
-    not read."""
+    """Weight in the loss, or a function that returns it for the progress of the run, from 0 to 1. At 0, the teacher
+    does not run."""
 
     def __post_init__(self) -> None:
         require_model(self.teacher, what="HiddenHints")
@@ -59,7 +58,7 @@ class HiddenHints(Objective):
         return "hidden_hints"
 
     def prepare(self, student: nn.Module) -> None:
-        """Put the projections into the student, before its optimizer is made.
+        """Add the projections to the student, before its optimizer is created.
 
         Raises:
             ValueError: a layer does not exist, or the widths differ and `projection="never"`.
@@ -76,8 +75,8 @@ class HiddenHints(Objective):
             return
         if hasattr(inner, "peft_config"):
             raise ValueError(
-                "HiddenHints: the checkpoints of an adapter would not hold the projections, so a resume would start "
-                "them anew. Train the whole student, or match layers of the same width with projection='never'."
+                "HiddenHints: the checkpoints of an adapter do not hold the projections, so a resume would lose them. "
+                "Train the whole student, or match layers of the same width with projection='never'."
             )
         like = next(inner.parameters())
         with torch.random.fork_rng(devices=[]):
@@ -88,7 +87,7 @@ class HiddenHints(Objective):
         inner.add_module(MODULE, nn.ModuleDict(made))
 
     def withdraw(self, student: nn.Module) -> None:
-        """Take the projections out of the student again."""
+        """Remove the projections from the student."""
         unwrap(student)._modules.pop(MODULE, None)
 
     def tap(self, teachers: Teachers, *, num_tokens: int | None = None) -> ObjectiveTap:

@@ -1,4 +1,4 @@
-"""A teacher that is loaded beside the student and reads each batch that the student is trained on."""
+"""A teacher in the same process, which reads each batch that the student is trained on."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from distill_sampler.reading.token_stats import linear
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Seen:
-    """What one forward pass of a decoder showed."""
+    """Hidden states and attention of one forward pass of a decoder."""
 
     last: Tensor
-    """`[rows, width, hidden]` what goes into the output head."""
+    """`[rows, width, hidden]` the input of the output head."""
     layers: Mapping[int, Tensor]
-    """`[rows, width, hidden]` the output of each layer that was asked for."""
+    """`[rows, width, hidden]` the output of each layer that was requested."""
     attention: Mapping[int, Tensor]
-    """`[rows, heads, width, width]` the attention of each layer that was asked for."""
+    """`[rows, heads, width, width]` the attention of each layer that was requested."""
 
 
 class Watch:
-    """Keeps what a decoder's layers give in a forward pass, for those who ask.
+    """Records hidden states and attention of a decoder's layers in its forward passes.
 
     Args:
         model: a causal language model of transformers, wrapped or not.
@@ -45,15 +45,15 @@ class Watch:
         self._maps: dict[int, Tensor] = {}
 
     def ask(self, *, layers: Collection[int] = (), attention: Collection[int] = ()) -> None:
-        """Keep these layers' outputs, and these layers' attention."""
+        """Request the outputs of some layers, and the attention of some layers."""
         self._layers |= set(layers)
         self._attention |= set(attention)
 
     @contextmanager
     def open(self, then: Callable[[Seen], Tensor | None]) -> Iterator[None]:
-        """Watch, and call `then` inside each forward pass of the decoder, at its end.
+        """A context in which `then` is called at the end of each forward pass of the decoder, still inside it.
 
-        What it returns goes into the output head in place of `Seen.last`; None: as it was.
+        A tensor that `then` returns replaces `Seen.last` as the input of the output head; None leaves it unchanged.
         """
         with ExitStack() as hooks:
             for number, layer in enumerate(layers_of(self.model)):
@@ -87,11 +87,11 @@ class Watch:
 
 
 class LiveTeacher:
-    """A frozen causal language model beside the student. Objectives of the same teacher share its forward pass.
+    """A frozen causal language model as a teacher. Objectives with the same teacher share its forward pass.
 
     Args:
-        model: whole in each process. It is put into evaluation mode, and moved to the student's device when training
-            starts.
+        model: the teacher; every process holds all of it. It is put into evaluation mode, and moved to the student's
+            device when training starts.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -103,10 +103,10 @@ class LiveTeacher:
 
     @torch.no_grad()
     def read(self, inputs: Mapping[str, Any]) -> Seen:
-        """What the teacher makes of a batch. Read once, however many objectives ask.
+        """The teacher's states and attention for a batch. It reads a batch once, for all objectives.
 
         Args:
-            inputs: the batch as the student gets it.
+            inputs: the batch as the student reads it.
         """
         if self._read is not inputs["input_ids"]:
             with self.watch.open(self._keep):
@@ -119,19 +119,19 @@ class LiveTeacher:
         self._seen = seen
 
     def forget(self) -> None:
-        """The batch is over: free what was read."""
+        """Free what was read of the last batch."""
         self._seen = self._read = None
 
     def targets(self, states: Tensor, *, temperature: float, columns: int) -> Targets:
         """The teacher's predictions.
 
         Args:
-            states: `[positions, hidden]` what goes into its output head.
-            temperature: of the softmax.
+            states: `[positions, hidden]` the inputs of its output head.
+            temperature: the temperature of the softmax.
             columns: how many columns count; see `shared_columns`.
 
         Raises:
-            ValueError: its logits are not made from its decoder's hidden states by its output head.
+            ValueError: its logits are not the product of its decoder's hidden states and its output head.
         """
         if self._transform is None:
             self._transform = transform_of(self.watch.model, purpose="SoftTargets(teacher=)")
@@ -147,7 +147,7 @@ class LiveTeacher:
 
 
 class Teachers:
-    """The teachers of a run, each one once."""
+    """The teachers of a run. Objectives that name the same model get the same `LiveTeacher`."""
 
     def __init__(self) -> None:
         self._live: dict[int, LiveTeacher] = {}
@@ -168,7 +168,10 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     for module in inner.get_decoder().modules():
         if isinstance(module, nn.ModuleList) and len(module) == number:
             return module
-    raise ValueError(f"{type(inner).__name__} has no list of {number} layers, so its hidden states cannot be matched.")
+    raise ValueError(
+        f"{type(inner).__name__} has no list of {number} layers, so its hidden states cannot be matched. Leave "
+        "objective= out for this model."
+    )
 
 
 def attention_of(layer: nn.Module) -> nn.Module:
@@ -180,17 +183,19 @@ def attention_of(layer: nn.Module) -> nn.Module:
     for name, module in layer.named_children():
         if name in ("self_attn", "attn", "attention", "self_attention"):
             return module
-    raise ValueError(f"{type(layer).__name__} has no self-attention whose maps could be matched. Leave it out.")
+    raise ValueError(
+        f"{type(layer).__name__} has no self-attention whose maps could be matched. Leave the layer out of layers=."
+    )
 
 
 def chosen_layers(layers: Mapping[int, int], student: nn.Module, teacher: nn.Module, *, what: str) -> dict[int, int]:
-    """Layers of the student and of the teacher that belong together, counted from the input.
+    """The pairs of layers of student and teacher to compare, with numbers from 0.
 
     Args:
-        layers: student's layer to teacher's layer; negative numbers count from the last layer.
+        layers: the teacher's layer for each layer of the student; negative numbers count from the last layer.
         student: the student.
         teacher: the teacher.
-        what: the objective, for the message.
+        what: the objective's name, for the message.
 
     Raises:
         ValueError: there is no such layer.
@@ -211,8 +216,8 @@ def chosen_layers(layers: Mapping[int, int], student: nn.Module, teacher: nn.Mod
 
 
 def shared_columns(student: nn.Module, teacher: nn.Module, *, tokens: int | None = None) -> int:
-    """How many columns of their output heads, from the first, student and teacher have in common. Vocabularies are
-    often padded.
+    """How many columns of their output heads, from the first one on, student and teacher have in common. Vocabularies
+    are often padded.
 
     Args:
         student: the student.
@@ -220,18 +225,18 @@ def shared_columns(student: nn.Module, teacher: nn.Module, *, tokens: int | None
         tokens: how many tokens the student's tokenizer has; None: unknown.
 
     Raises:
-        ValueError: one of the two has no column for some tokens, so they have different vocabularies.
+        ValueError: one of them lacks a column for some tokens, so they have different vocabularies.
     """
     sizes = [unwrap(model).config.get_text_config().vocab_size for model in (student, teacher)]
     columns: int = min(sizes)
     if columns < (tokens or 0) or (tokens is None and max(sizes) - columns > _PADDING):
         raise ValueError(
             f"SoftTargets(teacher=): the student predicts {sizes[0]} tokens and the teacher {sizes[1]}, so they have "
-            "different vocabularies and their distributions cannot be compared. Use a teacher with the student's "
-            "tokenizer, or choose traces by another teacher with TeacherSentences, which compares text."
+            "different vocabularies, and their distributions cannot be compared. Use a teacher with the student's "
+            "tokenizer. To choose traces with another teacher, use TeacherSentences, which compares text."
         )
     return columns
 
 
 _PADDING = 1024
-"""Columns by which one vocabulary may be padded beyond another, where the tokenizer is unknown."""
+"""How many more columns one padded vocabulary may have than the other, if the tokenizer is unknown."""

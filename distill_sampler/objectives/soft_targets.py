@@ -22,8 +22,8 @@ from distill_sampler.reading.observer import transform_of
 class SoftTargets(Objective):
     """alpha · T² · D(teacher, student) + (1 - alpha) · the trainer's own loss.
 
-    D is taken at every token that is trained on, and normalised as the trainer normalises its loss. No logits of either
-    model are kept: their product with the output heads is made a chunk of positions at a time.
+    D is computed at every token that is trained on, and normalised as the trainer normalises its loss. The logits of
+    both models only exist for a chunk of positions at a time.
     """
 
     teacher: nn.Module
@@ -32,11 +32,12 @@ class SoftTargets(Objective):
     temperature: float = 2.0
     """T, which softens both distributions. T² keeps the size of the gradient when T changes."""
     alpha: float | Callable[[float], float] = 0.5
-    """Share of the soft targets in the loss, from 0 to 1. A function gives it for the progress of the run, which goes
-    from 0 to 1. At 0 the teacher is not read, and training is what it is without the objective."""
+    """Share of the soft targets in the loss, from 0 to 1, or a function that returns it for the progress of the run,
+    from 0 to 1. At 0, the teacher does not run, and training is the same as without the objective."""
     divergence: Divergence = "forward"
-    """`"forward"` KL(teacher ‖ student) covers all that the teacher says; `"reverse"` KL(student ‖ teacher) avoids what
-    the teacher does not say; `"js"`, Jensen-Shannon, lies between."""
+    """`"forward"`: KL(teacher ‖ student), which makes the student cover everything that the teacher may say.
+    `"reverse"`: KL(student ‖ teacher), which makes it avoid what the teacher would not say. `"js"`: Jensen-Shannon,
+    between the two."""
 
     def __post_init__(self) -> None:
         require_model(self.teacher, what="SoftTargets")

@@ -1,4 +1,4 @@
-"""All samples of one teacher, the strongest: the baseline that choosing between teachers has to beat."""
+"""All samples of one teacher, the strongest: the baseline that choosing among teachers has to beat."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from distill_sampler.types import BoolArray, EpochPlan, unknown_name
 class BestSingleTeacher(Policy):
     """Keep the samples of one teacher, in the plan's order: the one with the best mean, or one that is named.
 
-    `BestSingleTeacher(Column("correct"), per="prompt_id")` is the strongest teacher, the baseline of most studies of
-    selection. The best one in hindsight, which papers call the oracle (48.7 against 48.3 for `BestTeacher` with RSR,
-    arXiv:2601.14249), takes a training run for each teacher: then give its name. `BestTeacher` chooses by a metric's
-    group score of a few samples; this policy takes the mean over all samples with a score, and columns and expressions
-    too. Trade-off: a strong teacher is not always a good one for this student, and its plan has one style.
+    `BestSingleTeacher(Column("correct"), per="prompt_id")` keeps the strongest teacher, the baseline of most studies of
+    selection. To find the best teacher in hindsight, which papers call the oracle (48.7 against 48.3 for `BestTeacher`
+    with RSR, arXiv:2601.14249), train once on each teacher, and then give its name. `BestTeacher` chooses by a metric's
+    group score of a few samples; this policy uses the mean over all samples with a score, and also accepts columns and
+    expressions. Trade-off: the strongest teacher is not always a good one for this student, and the plan has a single
+    style.
     """
 
     metric: str | MetricExpression | None = None
-    """What the best teacher has the best mean of: a `Column` such as `Column("correct")`, the name of a metric, or an
-    expression. Give this or `named`."""
+    """The teacher with the best mean of this is kept: a `Column` such as `Column("correct")`, the name of a metric, or
+    an expression. Give this or `named`."""
     named: str | None = None
     """The teacher to keep."""
     teacher: str = "teacher"
@@ -39,8 +40,8 @@ class BestSingleTeacher(Policy):
     def __post_init__(self) -> None:
         if (self.metric is None) == (self.named is None):
             raise ValueError(
-                "BestSingleTeacher: give exactly one of metric= (what the best teacher is best by, such as "
-                "Column('correct')) and named= (the teacher's name)."
+                "BestSingleTeacher: give exactly one of metric= (to choose the teacher by, such as Column('correct')) "
+                "and named= (the teacher's name)."
             )
         if self.named is not None and self.per is not None:
             raise ValueError(f"BestSingleTeacher(named={self.named!r}): per= is used only with metric=; leave it out.")

@@ -1,4 +1,4 @@
-"""Random samples with the teacher mixture of another selection: the control for what the mixture alone gains."""
+"""Random samples with the teacher mixture of another selection: a control that shows what the mixture alone gains."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from distill_sampler.protocols import Policy, Pool
 from distill_sampler.types import EpochPlan, HashArray, IntArray
 
 _ROUNDS = 24
-"""Times that every prompt may swap its teacher with another prompt's. Each round swaps about half of what can be."""
+"""How often every prompt may swap its teacher with another prompt's. Each round makes about half of the possible swaps.
+"""
 
 
 @documents_fields
 @dataclass(frozen=True)
 class MatchTeachers(Policy):
-    """Draw as many samples of each teacher as another selection has, at random, again each epoch.
+    """Draw as many samples of each teacher as another selection has, at random, with a new draw each epoch.
 
     Selecting by a score also changes the mixture of teachers, and much of the gain may come from the mixture. This
     control keeps the mixture and ignores the score: the teachers' counts are exactly those of `of`, which first plans
     from the same samples. With `per`, each prompt also has as many samples as in that plan, so the two plans differ
-    only in which teacher's response a prompt gets. Such a plan is made from the selection's own: pairs of prompts swap
-    their teachers over and over (the usual randomisation of a table with fixed margins), then each teacher's response
+    only in which teacher's response a prompt gets. The plan is made from the selection's: pairs of prompts swap their
+    teachers again and again (the usual randomisation of a table with fixed margins), and then each teacher's response
     to the prompt is drawn.
 
     Samples stay in the plan's order. A sample that the selection repeats may be repeated here. Trade-off: a prompt that
@@ -106,7 +107,7 @@ def _is_list(value: object) -> bool:
 
 
 def _drawn(cells: IntArray, wanted: IntArray, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> IntArray:
-    """Positions of the plan: `wanted[c]` of those in cell c at random, repeated evenly where there are too few."""
+    """Positions of the plan: `wanted[c]` random ones of cell c, repeated evenly if the cell has too few."""
     available = np.bincount(cells, minlength=len(wanted))
     wanted = np.r_[wanted, np.zeros(len(available) - len(wanted), np.int64)]
     repeats, remainder = np.divmod(wanted, np.maximum(available, 1))
@@ -147,7 +148,7 @@ def _swapped(
     np.minimum.at(of_teacher, all_teachers, all_content)
     teachers = teachers.copy()
     for salt in rng.integers(0, 2**64, size=_ROUNDS, dtype=np.uint64):
-        # samples of one group and teacher are alike, so which of them swaps need not be told apart
+        # samples of one group and teacher are interchangeable, so it does not matter which of them swaps
         keys = splitmix64(splitmix64(smallest[groups] ^ salt) ^ of_teacher[teachers])
         order = np.argsort(keys, kind="stable")
         order = order[np.argsort(groups[order], kind="stable")]

@@ -1,4 +1,4 @@
-"""Scores that a sample has only among others: LARK's gain within a prompt, and ASLEC's regression over the pool."""
+"""Scores that depend on the other samples: LARK's gain within a prompt, and ASLEC's regression over the pool."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from distill_sampler.types import FloatArray, IntArray, unknown_name
 class LarkGain(MetricExpression):
     """LARK's gain g = (L / ΣL) (2ρ - ΣρL / ΣL) among the candidates of a prompt (arXiv:2605.30651). Higher is better.
 
-    ρ and L are those of the metric `Lark`, and the sums run over all samples of the prompt that have them, whether they
-    are still in the plan or not. The gain is large for a response that has much of the prompt's loss and whose loss
-    falls fast. The paper chooses with `KeepByMargin(LarkGain(per="prompt_id"), per="prompt_id", k=3)`. Gains of
-    different prompts are not on one scale: use them within prompts only.
+    ρ and L are those of the metric `Lark`. The sums are over all samples of the prompt that have them, even if they are
+    no longer in the plan. The gain is large for a response that has a large share of the prompt's loss, and whose loss
+    falls fast. The paper selects with `KeepByMargin(LarkGain(per="prompt_id"), per="prompt_id", k=3)`. Gains of
+    different prompts are not on the same scale: compare them only within a prompt.
     """
 
     per: str
@@ -55,7 +55,8 @@ class LarkGain(MetricExpression):
 @documents_fields
 @dataclass(frozen=True)
 class AslecCasl(MetricExpression):
-    """ASLEC-CASL: naturalness without what the share of first tokens explains (arXiv:2604.06834). Higher is better.
+    """ASLEC-CASL: naturalness minus the part that the share of first tokens explains (arXiv:2604.06834). Higher is
+    better.
 
     Over all samples with scores, the mean log-probability is regressed on the mean over the steps' other tokens, the
     mean over their first tokens, and the share F of first tokens: M ~ β₁ M_rest + β₂ M_first + γ F + constant. The
@@ -66,7 +67,7 @@ class AslecCasl(MetricExpression):
     metric: str = "aslec"
     """Name of the `AslecParts` metric."""
     per: str | None = None
-    """Column with one regression for each of its values. The authors' script fits each teacher's responses alone:
+    """Column for whose values separate regressions are made. The authors' script fits each teacher's responses alone:
     `per="teacher"`. None: one regression over the pool, which keeps teachers comparable."""
 
     @property

@@ -17,14 +17,14 @@ from distill_sampler.types import EpochPlan
 class WeightByColumn(Policy):
     """Multiply each sample's loss weight by its number in a column, and scale the weights of the plan to mean 1.
 
-    The plan keeps its order and length. Only ratios of the weights count, because the mean of a plan's weights is 1: a
-    sample of weight 2 moves the student twice as far as one of weight 1. A sample of weight 0 is still read, so leave
-    it out of the plan instead if it is to teach nothing. Trade-off: few heavy samples make the gradient noisier, as a
-    smaller batch does; `effective_sample_size` in the trainer's log says how many samples a plan effectively has.
+    The plan keeps its order and length. Only ratios of the weights matter, because the mean of a plan's weights is 1: a
+    sample of weight 2 counts twice as much in the gradient as one of weight 1. A sample of weight 0 still takes time,
+    so leave it out of the plan instead. Trade-off: a few large weights make the gradient noisier, as a smaller batch
+    does; `effective_sample_size` in the trainer's log shows how many samples a plan effectively has.
     """
 
     column: str = "weight"
-    """The column: numbers, none negative."""
+    """The column with the weights, numbers of 0 or more."""
 
     @property
     def uses_columns(self) -> tuple[str, ...]:
