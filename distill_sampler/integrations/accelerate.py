@@ -120,7 +120,7 @@ class CurriculumLoop:
         self._taps += self._objective_taps
         self._prepared: nn.Module | None = None
         self._scale: torch.Tensor | None = None
-        """1 / (tokens that count in the batch that the loop body is training on); None: its loss has been made."""
+        """1 / (number of counted tokens in the batch that the loop body is training on); None: its loss is complete."""
         curriculum.driven_by = type(self).__name__
         self._run = ""
         self._epoch: int | None = None
@@ -138,7 +138,7 @@ class CurriculumLoop:
         same step of the loop."""
 
     def prepare(self, model: nn.Module) -> None:
-        """Let objectives add to the student what they learn beside it. Call it before you make the optimizer.
+        """Let objectives add their own modules to the student. Call it before you create the optimizer.
 
         Raises:
             ValueError: an objective does not fit the student.
@@ -151,10 +151,10 @@ class CurriculumLoop:
         """The loss of this batch with the objectives: `accelerator.backward(loop.loss(model(**batch).loss))`.
 
         Args:
-            loss: the mean over the batch's tokens that are trained on, as models of transformers give it.
+            loss: the mean over the batch's tokens that are trained on, as models of transformers return it.
 
         Raises:
-            ValueError: it was called twice for a batch, or the student's decoder was not run.
+            ValueError: it was called twice for a batch, or the student's decoder did not run.
         """
         if not self._objectives:
             return loss
@@ -323,7 +323,7 @@ class CurriculumLoop:
         (batch, model, samples_per_batch), self._in_training = self._in_training, None
         if self._scale is not None:
             raise ValueError(
-                "objective=: this batch was trained without its objectives. Train on the loss that loop.loss gives: "
+                "objective=: this batch was trained on without its objectives. Train on what loop.loss returns: "
                 "accelerator.backward(loop.loss(model(**batch).loss))."
             )
         if batch is not None:

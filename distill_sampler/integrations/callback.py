@@ -189,7 +189,7 @@ class CurriculumCallback(TrainerCallback):
         self._open_taps.close()
 
     def numbers(self) -> dict[str, float]:
-        """Numbers for the trainer's next line of training logs. All processes take part."""
+        """Numbers for the trainer's next training log entry. All processes must call it."""
         numbers, self.pending = self.pending, {}
         for tap in self.taps:
             if isinstance(tap, ObjectiveTap):

@@ -1,8 +1,8 @@
 """Packs in a trainer: its data loader draws tuples of samples, and its collator lays their rows end to end.
 
-Nothing about packs is in the data set, which data loader workers copy when they start: a pack *is* the index that the
-sampler gives. Position ids restart with each sample, and attention must not cross from one sample to the next. Whether
-it does is the model's affair, so a trial shows it before training begins.
+The data set, which data loader workers copy when they start, knows nothing of packs: a pack *is* the index that the
+sampler yields. Position ids restart with each sample, and attention must not cross from one sample to the next. That
+depends on the model, so a trial checks it before training begins.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ Overlong = Literal["refuse", "truncate", "split"]
 _SAME = 1e-3
 """Largest difference between logits that count as equal, relative to the largest logit, in float32."""
 _SAME_LOW_PRECISION = 0.05
-"""The same in bfloat16, float16 and TF32."""
+"""The same limit in bfloat16, float16 and TF32."""
 
 
 class PackedRows(torch.utils.data.Dataset[Any]):
-    """Rows of a data set by packs: `[(3, 1), (2,)] -> rows 3, 1 and 2`."""
+    """A data set whose indices are packs: `[(3, 1), (2,)] -> rows 3, 1 and 2`."""
 
     def __init__(self, rows: Any) -> None:
         self._rows = rows
@@ -54,7 +54,7 @@ class PackedRows(torch.utils.data.Dataset[Any]):
 
 
 def pack_through(trainer: Trainer) -> None:
-    """Make the trainer's training data loader give packs. Evaluation stays as it is.
+    """Make the trainer's training data loader read packs. Evaluation does not change.
 
     Raises:
         ValueError: the trainer's collator does not lay samples end to end.
@@ -65,7 +65,7 @@ def pack_through(trainer: Trainer) -> None:
     def get_dataloader_of_packs(dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
         if not is_training:
             return get_dataloader(dataset, *args, is_training=is_training, **kwargs)
-        if isinstance(dataset, datasets.Dataset):  # behind the wrapper, the trainer would not see its columns
+        if isinstance(dataset, datasets.Dataset):  # the trainer could not see its columns through the wrapper
             dataset = trainer._remove_unused_columns(dataset, description="training")
         own, trainer.data_collator = trainer.data_collator, collator
         try:
@@ -77,17 +77,17 @@ def pack_through(trainer: Trainer) -> None:
 
 
 def packing_of(trainer: Trainer, pack_to: int | str, window: int) -> Packing:
-    """What `attach(pack_to=, pack_window=)` asks for.
+    """The packing of `attach(pack_to=, pack_window=)`.
 
     Raises:
-        ValueError: `pack_to` is no number of tokens.
+        ValueError: `pack_to` is not a number of tokens.
     """
     capacity: Any = pack_to
     if pack_to == "max_length":
         capacity = trainer.args.max_length if is_sft_trainer(trainer) else None  # type: ignore[attr-defined]
         if capacity is None:
             raise ValueError(
-                'pack_to="max_length": this trainer has no max_length. Say how many tokens a pack has: pack_to=8192.'
+                'pack_to="max_length": this trainer has no max_length. Give the tokens of a pack, such as pack_to=8192.'
             )
     if not isinstance(capacity, int) or isinstance(capacity, bool):
         raise ValueError(f'pack_to={pack_to!r}: give a number of tokens, or "max_length".')
@@ -95,10 +95,10 @@ def packing_of(trainer: Trainer, pack_to: int | str, window: int) -> Packing:
 
 
 def refuse_packed(rows: Any) -> None:
-    """Refuse rows that hold several samples already.
+    """Refuse rows that already hold several samples.
 
     Raises:
-        ValueError: `seq_lengths` or `position_ids` of a row say so.
+        ValueError: the `seq_lengths` or `position_ids` of a row show several samples.
     """
     if not isinstance(rows, datasets.Dataset):
         return
@@ -109,9 +109,9 @@ def refuse_packed(rows: Any) -> None:
                 samples = len(value) if name == "seq_lengths" else sum(position == 0 for position in value)
                 if samples > 1:
                     raise ValueError(
-                        f"Row {row} of the data set was packed before: its {name} say that it holds {samples} samples, "
-                        "which can no longer be chosen one by one. Give attach the samples unpacked, one in a row, and "
-                        "pack_to=: then each epoch's plan is packed after it was made."
+                        f"Row {row} of the data set is already packed: by its {name} it holds {samples} samples, which "
+                        "can no longer be chosen one by one. Give attach unpacked rows, one sample each, and use "
+                        "pack_to=, which packs each epoch's plan."
                     )
 
 
@@ -120,12 +120,12 @@ def fitted(rows: Any, capacity: int, overlong: Overlong) -> tuple[Any, IntArray]
 
     Args:
         rows: the trainer's prepared data set.
-        capacity: tokens of a pack.
-        overlong: `"refuse"` leaves longer rows as they are, for `Planner` to refuse; `"truncate"` keeps their first
-            tokens; `"split"` makes several rows of them, which are samples of their own from then on.
+        capacity: how many tokens a pack has at most.
+        overlong: what to do with longer rows. `"refuse"` leaves them for `Planner` to refuse; `"truncate"` keeps their
+            first tokens; `"split"` makes several rows of them, each of which is then a sample.
 
     Raises:
-        ValueError: `overlong` is something else, or the data set is no `datasets.Dataset`.
+        ValueError: `overlong` is something else, or the data set is not a `datasets.Dataset`.
     """
     if overlong not in ("refuse", "truncate", "split"):
         raise ValueError(f"pack_overlong={overlong!r}: choose one of 'refuse', 'truncate', 'split'.")
@@ -135,7 +135,7 @@ def fitted(rows: Any, capacity: int, overlong: Overlong) -> tuple[Any, IntArray]
     if not isinstance(rows, datasets.Dataset):
         raise ValueError(
             f'pack_overlong="{overlong}" works on a datasets.Dataset, but train_dataset is a {type(rows).__name__}. '
-            "Cut its rows before attach."
+            "Truncate or split its rows before attach."
         )
     if overlong == "split":
         lengths = np.array([len(tokens) for tokens in rows.with_format(None)["input_ids"]], np.int64)
@@ -150,7 +150,7 @@ def fitted(rows: Any, capacity: int, overlong: Overlong) -> tuple[Any, IntArray]
 
 
 def _cut(batch: Mapping[str, Sequence[Any]], *, capacity: int, split: bool) -> dict[str, list[Any]]:
-    """Rows of at most `capacity` tokens. What has a value for each token is cut with the tokens."""
+    """Rows of at most `capacity` tokens. Columns with a value for each token are cut with the tokens."""
     result: dict[str, list[Any]] = {name: [] for name in batch}
     for row, tokens in enumerate(batch["input_ids"]):
         for start in range(0, len(tokens) if split else min(1, len(tokens)), capacity):
@@ -162,7 +162,7 @@ def _cut(batch: Mapping[str, Sequence[Any]], *, capacity: int, split: bool) -> d
 
 
 class SeparateSamples(Tap):
-    """Makes sure that the samples of a pack do not see each other, and of every batch that it is the planned one."""
+    """Checks that samples of a pack do not see each other. (With a tap, every batch is compared with the plan.)"""
 
     def __init__(self, trainer: Trainer) -> None:
         self._collator = _laid_end_to_end(trainer.data_collator)
@@ -180,14 +180,14 @@ class SeparateSamples(Tap):
 
 
 def refuse_crossing(model: nn.Module, collator: Any) -> None:
-    """Read two short samples in one row, in both orders: each must get the same logits before and behind the other.
+    """Check that a sample's logits do not depend on the other sample in its row, by reading two samples in both orders.
 
     Args:
-        model: the student, as the trainer calls it. All processes take part.
+        model: the student, as the trainer calls it. All processes must take part.
         collator: lays samples end to end.
 
     Raises:
-        ValueError: a sample's logits depend on what lies before it in the row.
+        ValueError: a sample's logits depend on what precedes it in the row.
     """
     texts = [torch.arange(2, 11).tolist(), torch.arange(3, 19).flip(0).tolist()]
     cure = (
@@ -218,17 +218,17 @@ def refuse_crossing(model: nn.Module, collator: Any) -> None:
     difference = torch.cat([first - first_behind, second - second_in_front]).abs().max() / largest
     if not difference <= (_SAME_LOW_PRECISION if low_precision else _SAME):
         raise ValueError(
-            "pack_to=: with this model, what a sample gives depends on the sample before it in the row (its logits "
-            f"differ by {difference:.2g} of the largest), so the samples of a pack would be trained in each other's "
-            f"context. {cure}"
+            "pack_to=: with this model, a sample's logits depend on the sample before it in the row (they differ by "
+            f"{difference:.2g} of the largest), so the samples of a pack would be trained in each other's context. "
+            f"{cure}"
         )
 
 
 def _laid_end_to_end(collator: Any) -> Any:
-    """The collator, if it lays samples end to end; TRL's own in that mode.
+    """The collator, if it lays samples end to end, or TRL's own, set to that mode.
 
     Raises:
-        ValueError: it is another one.
+        ValueError: it is another collator.
     """
     if isinstance(collator, DataCollatorWithFlattening):
         return collator

@@ -115,12 +115,16 @@ def refuse_for(curriculum: Curriculum, args: TrainingArguments) -> None:
 
 
 def refuse_for_objectives(objectives: Sequence[Objective], args: TrainingArguments) -> None:
-    """One sentence for each setting under which an objective has no place in the forward pass."""
+    """Refuse settings under which objectives cannot see the student's forward pass.
+
+    Raises:
+        ValueError: names the setting and the cure.
+    """
     for setting in ("torch_compile", "use_liger_kernel"):
         if objectives and getattr(args, setting):
             raise ValueError(
-                f"{setting}=True leaves no place in the forward pass for objective={objectives[0].name}. Leave one of "
-                "the two off."
+                f"{setting}=True: objective={objectives[0].name} cannot be computed inside the forward pass then. "
+                "Leave one of the two off."
             )
 
 

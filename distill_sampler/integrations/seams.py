@@ -132,7 +132,7 @@ def step_through(trainer: Trainer, callback: Follower) -> None:
 
 
 def loss_through(trainer: Trainer, objectives: Sequence[ObjectiveTap]) -> None:
-    """Have objectives look at each batch of training and add to its loss, normalised as the trainer normalises."""
+    """Let objectives see each batch of training and add to its loss, normalised as the trainer normalises its own."""
     compute_loss = trainer.compute_loss
 
     def compute_with_objectives(
@@ -169,10 +169,9 @@ def loss_through(trainer: Trainer, objectives: Sequence[ObjectiveTap]) -> None:
 
 
 def prepare_through(trainer: Trainer, objectives: Sequence[Objective]) -> None:
-    """Have objectives add to the student what is learned beside it, from the start of training to its end.
+    """Let objectives add modules of their own to the student when training starts, and remove them when it ends.
 
-    Raises:
-        ValueError: when training starts, if something was added and the trainer has an optimizer without it.
+    When training starts, a trainer whose optimizer was created before, without these modules, raises a ValueError.
     """
     train = trainer.train
 
@@ -184,8 +183,8 @@ def prepare_through(trainer: Trainer, objectives: Sequence[Objective]) -> None:
             objective.prepare(model)
         if trainer.optimizer is not None and len(list(model.parameters())) > before:
             raise ValueError(
-                f"objective={objectives[0].name}: the trainer has an optimizer already (optimizers=, or it was trained "
-                "before), which does not know the projections. Let a new trainer make its own optimizer."
+                f"objective={objectives[0].name}: the trainer already has an optimizer (optimizers=, or it was trained "
+                "before), which lacks the projections. Let a new trainer create its own optimizer."
             )
         try:
             return train(*args, **kwargs)

@@ -1,12 +1,12 @@
 """Packs: the samples of a plan laid end to end in rows of a fixed number of tokens, after the plan was made.
 
-A pack is filled from the oldest samples that wait, a window of them in the plan's order: first the oldest, then again
-and again the longest that still fits. When none fits, the next pack begins. So a sample is trained at most a window of
-samples earlier than planned, and no pack that begins passes over the sample that has waited longest. (Best fit with a
-bounded look-ahead; with a window of 1 it is next fit.)
+A window holds the next samples of the plan that are not packed yet. A pack takes the oldest sample of the window first,
+and then, again and again, the longest one that still fits. When none fits, the next pack begins. So a sample is trained
+at most a window of samples earlier than planned, and every new pack begins with the sample that has waited longest.
+(This is best fit with a bounded look-ahead; with a window of 1 it is next fit.)
 
-All of it is arithmetic on lengths: equal arguments give equal packs on every process. A long plan is packed in
-stretches, side by side, each from its own first sample.
+Packs depend on lengths alone, so equal arguments give equal packs on every process. A long plan is divided into
+stretches, which are packed independently and at the same time.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from distill_sampler.field_docs import documents_fields
 from distill_sampler.types import EpochPlan, IntArray
 
 _STRETCH_PACKS = 256
-"""Packs in a stretch, at least: the last pack of a stretch is not full."""
+"""How many packs a stretch has at least. (The last pack of a stretch is not full.)"""
 _STRETCH_SAMPLES = 4096
-"""Samples in a stretch, at least."""
+"""How many samples a stretch has at least."""
 _SIDE_BY_SIDE = 512
-"""Stretches at a time: their windows fit into the processor's cache."""
+"""How many stretches are packed at the same time. Their windows fit into the processor's cache."""
 
 
 @documents_fields
@@ -39,15 +39,15 @@ class Packing:
     """
 
     capacity: int
-    """Tokens of a pack, at most."""
+    """How many tokens a pack has at most."""
     window: int = 64
-    """How many samples that wait a pack is filled from. 1: strictly in the plan's order."""
+    """From how many waiting samples a pack is filled. 1: strictly in the plan's order."""
     num_packs: int | None = None
-    """Packs in every epoch. None: as many as the first plan fills."""
+    """How many packs every epoch has. None: as many as the first plan fills."""
 
     @property
     def described(self) -> dict[str, int | None]:
-        """Its fields as plain values."""
+        """The fields as plain values."""
         return asdict(self)
 
     def __post_init__(self) -> None:
@@ -60,53 +60,55 @@ class Packing:
 
 @dataclass(frozen=True, kw_only=True)
 class PackCounts:
-    """What an epoch's packs hold."""
+    """The numbers of an epoch's packs."""
 
     packs: int
+    """How many packs there are."""
     capacity: int
+    """How many tokens a pack has at most."""
     tokens: int
-    """Tokens that the epoch trains on."""
+    """How many tokens the epoch trains on."""
     cut: int
-    """Tokens of the plan that it leaves out at its end."""
+    """How many tokens at the end of the plan are left out."""
     repeated: int
-    """Tokens that it has from the plan's start once more, to have all of its packs."""
+    """How many tokens are repeated from the plan's start to fill all packs."""
     moved: int
-    """Places that a sample is away from its place in the plan, at most."""
+    """How many places a sample is moved at most."""
 
     @property
     def fill(self) -> float:
-        """Share of the packs' room that is filled."""
+        """Which part of the packs' capacity is used."""
         return self.tokens / (self.packs * self.capacity)
 
     def sentence(self) -> str:
-        """The numbers, for people."""
-        said = (
+        """The numbers in words."""
+        text = (
             f"{self.packs} packs of up to {self.capacity} tokens, {self.fill:.1%} full: {self.tokens:,} tokens. "
             f"Samples are up to {self.moved} places from where they were planned."
         )
         if self.cut:
-            said += f" The last {self.cut:,} tokens of the plan are left out."
+            text += f" The last {self.cut:,} tokens of the plan are left out."
         if self.repeated:
-            said += f" {self.repeated:,} of the tokens are from the plan's start once more."
-        return said
+            text += f" {self.repeated:,} of the tokens are from the plan's start once more."
+        return text
 
 
 def pack_plan(plan: EpochPlan, lengths: IntArray, packing: Packing) -> tuple[EpochPlan, PackCounts]:
     """The plan in packs, in the order in which they are trained on.
 
-    An epoch has a constant number of packs: a plan that fills more is cut behind the last one, and one that fills fewer
-    goes on with its first packs.
+    An epoch has a constant number of packs. A plan that fills more is cut after the last one, and a plan that fills
+    fewer repeats its first packs.
 
     Args:
-        plan: samples in the order that the policies gave.
-        lengths: `[samples]` tokens of each sample of the data set, at most `packing.capacity`.
+        plan: the policies' plan.
+        lengths: `[samples]` the length of each sample of the data set in tokens, at most `packing.capacity`.
         packing: how to pack.
 
     Raises:
         ValueError: the plan is empty.
     """
     if not len(plan):
-        raise ValueError("The policies left no sample, so there is nothing to pack.")
+        raise ValueError("The policies left no sample, so there is nothing to pack. Loosen a policy that selects.")
     own = lengths[plan.indices]
     order, bounds = lay_out(own, packing)
     filled = len(bounds) - 1
@@ -129,13 +131,13 @@ def pack_plan(plan: EpochPlan, lengths: IntArray, packing: Packing) -> tuple[Epo
 
 
 def lay_out(lengths: IntArray, packing: Packing) -> tuple[IntArray, IntArray]:
-    """`([n], [packs + 1])`: the places `0..n-1` in the order of the packs, and where in it each pack begins.
+    """`([n], [packs + 1])`: the places `0..n-1` in the order of the packs, and where each pack begins in this order.
 
     Within a pack, places ascend. `lengths [5, 4, 3, 2, 1]` in packs of 6 with a window of 2
     `-> [0, 1, 3, 2, 4], [0, 1, 3, 5]`.
 
     Args:
-        lengths: `[n]` tokens of the sample at each place, from 1 to the capacity.
+        lengths: `[n]` the length of the sample at each place in tokens, from 1 to the capacity.
         packing: how to pack.
     """
     assert len(lengths) == 0 or 1 <= lengths.min() <= lengths.max() <= packing.capacity
@@ -147,7 +149,7 @@ def lay_out(lengths: IntArray, packing: Packing) -> tuple[IntArray, IntArray]:
 
 
 def _next_fit(lengths: IntArray, capacity: int) -> IntArray:
-    """Where packs begin if each takes what follows until a sample does not fit."""
+    """Where packs begin if each one takes the next samples until one does not fit."""
     ends = np.cumsum(lengths).tolist()
     bounds = [0]
     while (start := bounds[-1]) < len(ends):
@@ -157,7 +159,7 @@ def _next_fit(lengths: IntArray, capacity: int) -> IntArray:
 
 
 def _best_fit(lengths: IntArray, capacity: int, window: int) -> tuple[IntArray, IntArray]:
-    """See `lay_out`. All stretches place one sample each at a time, so that numpy works on all of them at once."""
+    """See `lay_out`. In each turn, every stretch places one sample, so that numpy works on all stretches at once."""
     per_pack = capacity * len(lengths) // int(lengths.sum()) + 1
     bits = (min(len(lengths), max(_STRETCH_SAMPLES, _STRETCH_PACKS * per_pack)) - 1).bit_length()
     stretch = 1 << bits
@@ -170,7 +172,7 @@ def _best_fit(lengths: IntArray, capacity: int, window: int) -> tuple[IntArray, 
     first = np.arange(len(by_pack))[:, None] << bits
     order = ((by_pack & (stretch - 1)) + first).ravel()
     pack = ((by_pack >> bits) + first).ravel()
-    if len(order) > len(lengths):  # what completed the last stretch
+    if len(order) > len(lengths):  # the padding of the last stretch
         kept = order < len(lengths)
         order, pack = order[kept], pack[kept]
     return order, np.flatnonzero(np.concatenate([[True], pack[1:] != pack[:-1], [True]]))
@@ -179,11 +181,11 @@ def _best_fit(lengths: IntArray, capacity: int, window: int) -> tuple[IntArray, 
 def _fill(lengths: IntArray, capacity: int, window: int, bits: int) -> IntArray:
     """`[stretches, places]`: each place with its pack, as `pack << bits | place`.
 
-    A waiting sample is one number, `length << bits | places behind it in the stretch`: of two samples the longer one is
-    larger, and of equally long ones the older one. What fits best is the number with the smallest distance below
-    `room << bits | all ones`; numbers above it wrap around, to distances in the upper half.
+    A waiting sample is a number, `length << bits | number of places after it in the stretch`. A longer sample has a
+    larger number, and of equally long samples, the older one has. The sample that fits best has the smallest distance
+    below `room << bits | all ones`. Larger numbers wrap around, to distances in the upper half.
 
-    The last stretch is completed with samples of no length, which always fit, and change nothing.
+    The last stretch is padded with samples of length 0, which always fit and change nothing.
     """
     stretch = 1 << bits
     window = min(window, stretch)
@@ -196,7 +198,7 @@ def _fill(lengths: IntArray, capacity: int, window: int, bits: int) -> IntArray:
     numbers[: len(lengths)] = lengths
     behind = np.arange(stretch - 1, -1, -1, dtype=kind)
     numbers = np.ascontiguousarray((numbers.reshape(num_stretches, stretch) << shift | behind).T)
-    # [window, stretches] who waits, and the slot of each who came to wait; a slot that nobody fills holds `nobody`
+    # [window, stretches] the waiting samples, and [places, stretches] the slot of each; an empty slot holds `nobody`
     waiting = numbers[:window].copy()
     nobody = upper_half & ~ages
     slots = np.zeros((stretch, num_stretches), np.int16)
@@ -229,14 +231,14 @@ def _fill(lengths: IntArray, capacity: int, window: int, bits: int) -> IntArray:
 
 
 def require_same_packing(saved: Mapping[str, Any] | None, here: Packing | None) -> None:
-    """Check that a saved state has packs like ours.
+    """Check that a saved state was packed in the same way.
 
     Args:
-        saved: `Packing.described` of the state's; None: it has no packs.
-        here: the run's that continues.
+        saved: `Packing.described` of the state; None: it has no packs.
+        here: the packing of the run that continues.
 
     Raises:
-        ValueError: it has others.
+        ValueError: they differ.
     """
     if saved == (None if here is None else here.described):
         return

@@ -11,51 +11,53 @@ from distill_sampler.types import EpochPlan, IntArray
 
 
 class _Current:
-    """The plan that iterations over an epoch yield: `set_rest` replaces it under a running one."""
+    """Holds the plan that an iteration yields, so that `set_rest` can replace it while the iteration runs."""
 
     def __init__(self, plan: EpochPlan) -> None:
         self.plan = plan
 
 
 class DistillSampler(Sampler[int | tuple[int, ...]]):
-    """Yields the indices of the current plan, in its order; of a plan in packs, the indices of each pack as a tuple.
+    """Yields the indices of the current plan, in its order; for a plan in packs, the indices of each pack as a tuple.
 
     It yields the *global* order on every process; accelerate's `BatchSamplerShard` distributes the batches. It does not
     rely on `set_epoch`, which does not reach every sampler on a resume. Its length never changes, because trainers
     count their steps once, before the first epoch.
 
-    A plan that is not a whole number of optimizer steps is completed from its start, once the host says what a step
-    takes (`in_whole_steps`). Otherwise the host would do it, in one way for one process and in another for several.
+    If a plan is not a whole number of optimizer steps, its first rows complete it, once the host has said how many rows
+    a step has (`in_whole_steps`). Otherwise the host would complete it, in one way for one process and in another for
+    several.
 
-    It counts in rows: a row is a pack, or without packs, a sample. A plan counts in places, one for each sample.
+    The sampler counts in rows: a row is a pack or, without packs, a sample. A plan counts in places, one for each
+    sample.
 
     Args:
-        num_rows: rows of every plan.
+        num_rows: how many rows every plan has.
         packs: whether rows are packs.
     """
 
     def __init__(self, num_rows: int, *, packs: bool = False) -> None:
         self.num_rows = num_rows
         self.noun = "packs" if packs else "samples"
-        """What its rows are, for sentences."""
+        """What a row is called in messages."""
         self.per_step = 1
-        """Rows that all processes together train on in one optimizer step; 1: the host has not said."""
+        """How many rows all processes together train on in one optimizer step; 1: the host has not said."""
         self.shift = 0
-        """Row of the plan that the current epoch begins with: not 0 after `resume_at` with other steps."""
+        """The row of the plan that the current epoch begins with: not 0 after `resume_at` with other steps."""
         self._cut = False
         self.plan: EpochPlan | None = None
         self.handed_out = 0
         """How many rows of the plan a data loader has taken, including those it read ahead."""
 
     def places(self, rows: int) -> int:
-        """How many places of the plan its first rows have. Rows behind its end are its first ones once more."""
+        """How many places of the plan its first `rows` rows have. After its last row come its first ones again."""
         if self.plan is None or self.plan.packs is None:
             return rows
         rounds, more = divmod(rows, self.num_rows)
         return rounds * len(self.plan) + int(self.plan.packs[more])
 
     def rows(self, places: int) -> int:
-        """How many rows so many places of the plan make up; see `places`."""
+        """How many rows the first `places` places of the plan make up; see `places`."""
         if self.plan is None or self.plan.packs is None:
             return places
         rounds, more = divmod(places, len(self.plan))
@@ -65,8 +67,8 @@ class DistillSampler(Sampler[int | tuple[int, ...]]):
         """Make every epoch a whole number of optimizer steps: `[a, b, c, d, e] -> [a, b, c, d, e, a]` for steps of 2.
 
         Args:
-            per_step: rows that all processes together train on in one optimizer step.
-            cut: leave out what is too much for whole steps (`[a, b, c, d]`) instead of completing the last one.
+            per_step: how many rows all processes together train on in one optimizer step.
+            cut: leave out an incomplete last step (`[a, b, c, d]`) instead of completing it.
 
         Raises:
             ValueError: nothing would be left.
@@ -81,7 +83,7 @@ class DistillSampler(Sampler[int | tuple[int, ...]]):
         self._cut = cut
 
     def whole_steps_note(self) -> str:
-        """A sentence on what `in_whole_steps` changes; empty if nothing."""
+        """A sentence on what `in_whole_steps` changes; empty if it changes nothing."""
         extra = len(self) - self.num_rows
         if extra < 0:
             return f"drop_last=True leaves out the last {-extra} of {self.num_rows} {self.noun} of each epoch's plan."
