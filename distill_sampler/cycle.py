@@ -135,7 +135,7 @@ class Cycle:
             write: whether this process writes.
         """
         self._run = run
-        self.pass_runner.parts = None
+        self.pass_runner.parts = self.pass_runner.readings = None
         try:
             record = Record(None if folder is None else folder / RECORD, write=write)
             if folder is not None:
@@ -146,6 +146,7 @@ class Cycle:
         self.record = record
         if folder is not None:
             self.pass_runner.parts = folder / RECORD.parent / "scoring.parts"
+            self.pass_runner.readings = folder / RECORD.parent / "readings"
 
     def done(self) -> None:
         """The run is over: remove the parts of its last pass."""

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from distill_sampler.artifacts.kept_readings import load_readings, save_readings
 from distill_sampler.artifacts.passes import score_with_parts
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.distributed import Ranks
@@ -62,7 +63,11 @@ class PassRunner:
         self.seed = seed
         self.parts: Path | None = None
         """Folder that keeps the finished blocks of a pass, in case it is interrupted; None: keep nothing."""
+        self.readings: Path | None = None
+        """Folder that keeps what frozen readers gave, for a resume in another process; None: it is kept in memory."""
         self._readings = Readings()
+        self._readings_from: Path | None = None
+        """The folder whose readings are in memory."""
         self._reader: ModelReader | None = None
         self.clock = Clock()
         self.store = ScoreStore(
@@ -88,7 +93,8 @@ class PassRunner:
             scorer=self.scorer,
             seed=self.seed,
         )
-        fresh.parts, fresh._readings, fresh._reader = self.parts, self._readings, self._reader
+        fresh.parts, fresh._reader = self.parts, self._reader
+        fresh.readings, fresh._readings, fresh._readings_from = self.readings, self._readings, self._readings_from
         return fresh
 
     def score(
@@ -117,6 +123,10 @@ class PassRunner:
         if len(indices) or observed:
             started = self.clock.tick()
             self.store.begin(epoch=epoch, step=step)
+            frozen = {one.identity for metric in self.metrics.values() for one in metric.readers.values() if one.frozen}
+            if frozen and self.readings is not None and self.readings != self._readings_from:
+                load_readings(self._readings, self.readings, frozen)
+                self._readings_from = self.readings
             for scored in score_with_parts(
                 self.scorer,
                 reader,
@@ -130,6 +140,8 @@ class PassRunner:
                 self.store.write(scored.indices, scored.columns, scored.missing)
                 tokens += scored.tokens
                 tokens_of.update(scored.tokens_of)
+            if frozen and self.readings is not None and reader.ranks.rank == 0:
+                save_readings(self._readings, self.readings)
             scoring_pass = self.store.end()
             seconds = self.clock.tick() - started
             self.clock.add_pass(seconds, int(self.dataset.lengths[indices].sum()) if tokens else 0, first=first)

@@ -20,6 +20,7 @@ class Readings:
 
     def __init__(self) -> None:
         self._kept: dict[Key, TokenStats] = {}
+        self._unsaved: list[Key] = []
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -39,6 +40,19 @@ class Readings:
             return None
         return kept
 
-    def keep(self, found: Iterable[tuple[Key, TokenStats]]) -> None:
-        """Add the statistics of some views."""
-        self._kept.update(found)
+    def keep(self, found: Iterable[tuple[Key, TokenStats]], *, saved: bool = False) -> None:
+        """Add the statistics of some views.
+
+        Args:
+            found: the views' keys with their statistics.
+            saved: whether they come from a file, so that they need not be written to one.
+        """
+        for key, stats in found:
+            self._kept[key] = stats
+            if not saved:
+                self._unsaved.append(key)
+
+    def take_unsaved(self) -> list[tuple[Key, TokenStats]]:
+        """What was added since the last call and did not come from a file, each view once."""
+        keys, self._unsaved = dict.fromkeys(self._unsaved), []
+        return [(key, self._kept[key]) for key in keys]

@@ -23,7 +23,9 @@ from distill_sampler import (
     Shuffle,
     SortBy,
 )
+from distill_sampler.artifacts.kept_readings import load_readings, save_readings
 from distill_sampler.protocols import PassInfo
+from distill_sampler.reading.readings import Readings
 from distill_sampler.types import Missing, Sample, TokenStats, View
 from tests import tiny
 
@@ -238,6 +240,65 @@ def test_another_teacher_is_refused_on_a_resume(dataset: ScoredDataset, model: P
         bound(dataset, Gap(teacher=Counting("two"))).load_state_dict(curriculum.state_dict())
 
 
+def kept_in(folder: Path, dataset: ScoredDataset, teacher: Reader, **changes: Any) -> Curriculum:
+    curriculum = bound(dataset, Gap(teacher=teacher), **changes)
+    curriculum.keep(folder, run="one")
+    return curriculum
+
+
+def test_what_a_frozen_reader_gave_survives_the_process(
+    dataset: ScoredDataset, model: PreTrainedModel, tmp_path: Path
+) -> None:
+    first = kept_in(tmp_path, dataset, Counting())
+    first.score(model, epoch=0, step=0, which=np.arange(5))
+    for number in (0, 1):  # another process each time; the second reads only what none has read
+        teacher = Counting()
+        later = kept_in(tmp_path, dataset, teacher)
+        later.start_epoch(0, model, step=1 + number)
+        assert teacher.read == (len(dataset) - 5 if number == 0 else 0)
+        np.testing.assert_array_equal(later.store.latest["gap"][:5], first.store.latest["gap"][:5])
+        assert np.isfinite(later.store.latest["gap"]).all()
+    other = Counting("another")
+    kept_in(tmp_path, dataset, other).start_epoch(0, model, step=9)
+    assert other.read == len(dataset)
+
+
+def test_a_damaged_file_of_readings_is_passed_over_and_read_again(
+    dataset: ScoredDataset, model: PreTrainedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept_in(tmp_path, dataset, Counting()).start_epoch(0, model)
+    (path,) = (tmp_path / "distill_sampler" / "readings").iterdir()
+    path.write_bytes(path.read_bytes()[:-9])
+    teacher = Counting()
+    kept_in(tmp_path, dataset, teacher).start_epoch(0, model, step=1)
+    assert teacher.read == len(dataset)
+    assert "so they read it again" in caplog.text
+
+
+def test_statistics_of_readings_come_back_bit_for_bit(tmp_path: Path) -> None:
+    given = Readings()
+    stats = {
+        "whole": TokenStats(surprisal=np.array([0.1, 2.5], np.float32), rank=np.array([1, 7]), ties=np.array([0, 2])),
+        "half": TokenStats(surprisal=np.array([0.3], np.float32), rank=np.array([1.5], np.float32), cost=3.0),
+        "none": TokenStats(surprisal=np.zeros(0, np.float32), entropy=np.zeros(0, np.float32)),
+    }
+    given.keep([(("reader", name.encode()), one) for name, one in stats.items()])
+    save_readings(given, tmp_path)
+    save_readings(given, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1  # nothing is new the second time
+    found = Readings()
+    load_readings(found, tmp_path, {"reader"})
+    for name, one in stats.items():
+        again = found.get(("reader", name.encode()), ())
+        assert again is not None
+        for each in ("surprisal", "rank", "ties", "entropy"):
+            np.testing.assert_array_equal(getattr(again, each), getattr(one, each))
+    assert found.take_unsaved() == []
+    empty = Readings()
+    load_readings(empty, tmp_path, {"another"})
+    assert len(empty) == 0
+
+
 def test_a_frozen_model_is_known_by_its_weights() -> None:
     first, second = tiny.model(), tiny.model()
     assert ModelReader(first).identity == ModelReader(second).identity
@@ -269,7 +330,7 @@ def test_a_metric_with_another_reader_cannot_be_observed(dataset: ScoredDataset)
         ([RankSurprisalRatio], r"the class RankSurprisalRatio\. Write RankSurprisalRatio\(\)"),
         (["rank_surprisal_ratio"], r"the text 'rank_surprisal_ratio'"),
         (RankSurprisalRatio(), r"metrics= takes a list"),
-        ([len], r"metrics= was given len\(\).*Subclass distill_sampler\.Metric"),
+        ([len], r"metrics= was given the function len.*subclass distill_sampler\.Metric"),
         ([Loose(name=None)], r"Loose\.name must be text"),  # type: ignore[arg-type]
     ],
 )
@@ -284,7 +345,7 @@ def test_what_is_no_metric_is_refused_with_the_cure(metrics: Any, message: str) 
         ([Shuffle], r"the class Shuffle\. Write Shuffle\(\)"),
         (Shuffle(), r"policies= takes a list"),
         (["Shuffle"], r"the text 'Shuffle'"),
-        ([lambda plan, pool, rng: plan], r"Subclass distill_sampler\.Policy"),
+        ([lambda plan, pool, rng: plan], r"function <lambda>.*subclass distill_sampler\.Policy"),
         ([BestOf(RankSurprisalRatio(), per="prompt_id")], r"'rank_surprisal_ratio'"),  # type: ignore[arg-type]
         ([BestOf(RSR, per="prompt_id", k=1.5)], r"BestOf\(k=1\.5\): k takes a whole number"),  # type: ignore[arg-type]
         ([SortBy(RSR, best_first="no")], r"SortBy\(best_first='no'\): best_first takes True or False"),  # type: ignore[arg-type]
