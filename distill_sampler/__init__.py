@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from distill_sampler.integrations.transformers import attach
     from distill_sampler.metrics.aslec_drop import AslecDrop
     from distill_sampler.metrics.aslec_parts import AslecParts
+    from distill_sampler.metrics.compression_ratio import CompressionRatio
     from distill_sampler.metrics.controls import Random, ResponseLength, RuleQuality
     from distill_sampler.metrics.excess_loss import ExcessLoss
     from distill_sampler.metrics.global_naturalness import GlobalNaturalness
     from distill_sampler.metrics.instruction_following_difficulty import InstructionFollowingDifficulty
     from distill_sampler.metrics.lark import Lark
     from distill_sampler.metrics.local_naturalness import LocalNaturalness
+    from distill_sampler.metrics.min_hash import MinHash
     from distill_sampler.metrics.provenance import Provenance
     from distill_sampler.metrics.rank_surprisal_ratio import RankSurprisalRatio
     from distill_sampler.metrics.rho1_share import Rho1Share
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from distill_sampler.policies.best_single_teacher import BestSingleTeacher
     from distill_sampler.policies.best_teacher import BestTeacher
     from distill_sampler.policies.competence_pacing import CompetencePacing
+    from distill_sampler.policies.drop_degenerate import DropDegenerate
     from distill_sampler.policies.expressions import Column, Lexicographic, RankAverage
     from distill_sampler.policies.group_by_length import GroupByLength
     from distill_sampler.policies.interleave import Interleave
@@ -72,11 +75,13 @@ _HOMES = {
     "metrics": (
         "AslecDrop",
         "AslecParts",
+        "CompressionRatio",
         "ExcessLoss",
         "GlobalNaturalness",
         "InstructionFollowingDifficulty",
         "Lark",
         "LocalNaturalness",
+        "MinHash",
         "Random",
         "RankSurprisalRatio",
         "ResponseLength",
@@ -98,6 +103,7 @@ _HOMES = {
         "BestTeacher",
         "Column",
         "CompetencePacing",
+        "DropDegenerate",
         "GroupByLength",
         "Interleave",
         "KeepByMargin",
@@ -134,9 +140,11 @@ __all__ = [
     "BestTeacher",
     "Column",
     "CompetencePacing",
+    "CompressionRatio",
     "Curriculum",
     "CurriculumLoop",
     "DistillSampler",
+    "DropDegenerate",
     "EpochPlan",
     "ExcessLoss",
     "GlobalNaturalness",
@@ -153,6 +161,7 @@ __all__ = [
     "LocalNaturalness",
     "MatchTeachers",
     "Metric",
+    "MinHash",
     "MixDomains",
     "MixTeachers",
     "ModelReader",

@@ -157,11 +157,14 @@ def test_scores_of_sixty_real_traces_are_the_papers_formulas(
 ) -> None:
     model, tokenizer = student
     with gzip.open(shared / "data" / "gsm8k_example_model_solutions.jsonl.gz", "rt", encoding="utf-8") as file:
-        traces = [json.loads(line) for _, line in zip(range(60), file, strict=False)]
+        problems = sorted(map(json.loads, file), key=lambda each: len(each["question"]))[:15]
     rows = [
-        {**conversation(tokenizer, trace["prompt"], trace["response"]), "prompt_id": str(trace["prompt_id"])}
-        for trace in traces
+        {**conversation(tokenizer, each["question"], answer["solution"]), "prompt_id": each["question"]}
+        for each in problems
+        for answer in each.values()
+        if isinstance(answer, dict)
     ]
+    assert len(rows) == 60
     dataset = ScoredDataset(rows, end_token_ids=end_token_ids(tokenizer, model))
     require_parity(model, tokenizer, dataset, [row["prompt_id"] for row in rows])
 

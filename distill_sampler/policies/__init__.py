@@ -10,6 +10,7 @@ from distill_sampler.policies.best_single_teacher import BestSingleTeacher
 from distill_sampler.policies.best_teacher import BestTeacher
 from distill_sampler.policies.competence_pacing import CompetencePacing
 from distill_sampler.policies.composition import apply_one_by_one, apply_policies
+from distill_sampler.policies.drop_degenerate import DropDegenerate
 from distill_sampler.policies.expressions import Column, Lexicographic, MetricExpression, RankAverage
 from distill_sampler.policies.group_by_length import GroupByLength
 from distill_sampler.policies.interleave import Interleave
@@ -34,6 +35,7 @@ __all__ = [
     "BestTeacher",
     "Column",
     "CompetencePacing",
+    "DropDegenerate",
     "GroupByLength",
     "Interleave",
     "KeepByMargin",

@@ -21,6 +21,7 @@ from distill_sampler.policies import (
     BestTeacher,
     Column,
     CompetencePacing,
+    DropDegenerate,
     GroupByLength,
     Interleave,
     KeepByMargin,
@@ -55,6 +56,8 @@ EXAMPLES: list[Policy] = [
     BestTeacher("up", num_samples=2),
     BestTeacher("down", per_domain="domain"),
     CompetencePacing("up", initial=0.3, epochs=3),
+    DropDegenerate(per="prompt_id", loops="up", duplicates="down"),
+    DropDegenerate(loops=None, duplicates="up", metric=Column("difficulty")),
     GroupByLength(mega_batch=4),
     Interleave("teacher"),
     KeepByMargin("up", per="prompt_id", k=2),
@@ -88,12 +91,14 @@ EXAMPLES: list[Policy] = [
 SELECTS_BY_METRIC = (BestOf, CompetencePacing, KeepByMargin, KeepTop, SampleBySoftmax)
 WEIGHS = (KeepByMargin, WeightByColumn, WeightBySoftmax)
 ONE_TEACHER = (BestSingleTeacher, BestTeacher)
+LENGTH_BY_SCORES = (*ONE_TEACHER, DropDegenerate)
 KEEPS_LENGTH = (CompetencePacing, GroupByLength, Interleave, Shuffle, SortBy, WeightByColumn, WeightBySoftmax)
 KEEPS_ORDER = (
     *ONE_TEACHER,
     *WEIGHS,
     BestOf,
     CompetencePacing,
+    DropDegenerate,
     KeepCorrect,
     KeepTop,
     MatchTeachers,
@@ -153,7 +158,7 @@ def test_a_policy_keeps_its_contract(policy: Policy) -> None:
             "difficulty": (1, 2.5, 4, None),
             "weight": (0, 1, 0.5),
         },
-        fixed_length=False if isinstance(policy, ONE_TEACHER) else None,
+        fixed_length=False if isinstance(policy, LENGTH_BY_SCORES) else None,
     )
 
 
@@ -221,7 +226,7 @@ def test_constant_scores_of_a_dry_run_are_enough(policy: Policy, candidates: tup
         assert len(run(policy, plan, replace(pool, scores=zeros, dry_run=True))) == len(result)
     # Where the scores decide nothing but who, the dry run has the length of the real one.
     all_scored = {name: np.where(np.isnan(numbers), 1.0, numbers) for name, numbers in pool.scores.items()}
-    if not isinstance(policy, ONE_TEACHER) and not policy.length_depends_on_scores:
+    if not isinstance(policy, LENGTH_BY_SCORES) and not policy.length_depends_on_scores:
         assert len(result) == len(run(policy, plan, replace(pool, scores=all_scored)))
 
 

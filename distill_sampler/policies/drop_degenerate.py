@@ -1,0 +1,128 @@
+"""Drop what repeats itself or another response: every likelihood score prefers repetitive text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from distill_sampler.field_docs import documents_fields
+from distill_sampler.policies.expressions import MetricExpression, column_names, metric_names
+from distill_sampler.policies.keys import best_first_order, first_of_each, group_codes
+from distill_sampler.protocols import Policy, Pool
+from distill_sampler.types import BoolArray, EpochPlan, FloatArray, IntArray
+
+
+@documents_fields
+@dataclass(frozen=True)
+class DropDegenerate(Policy):
+    """Drop responses that loop, and all but one of the near duplicates in each group, in the plan's order.
+
+    A response loops if the metric `CompressionRatio` gives it less than `min_ratio`. Two responses of a group are near
+    duplicates if they have an equal band of the metric `MinHash`; so are all that a chain of such pairs connects.
+    Copies of one sample in the plan are no duplicates of each other. What has no score by these metrics is kept. Put it
+    before the policies that select. Trade-off: a correct answer that takes many similar steps, such as a long table,
+    may look like a loop.
+    """
+
+    per: str | None = None
+    """Column that tells which rows answer the same prompt. Duplicates are found within a prompt, and `if_none` decides
+    about prompts with loops only. None: duplicates are found in the whole plan."""
+    loops: str | None = "compression_ratio"
+    """Name of the `CompressionRatio` metric. None: keep loops."""
+    min_ratio: float = 0.08
+    """Responses below this loop."""
+    duplicates: str | None = "minhash"
+    """Name of the `MinHash` metric. None: keep duplicates."""
+    metric: str | MetricExpression | None = None
+    """Which of several near duplicates to keep: the best by this metric, column or expression. None: the one with the
+    highest compression ratio, or without `loops` the one with the smallest content hash."""
+    if_none: Literal["keep_best", "drop"] = "keep_best"
+    """For a prompt whose responses all loop: keep the one with the highest ratio, or drop the prompt. Needs `per`."""
+
+    def __post_init__(self) -> None:
+        if self.loops is None and self.duplicates is None:
+            raise ValueError(
+                "DropDegenerate: give loops= (the name of the CompressionRatio metric), duplicates= (the name of the "
+                "MinHash metric), or both."
+            )
+        if not 0 < self.min_ratio < 1:
+            raise ValueError(
+                f"DropDegenerate(min_ratio={self.min_ratio}): give a ratio in (0, 1); loops are below 0.08."
+            )
+        if self.if_none not in ("keep_best", "drop"):
+            raise ValueError(f"DropDegenerate(if_none={self.if_none!r}): choose 'keep_best' or 'drop'.")
+
+    @property
+    def uses_metrics(self) -> tuple[str, ...]:
+        own = [name for name in (self.loops, self.duplicates) if name is not None]
+        return tuple(dict.fromkeys((*own, *(() if self.metric is None else metric_names(self.metric)))))
+
+    @property
+    def uses_columns(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*(() if self.per is None else (self.per,)), *column_names(self.metric))))
+
+    @property
+    def group_by(self) -> str | None:
+        return self.per
+
+    @property
+    def explained_by(self) -> tuple[str, ...]:
+        return (*(() if self.loops is None else (self.loops,)), *(() if self.per is None else (self.per,)))
+
+    @property
+    def length_depends_on_scores(self) -> bool:
+        """False with `per`: a policy after it, such as `BestOf`, usually makes the length that of the prompts."""
+        return self.per is None
+
+    def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
+        if not len(plan) or pool.dry_run:
+            return plan
+        samples, place = np.unique(plan.indices, return_inverse=True)
+        distinct = EpochPlan(indices=samples)
+        groups = np.zeros(len(samples), np.int64)
+        if self.per is not None:
+            groups = group_codes(distinct, pool, self.per, "DropDegenerate")
+        content = pool.content_hash[samples]
+        keep = np.ones(len(samples), bool)
+        ratio = np.full(len(samples), np.nan)
+        if self.loops is not None:
+            ratio = pool.scores[self.loops][samples]
+            keep = ~(ratio < self.min_ratio)
+            if self.per is not None and self.if_none == "keep_best":
+                order = best_first_order(ratio, content, groups)
+                best = order[first_of_each(groups[order])]
+                kept = np.zeros(int(groups.max()) + 1, bool)
+                kept[groups[keep]] = True
+                keep[best[~kept[groups[best]]]] = True
+        if self.duplicates is not None:
+            goodness = ratio if self.metric is None else pool.goodness(self.metric)[samples]
+            bands = [pool.scores[name][samples] for name in pool.metrics[self.duplicates].columns]
+            left = np.flatnonzero(keep)
+            clusters = _connected(groups[left], [band[left] for band in bands])
+            order = best_first_order(goodness[left], content[left], clusters)
+            keep[:] = False
+            keep[left[order[first_of_each(clusters[order])]]] = True
+        return plan.take(np.flatnonzero(keep[place]))
+
+
+def _connected(groups: IntArray, bands: list[FloatArray]) -> IntArray:
+    """`[n]` equal numbers for samples of one group that equal bands connect, directly or through others."""
+    labels = np.arange(len(groups))
+    keys = []
+    for band in bands:
+        known: BoolArray = ~np.isnan(band)
+        rows = np.flatnonzero(known)
+        order = rows[np.lexsort((band[rows], groups[rows]))]
+        same = (band[order][1:] == band[order][:-1]) & (groups[order][1:] == groups[order][:-1])
+        keys.append((order[:-1][same], order[1:][same]))
+    left, right = (np.concatenate(side) for side in zip(*keys, strict=True))
+    while True:  # the smallest label spreads along the pairs; labels only fall, so this ends
+        smaller = np.minimum(labels[left], labels[right])
+        before = labels.copy()
+        np.minimum.at(labels, left, smaller)
+        np.minimum.at(labels, right, smaller)
+        labels = labels[labels]
+        if np.array_equal(labels, before):
+            return labels
