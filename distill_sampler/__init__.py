@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from distill_sampler.policies.sample_by_softmax import SampleBySoftmax
     from distill_sampler.policies.shuffle import Shuffle
     from distill_sampler.policies.sort_by import SortBy
+    from distill_sampler.policies.stages import Anneal, During, Stage, Stages
     from distill_sampler.policies.weight_by_column import WeightByColumn
     from distill_sampler.policies.weight_by_softmax import WeightBySoftmax
     from distill_sampler.policies.within_length import WithinLength
@@ -97,6 +98,7 @@ _HOMES = {
     "planning.rescore": ("Rescore",),
     "planning.sampler": ("DistillSampler",),
     "policies": (
+        "Anneal",
         "AslecCasl",
         "BestOf",
         "BestSingleTeacher",
@@ -104,6 +106,7 @@ _HOMES = {
         "Column",
         "CompetencePacing",
         "DropDegenerate",
+        "During",
         "GroupByLength",
         "Interleave",
         "KeepByMargin",
@@ -118,6 +121,8 @@ _HOMES = {
         "SampleBySoftmax",
         "Shuffle",
         "SortBy",
+        "Stage",
+        "Stages",
         "WeightByColumn",
         "WeightBySoftmax",
         "WithinLength",
@@ -130,6 +135,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Anneal",
     "AslecCasl",
     "AslecDrop",
     "AslecParts",
@@ -145,6 +151,7 @@ __all__ = [
     "CurriculumLoop",
     "DistillSampler",
     "DropDegenerate",
+    "During",
     "EpochPlan",
     "ExcessLoss",
     "GlobalNaturalness",
@@ -184,6 +191,8 @@ __all__ = [
     "Shuffle",
     "SoftTargets",
     "SortBy",
+    "Stage",
+    "Stages",
     "Tap",
     "TeacherSentences",
     "TeacherStudentGap",

@@ -24,6 +24,7 @@ from distill_sampler.artifacts.schema import metrics_in_file
 from distill_sampler.column_names import DOMAINS, GROUPS, TEACHERS, VERDICTS
 from distill_sampler.planning.sampler import fit_length
 from distill_sampler.planning.why import ExplainedPlan, PolicyFacts
+from distill_sampler.policies.stages import unfolded
 from distill_sampler.protocols import Metric, Policy, Pool
 from distill_sampler.serialize import decode_facts
 from distill_sampler.store import drifted
@@ -316,6 +317,7 @@ class Scores:
         Raises:
             ValueError: a policy names an unknown metric or column, or leaves no sample.
         """
+        policies = unfolded(policies)
         if epoch is None:
             epoch = max([self.epochs[-1], *self._planned_epochs])
         of_the_run = self.facts.get("seed") == seed and self.policies == [PolicyFacts.of(policy) for policy in policies]
@@ -351,21 +353,21 @@ class Scores:
         if self.record is None:
             return None
         plans = (plan for plan in reversed(self.record.plans) if epoch is None or plan.epoch == epoch)
-        made = next(plans, None)
-        if made is None:
+        if (made := next(plans, None)) is None:
             return None
         epoch = made.epoch
-        samples = self.integers("sample", epoch=epoch)
+        samples, lengths = (self.integers(name, epoch=epoch) for name in ("sample", "length"))
         assert samples is not None
         row = np.full(len(made.left_out_by), -1, np.int64)
         row[samples] = np.arange(len(samples))
         columns = self._columns_of_data((name for policy in self.policies for name in policy.columns), epoch)
-        lengths = self.integers("length", epoch=epoch)
         assert lengths is not None
         return ExplainedPlan(
             policies=self.policies,
             plan=EpochPlan(indices=row[made.plan.indices], weights=made.plan.weights),
             left_out_by=made.left_out_by[samples],
+            epoch=epoch,
+            step=made.step,
             start=made.start,
             scores=self.numbers(epoch=epoch),
             higher_is_better={name: metric.higher_is_better for name, metric in self.metrics.items()},

@@ -13,6 +13,7 @@ from distill_sampler.planning.packs import PackCounts, Packing, pack_plan
 from distill_sampler.planning.sampler import fit_length, replace_rest
 from distill_sampler.planning.why import ExplainedPlan, PolicyFacts, plan_with_reasons
 from distill_sampler.policies import apply_one_by_one
+from distill_sampler.policies.stages import turning_points, unfolded
 from distill_sampler.protocols import Metric, Policy, Pool
 from distill_sampler.reading.reduce import columns_of
 from distill_sampler.serialize import as_typed
@@ -66,7 +67,7 @@ class Planner:
     ) -> None:
         self.dataset = dataset
         self.metrics = metrics
-        self.policies = tuple(policies)
+        policies = self.policies = unfolded(policies)
         self.seed = seed
         self.candidates = np.flatnonzero(dataset.scorable)
         names = dict.fromkeys(name for policy in policies for name in policy.uses_columns)
@@ -90,9 +91,22 @@ class Planner:
         self.num_samples = num_samples or len(self._dry_run(lambda: np.ones(len(dataset), np.float32)))
         """Samples of the policies' plan of every epoch; unless epochs are given in tokens, then it is a guess."""
         self.packing = None if packing is None else replace(packing, num_packs=self._num_packs(packing))
+        turning_points_of_run = turning_points(policies)
+        for epoch, step in turning_points_of_run if not self._length_given else ():
+            length = len(self._dry_run(lambda: np.ones(len(dataset), np.float32), epoch=epoch, step=step))
+            if length != self.num_samples:
+                raise ValueError(
+                    f"The policies give {self.num_samples} samples at the start of the run and {length} later, when a "
+                    "stage begins or an argument has moved. Trainers lay out all epochs at the start, so say how long "
+                    "an epoch is: Curriculum(num_samples=…) completes shorter plans from their start and cuts longer "
+                    "ones at their end."
+                )
         # different made-up scores show whether the policies set weights, which some hosts cannot apply
         made_up = (dataset.content_hash >> np.uint64(40)) / 2.0**24 + 1
-        self.gives_weights = bool((self._dry_run(lambda: made_up).weights != 1).any())
+        self.gives_weights = any(
+            bool((self._dry_run(lambda: made_up, epoch=epoch, step=step).weights != 1).any())
+            for epoch, step in ((0, 0), *turning_points_of_run)
+        )
         self.samples_to_score = self._samples_to_score()
         """`[n]` the candidates whose scores some policy reads, ascending; all where no policy reads any."""
 
@@ -181,6 +195,8 @@ class Planner:
             policies=self.facts,
             plan=planned.plan,
             left_out_by=planned.left_out_by,
+            epoch=planned.epoch,
+            step=planned.step,
             start=planned.start,
             scores=scores,
             higher_is_better={name: metric.higher_is_better for name, metric in self.metrics.items()},
@@ -191,9 +207,11 @@ class Planner:
             missing=missing,
         )
 
-    def _dry_run(self, scores: Any) -> EpochPlan:
+    def _dry_run(self, scores: Any, *, epoch: int = 0, step: int = 0) -> EpochPlan:
         columns = {name: scores() for name in columns_of(self.metrics.values())}
-        return plan_with_reasons(self.policies, self.candidates, self.pool(0, columns, dry_run=True), self.seed)[0]
+        return plan_with_reasons(
+            self.policies, self.candidates, self.pool(epoch, columns, step=step, dry_run=True), self.seed
+        )[0]
 
     @property
     def num_rows(self) -> int:

@@ -7,15 +7,16 @@ columns, this module makes one sentence per sample, without running a policy aga
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from distill_sampler.policies import Column, apply_one_by_one
+from distill_sampler.policies import Anneal, Column, During, apply_one_by_one
 from distill_sampler.policies.expressions import numbers_of
 from distill_sampler.policies.keys import best_first_order, occurrence
+from distill_sampler.policies.stages import unfolded
 from distill_sampler.protocols import Policy, Pool
 from distill_sampler.serialize import as_typed
 from distill_sampler.types import BoolArray, EncodedColumn, EpochPlan, FloatArray, IntArray, Missing
@@ -42,9 +43,21 @@ class PolicyFacts:
     """The metric or column that it ranks samples by; None: it ranks by none, or by an expression of several."""
     higher_is_better: bool | None = None
     """Which way a column that it ranks by is better. None: it ranks by none."""
+    by: str | None = None
+    """What `begin` and `end` count, `"epoch"` or `"step"`. None: it applies to the whole run."""
+    begin: int = 0
+    end: int | None = None
 
     @classmethod
     def of(cls, policy: Policy) -> PolicyFacts:
+        if isinstance(policy, During):
+            until = "" if policy.end is None else f" until {policy.by} {policy.end}"
+            inner = cls.of(policy.policy)
+            text = inner.text + (f" from {policy.by} {policy.begin}" if policy.begin else "") + until
+            return replace(inner, text=text, by=policy.by, begin=policy.begin, end=policy.end)
+        if isinstance(policy, Anneal):
+            inner = cls.of(policy.policy)
+            return replace(inner, text=f"{inner.text} with {policy.argument} moving to {policy.to}")
         explained_by = policy.explained_by
         metrics = tuple(name for name in policy.uses_metrics if name in explained_by)
         metric = getattr(policy, "metric", metrics[0] if len(metrics) == 1 else None)
@@ -69,11 +82,19 @@ class PolicyFacts:
             # older files do not say: a policy with one metric ranked by it
             ranks_by=recorded.get("ranks_by", recorded["metrics"][0] if len(recorded["metrics"]) == 1 else None),
             higher_is_better=recorded.get("higher_is_better"),
+            by=recorded.get("by"),
+            begin=recorded.get("begin", 0),
+            end=recorded.get("end"),
         )
 
     def to_json(self) -> dict[str, Any]:
         """The facts as plain JSON values."""
         return asdict(self)
+
+    def applies(self, epoch: int, step: int) -> bool:
+        """Whether it applies to a plan that was made for this epoch at this optimizer step."""
+        now = epoch if self.by == "epoch" else step
+        return self.by is None or (self.begin <= now and (self.end is None or now < self.end))
 
     @property
     def kind(self) -> str:
@@ -111,6 +132,10 @@ class ExplainedPlan:
     plan: EpochPlan
     left_out_by: IntArray
     """`[samples]` see `plan_with_reasons`."""
+    epoch: int = 0
+    """The epoch that it is for."""
+    step: int = 0
+    """Optimizer steps that the student had taken when it was made."""
     start: int = 0
     """The position from which a replanned epoch changed; 0 for an epoch's first plan."""
     scores: Mapping[str, FloatArray]
@@ -132,8 +157,11 @@ class ExplainedPlan:
         Raises:
             ValueError: a policy names an unknown metric or column, or leaves no sample.
         """
+        policies = unfolded(policies)
         plan, left_out_by = plan_with_reasons(policies, candidates, pool, seed)
         return cls(
+            epoch=pool.epoch,
+            step=pool.step,
             policies=[PolicyFacts.of(policy) for policy in policies],
             plan=plan,
             left_out_by=left_out_by,
@@ -160,9 +188,11 @@ class ExplainedPlan:
         if self.in_plan[sample]:
             if by != KEPT:
                 return "trained on before the epoch was replanned"
-            deciding = [index for index, policy in enumerate(self.policies) if policy.metrics or policy.ranks_by]
+            applied = [index for index, each in enumerate(self.policies) if each.applies(self.epoch, self.step)]
+            deciding = [i for i in applied if self.policies[i].metrics or self.policies[i].ranks_by]
             if not deciding:
-                return f"kept by {', '.join(self._names)}" if self.policies else "kept: there is no policy"
+                names = ", ".join(self._names[index] for index in applied)
+                return f"kept by {names}" if names else "kept: there is no policy"
             return f"kept by {self._names[deciding[0]]}{self._standing(sample, deciding[0])}"
         if by != KEPT:
             return f"left out by {self._names[by]}{self._standing(sample, by)}"
@@ -265,4 +295,4 @@ class ExplainedPlan:
 
 def facts_of(policies: Iterable[Policy]) -> list[dict[str, Any]]:
     """What to write to a file, so that its plans can be explained later."""
-    return [PolicyFacts.of(policy).to_json() for policy in policies]
+    return [PolicyFacts.of(policy).to_json() for policy in unfolded(list(policies))]

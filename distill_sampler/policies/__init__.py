@@ -24,11 +24,13 @@ from distill_sampler.policies.pool_scores import AslecCasl, LarkGain
 from distill_sampler.policies.sample_by_softmax import SampleBySoftmax
 from distill_sampler.policies.shuffle import Shuffle
 from distill_sampler.policies.sort_by import SortBy
+from distill_sampler.policies.stages import Anneal, During, Stage, Stages
 from distill_sampler.policies.weight_by_column import WeightByColumn
 from distill_sampler.policies.weight_by_softmax import WeightBySoftmax, effective_sample_size
 from distill_sampler.policies.within_length import WithinLength
 
 __all__ = [
+    "Anneal",
     "AslecCasl",
     "BestOf",
     "BestSingleTeacher",
@@ -36,6 +38,7 @@ __all__ = [
     "Column",
     "CompetencePacing",
     "DropDegenerate",
+    "During",
     "GroupByLength",
     "Interleave",
     "KeepByMargin",
@@ -51,6 +54,8 @@ __all__ = [
     "SampleBySoftmax",
     "Shuffle",
     "SortBy",
+    "Stage",
+    "Stages",
     "WeightByColumn",
     "WeightBySoftmax",
     "WithinLength",

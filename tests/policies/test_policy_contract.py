@@ -16,12 +16,14 @@ from policy_pools import pools_and_plans, rng
 
 import distill_sampler.policies
 from distill_sampler.policies import (
+    Anneal,
     BestOf,
     BestSingleTeacher,
     BestTeacher,
     Column,
     CompetencePacing,
     DropDegenerate,
+    During,
     GroupByLength,
     Interleave,
     KeepByMargin,
@@ -35,6 +37,8 @@ from distill_sampler.policies import (
     SampleBySoftmax,
     Shuffle,
     SortBy,
+    Stage,
+    Stages,
     WeightByColumn,
     WeightBySoftmax,
     WithinLength,
@@ -47,6 +51,10 @@ from distill_sampler.types import EpochPlan
 
 SHARES = {"reasoning": 3, "general": 1}
 EXAMPLES: list[Policy] = [
+    Anneal(SampleBySoftmax("up", temperature=2.0), "temperature", to=0.1, epochs=3),
+    Anneal(KeepTop("down", num=2), "num", to=9, steps=20),
+    During(KeepTop("up", num=3), begin=1, end=3),
+    Stages([Stage([KeepTop("up", num=3), Shuffle()]), Stage([SortBy(Column("difficulty"))], from_epoch=2)]),
     BestOf("up", per="prompt_id"),
     BestOf("down", per="prompt_id", k=2, min_score=-1.0, max_score=2.5),
     BestOf(RankAverage("up", "down", weights=(2, 1)), per="prompt_id"),
