@@ -155,3 +155,22 @@ def _joined(
 def _in_schema_order(of_samples: Sequence[str], of_pass: Sequence[str]) -> list[str]:
     """Column names in the order of the schema: the sample, the pass, the numbers."""
     return [*of_samples, *RUN_COLUMNS, *(name for name in of_pass if name not in RUN_COLUMNS)]
+
+
+def schema_of(file: Path) -> pa.Schema:
+    """A Parquet file's schema.
+
+    Raises:
+        ValueError: there is no such file, or it is not a Parquet file.
+    """
+    if not file.exists():
+        cure = "Make one with `distill-sampler score DATA --model M --output scores.parquet`."
+        if (file.parent / PLANS).exists() or any(file.parent.glob("checkpoint-*")):
+            cure = "Runs with attach write their scores. In a loop of your own, call curriculum.save_run(FOLDER)."
+        if file.with_name(file.name + ".parts").exists():
+            cure = "It is unfinished. Run the same `distill-sampler score` command again to continue."
+        raise ValueError(f"There is no scores file {file}. {cure}")
+    try:
+        return pq.read_schema(file)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file} is not a Parquet file ({str(error).splitlines()[0]}).") from None

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from distill_sampler.artifacts.passes import missing_column
 from distill_sampler.artifacts.record import RECORD, Record, read_run, read_samples
-from distill_sampler.artifacts.run_folder import PLANS, SCORES, measurement_rows, plan_rows
+from distill_sampler.artifacts.run_folder import PLANS, SCORES, measurement_rows, plan_rows, schema_of
 from distill_sampler.artifacts.schema import metrics_in_file
 from distill_sampler.column_names import DOMAINS, GROUPS, TEACHERS, VERDICTS
 from distill_sampler.planning.sampler import fit_length
@@ -106,7 +106,7 @@ class Scores:
             facts = {**facts, "drift": [dict(scoring_pass.drift) for scoring_pass in record.passes]}
         else:
             file = path / SCORES if path.is_dir() else path
-            schema = _schema_of(file)
+            schema = schema_of(file)
             names, facts = schema.names, decode_facts(schema.metadata)
 
             def load(columns: list[str], file: Path = file) -> pa.Table:  # type: ignore[misc]
@@ -403,25 +403,6 @@ class Scores:
 
 def _has_passes(folder: Path) -> bool:
     return folder.is_dir() and bool(read_run(folder)) and len(Record(folder, write=False).passes) > 0
-
-
-def _schema_of(file: Path) -> pa.Schema:
-    """A Parquet file's schema.
-
-    Raises:
-        ValueError: there is no such file, or it is not a Parquet file.
-    """
-    if not file.exists():
-        cure = "Make one with `distill-sampler score DATA --model M --output scores.parquet`."
-        if (file.parent / PLANS).exists() or any(file.parent.glob("checkpoint-*")):
-            cure = "Runs with attach write their scores. In a loop of your own, call curriculum.save_run(FOLDER)."
-        if file.with_name(file.name + ".parts").exists():
-            cure = "It is unfinished. Run the same `distill-sampler score` command again to continue."
-        raise ValueError(f"There is no scores file {file}. {cure}")
-    try:
-        return pq.read_schema(file)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} is not a Parquet file ({str(error).splitlines()[0]}).") from None
 
 
 def _float_columns(table: pa.Table, names: Sequence[str]) -> dict[str, FloatArray]:
