@@ -18,7 +18,7 @@ LAYERS = [
     {"types"},
     {"protocols"},
     {"hashing", "serialize", "distributed"},
-    {"content"},
+    {"content", "watch"},
     {"dataset", "store", "contract", "engines"},
     {"truncation"},
     {"metrics", "policies", "sources"},

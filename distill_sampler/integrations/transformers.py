@@ -57,6 +57,7 @@ from distill_sampler.objectives.live import Teachers
 from distill_sampler.protocols import Objective, Tap
 from distill_sampler.sources.templates import markers
 from distill_sampler.truncation import UNKNOWN, cut_responses
+from distill_sampler.watch import set_timeout
 
 if Version(transformers.__version__) < Version("5.3"):
     raise ImportError(f"distill_sampler needs transformers 5.3 or later; {transformers.__version__} is installed.")
@@ -195,6 +196,7 @@ def attach(
         loss_through(trainer, objective_taps)
         prepare_through(trainer, objectives)
     save_through(trainer, callback)
+    set_timeout(args.ddp_timeout)
     curriculum.driven_by = type(trainer).__name__
 
 

@@ -32,6 +32,7 @@ from distill_sampler.reading.sharing import Prefix, can_share
 from distill_sampler.reading.token_stats import EXTRAS, Impl, available, fastest
 from distill_sampler.serialize import digest, hash_of
 from distill_sampler.types import IntArray, TokenStats, View
+from distill_sampler.watch import begin_forward
 
 logger = logging.getLogger(__name__)
 
@@ -247,10 +248,12 @@ class _Session:
 
     def _forwards(self, *read: Any) -> list[TokenStats]:
         self._due -= 1
+        begin_forward()
         return self._forward(*read)
 
     def _prefix(self, prompts: Sequence[IntArray]) -> Prefix:
         self._due -= 1
+        begin_forward()
         return self._forward.prefix(prompts)
 
     def _plan(self, views: Sequence[View]) -> list[Wave]:

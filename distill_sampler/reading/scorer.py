@@ -34,6 +34,7 @@ from distill_sampler.reading.reduce import columns_of, data_columns_of, extras_o
 from distill_sampler.reading.scored import Scored
 from distill_sampler.reading.token_stats import Impl
 from distill_sampler.types import BoolArray, FloatArray, IntArray, Missing
+from distill_sampler.watch import Watch, watch
 
 logger = logging.getLogger(__name__)
 
@@ -138,8 +139,9 @@ class Scorer:
             dynamic_ncols=True,
             disable=not self.progress or ranks.rank > 0,
         )
-        with bar, ExitStack() as opened:
+        with bar, watch(ranks) as watching, ExitStack() as opened:
             work = _Pass(
+                watching=watching,
                 student=reader,
                 dataset=dataset,
                 metrics=metrics,
@@ -191,6 +193,7 @@ class Scorer:
 class _Pass:
     """One pass over samples: its settings, its open readers, and what it must report at the end."""
 
+    watching: Watch | None
     student: ModelReader
     dataset: ScoredDataset
     metrics: Sequence[Metric]
@@ -217,6 +220,8 @@ class _Pass:
             block: `[samples]` the samples' indices.
             units: `[samples]` the unit of each sample; one process reads all samples of a unit.
         """
+        if self.watching is not None:
+            self.watching.begin_block()
         unit = np.unique(units, return_inverse=True)[1]
         tokens_of_unit = np.bincount(unit, self.dataset.lengths[block]).astype(np.int64)
         share = np.flatnonzero(np.isin(unit, self.ranks.share(tokens_of_unit)))
@@ -244,6 +249,8 @@ class _Pass:
                 tokens_of[row, number] = sum(views.cost(at) for at in set(places))
             used = {at for places in of_metrics if not isinstance(places, Missing) for at in places}
             tokens_of_all[row] = sum(views.cost(at) for at in used | ({trace} if trace else set()))
+        if self.watching is not None:
+            self.watching.end_block()
         every = self.ranks.elementwise_sum(np.concatenate([columns, tokens_of, missing, tokens_of_all], axis=1))
         columns, tokens_of, missing, tokens_of_all = np.split(
             every, np.cumsum([len(names), len(self.metrics), len(self.metrics)]), axis=1

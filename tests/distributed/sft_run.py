@@ -48,6 +48,7 @@ parser.add_argument("--compile", action="store_true")
 parser.add_argument("--bf16", action="store_true")
 parser.add_argument("--online", action="store_true", help="Observe, weigh, and plan anew after every step.")
 parser.add_argument("--objectives", action="store_true", help="Learn from a random teacher's targets and states too.")
+parser.add_argument("--timeout", type=int, default=60, help="Seconds that a process may wait for the other one.")
 parser.add_argument("--rank-1", choices=["reads other data", "dies", "hangs"], help="What goes wrong on process 1.")
 options = parser.parse_args()
 rank = int(os.environ.get("RANK", 0))
@@ -97,7 +98,7 @@ args = SFTConfig(
     torch_compile=options.compile,
     torch_compile_backend="aot_eager" if options.compile else None,  # traced and wrapped as always, without a compiler
     use_cpu=True,
-    ddp_timeout=60,
+    ddp_timeout=options.timeout,
 )
 if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # accelerate makes FSDP on a CPU into DDP, unless it sees this
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU

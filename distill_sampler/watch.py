@@ -1,0 +1,227 @@
+"""The watch over a scoring pass on several processes: one that hangs or dies ends the job, in a sentence that names it.
+
+Processes that wait for another one in a collective say nothing, and some backends never stop waiting. So each process
+notes which block it has come to, and a thread publishes that, and where its Python code stands, through the process
+group's store. When a process has come no further for nearly the process group's timeout (`ddp_timeout` of a trainer),
+its thread compares all processes: the others wait for those that are behind and do not wait themselves.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from distill_sampler.distributed import Ranks
+
+logger = logging.getLogger(__name__)
+
+_SHARE = 0.9
+"""The watch gives up after this share of the timeout, before the collectives do, which cannot say who is missing."""
+_KEY = "distill_sampler/watch"
+
+
+class Place(NamedTuple):
+    """How far a process has come. One whose place is smaller is behind."""
+
+    scoring_pass: int = 0
+    block: int = 0
+    """Counted from 1; 0: the pass has just begun."""
+    is_read: bool = False
+    """Whether this process has read its share, and needs the others' numbers."""
+    waits: bool = False
+    """Whether it is in the code of a collective."""
+    where: str = ""
+    """The line that its main thread is at."""
+
+    def __str__(self) -> str:
+        doing = "has read its share" if self.is_read else "is reading its share"
+        return f"{doing} of block {self.block} of the pass, at {self.where}"
+
+
+class Watch:
+    """Watches one scoring pass. Made by `watch`.
+
+    Args:
+        ranks: the processes.
+        store: where they publish their places.
+        timeout: seconds that a process may come no further.
+        give_up: called with the sentence. By default it ends the process.
+        scoring_pass: number of the pass, equal on all processes.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        store: Any,
+        *,
+        timeout: float,
+        give_up: Callable[[str, bool], None] | None = None,
+        scoring_pass: int = 0,
+    ) -> None:
+        self._ranks = ranks
+        self._store = store
+        self._timeout = timeout
+        self._give_up = give_up or _end_process
+        self._place = Place(scoring_pass=scoring_pass)
+        self._since = time.monotonic()
+        self._beats = 0
+        self._main = threading.get_ident()
+        self._over = threading.Event()
+        self._every = float(np.clip(timeout / 40, 0.02, 5))
+        self._thread = threading.Thread(target=self._run, name="distill_sampler watch", daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._publish()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def begin_block(self) -> None:
+        """This process begins the next block."""
+        self._come_to(self._place._replace(block=self._place.block + 1, is_read=False))
+
+    def begin_forward(self) -> None:
+        """This process begins a forward pass."""
+        self._come_to(self._place)
+
+    def end_block(self) -> None:
+        """This process has read its share of the block."""
+        self._come_to(self._place._replace(is_read=True))
+
+    def silent(self) -> list[int]:
+        """The processes that no longer publish their place: they are dead, or stopped."""
+        before = self._published()
+        for _ in range(4):
+            time.sleep(self._every)
+            self._publish()
+        after = self._published()
+        return [rank for rank in range(self._ranks.world_size) if before.get(rank) == after.get(rank)]
+
+    def _come_to(self, place: Place) -> None:
+        self._place, self._since = place, time.monotonic()
+
+    def _run(self) -> None:
+        while not self._over.wait(self._every):
+            try:
+                self._publish()
+                if time.monotonic() - self._since > _SHARE * self._timeout:
+                    key = f"{_KEY}/verdict/{self._place.scoring_pass}"
+                    # the first verdict is everybody's: afterwards, processes are silent because they have ended
+                    verdict = json.loads(self._store.compare_set(key, "", json.dumps(self._verdict())))
+                    self._give_up(verdict[0], self._ranks.rank in verdict[1])
+                    return
+            except Exception as error:  # the store died, with the process that holds it
+                if time.monotonic() - self._since > _SHARE * self._timeout:
+                    self._give_up(f"Scoring has stopped: the process group's store does not answer ({error}).", True)
+                    return
+
+    def _publish(self) -> None:
+        self._beats += 1
+        waits, where = _line_of(self._main)
+        self._store.set(f"{_KEY}/{self._ranks.rank}", json.dumps([self._beats, *self._place[:3], waits, where]))
+
+    def _published(self) -> dict[int, list[Any]]:
+        keys = {rank: f"{_KEY}/{rank}" for rank in range(self._ranks.world_size)}
+        return {rank: json.loads(self._store.get(key)) for rank, key in keys.items() if self._store.check([key])}
+
+    def _verdict(self) -> tuple[str, list[int]]:
+        """What to say, and the processes that are behind."""
+        silent = set(self.silent())
+        places = {rank: Place(*found[1:]) for rank, found in self._published().items()}
+        first = min(place[:3] for place in places.values())
+        behind = {rank for rank, place in places.items() if place[:3] == first}
+        behind = behind & silent or {rank for rank in behind if not places[rank].waits} or behind
+        told = "; ".join(
+            f"rank {rank} {places[rank]}" + (", and its process no longer answers" if rank in silent else "")
+            for rank in sorted(behind)
+        )
+        if len(behind) == self._ranks.world_size:
+            told += ". Which of them hangs cannot be told"
+        return (
+            f"Scoring hangs: rank {self._ranks.rank} has come no further for {_SHARE * self._timeout:.0f} s, and "
+            f"processes may wait for each other for {self._timeout:.0f} s (ddp_timeout). Behind are: {told}. The job "
+            "ends here.",
+            sorted(behind),
+        )
+
+
+_current: Watch | None = None
+_num_passes = 0
+_longest = math.inf
+
+
+def set_timeout(seconds: float) -> None:
+    """No process may come no further in scoring for so long, even if the process group's own timeout is longer.
+
+    Hosts do not always pass the timeout that users set to the process group (transformers 5.23 does not on a CPU).
+    """
+    global _longest
+    _longest = seconds
+
+
+@contextmanager
+def watch(ranks: Ranks) -> Iterator[Watch | None]:
+    """Watch a scoring pass, if it has several processes. All of them call it."""
+    global _current, _num_passes
+    if ranks.world_size == 1:
+        yield None
+        return
+    _num_passes += 1
+    of_group = distributed_c10d._get_default_group()._get_backend(ranks.device).options._timeout
+    timeout = min(_longest, of_group.total_seconds())
+    # a connection of its own: the store's may be blocked by a collective that waits for its peers
+    store: Any = distributed_c10d._get_default_store()
+    store = store.clone()
+    with Watch(ranks, store, timeout=timeout, scoring_pass=_num_passes) as _current:
+        try:
+            yield _current
+        except RuntimeError as error:
+            if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
+                silent = ", ".join(map(str, _current.silent()))
+                logger.error("Scoring stops: rank %s no longer answers (%s).", silent or "of another process", error)
+            raise
+        finally:
+            _current = None
+
+
+def _line_of(thread: int) -> tuple[bool, str]:
+    """Whether a thread is in the code of a collective, and the line that it is at."""
+    frame = sys._current_frames().get(thread)
+    if frame is None:
+        return False, "its end"
+    code = frame.f_code
+    path = code.co_filename.replace(os.sep, "/")
+    waits = "/torch/distributed/" in path or "/deepspeed/" in path
+    return waits, f"{path.rpartition('/')[2]}:{frame.f_lineno} ({code.co_name})"
+
+
+def begin_forward() -> None:
+    """Tell the watch, if there is one, that a forward pass begins."""
+    if _current is not None:
+        _current.begin_forward()
+
+
+def _end_process(sentence: str, is_behind: bool) -> None:
+    """Say it and end this process at once: the main thread is stuck in a collective, or in whatever hangs."""
+    sys.stderr.write(f"\n{sentence}\n")
+    if is_behind:
+        faulthandler.dump_traceback(all_threads=True)
+    sys.stderr.flush()
+    sys.stdout.flush()
+    os._exit(1)
