@@ -61,7 +61,7 @@ class PolicyFacts:
         explained_by = policy.explained_by
         metrics = tuple(name for name in policy.uses_metrics if name in explained_by)
         metric = getattr(policy, "metric", metrics[0] if len(metrics) == 1 else None)
-        by_column = metric if isinstance(metric, Column) else None
+        by_column = metric if isinstance(metric, Column) and metric.name in explained_by else None
         return cls(
             text=as_typed(policy),
             metrics=metrics,

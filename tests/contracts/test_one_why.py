@@ -10,14 +10,18 @@ import pytest
 
 from distill_sampler import (
     BestOf,
+    BestSingleTeacher,
     BestTeacher,
+    Column,
     CompetencePacing,
     Curriculum,
     GlobalNaturalness,
     GroupByLength,
     Interleave,
+    KeepByMargin,
     KeepCorrect,
     KeepTop,
+    MatchTeachers,
     MixDomains,
     MixTeachers,
     Policy,
@@ -29,6 +33,7 @@ from distill_sampler import (
     Scorer,
     Shuffle,
     SortBy,
+    WeightByColumn,
     WeightBySoftmax,
     WithinLength,
 )
@@ -44,20 +49,24 @@ LISTS: dict[str, list[Policy]] = {
     "BestOf": [BestOf(RSR, per="prompt_id")],
     "BestOf behind WithinLength": [WithinLength(max_tokens=76), BestOf(RSR, per="prompt_id"), Shuffle()],
     "BestOf by a mean of ranks": [BestOf(RankAverage(RSR, GLOBAL), per="prompt_id", k=2)],
+    "BestSingleTeacher": [BestSingleTeacher(Column("weight"))],
     "BestTeacher": [BestTeacher(RSR, num_samples=3)],
     "CompetencePacing": [CompetencePacing(GLOBAL, initial=0.4, epochs=3)],
     "GroupByLength": [KeepTop(RSR, fraction=0.5), GroupByLength(mega_batch=4)],
     "Interleave": [KeepTop(GLOBAL, num=9), Interleave("teacher")],
+    "KeepByMargin": [KeepByMargin(RSR, per="prompt_id", k=2)],
     "KeepCorrect": [KeepCorrect("correct", metric=RSR, per="prompt_id")],
     "KeepTop": [KeepTop(RSR, fraction=0.4), Shuffle()],
+    "MatchTeachers": [MatchTeachers(BestOf(RSR, per="prompt_id"), per="prompt_id"), Shuffle()],
     "MixDomains": [MixDomains({"math": 2, "talk": 1}, num=9)],
-    "MixTeachers": [KeepTop(RSR, num=12), MixTeachers(max_share=0.4)],
+    "MixTeachers": [MixTeachers(max_share=0.4)],
     "SampleBySoftmax": [SampleBySoftmax(RSR, temperature=0.5, num_samples=8), Shuffle()],
     "SampleBySoftmax of each prompt": [
         SampleBySoftmax(RSR, temperature=0.5, num_samples=1, replacement=False, per="prompt_id")
     ],
     "Shuffle": [Shuffle(bucket=5)],
     "SortBy": [SortBy(GLOBAL, jitter=0.3)],
+    "WeightByColumn": [WeightByColumn(), SortBy(Column("weight"))],
     "WeightBySoftmax": [WeightBySoftmax(RSR, temperature=0.5), BestOf(GLOBAL, per="prompt_id", k=2)],
 }
 
@@ -67,6 +76,7 @@ def candidates() -> ScoredDataset:
     prepared = tiny.tokenised(tiny.candidates(6), tiny.tokenizer())
     prepared = prepared.add_column("correct", [n % 4 != 1 for n in range(18)])  # type: ignore[call-arg]
     prepared = prepared.add_column("domain", ["math" if n < 12 else "talk" for n in range(18)])  # type: ignore[call-arg]
+    prepared = prepared.add_column("weight", [1.0 + n % 3 for n in range(18)])  # type: ignore[call-arg]
     return ScoredDataset(prepared, end_token_ids=[257])
 
 
@@ -132,7 +142,7 @@ def test_choosing_from_a_runs_folder_gives_the_runs_plans(name: str, candidates:
 def test_select_gives_the_reasons_of_the_report(name: str, student_path: Path, tmp_path: Path) -> None:  # noqa: F811
     from distill_sampler.serialize import as_typed
 
-    data = [{**row, "domain": "math" if n < 12 else "talk"} for n, row in enumerate(rows())]
+    data = [{**row, "domain": "math" if n < 12 else "talk", "weight": 1 + n % 3} for n, row in enumerate(rows())]
     write_lines(tmp_path / "data.jsonl", data)
     scores = tmp_path / "scores.parquet"
     ended = call("score", tmp_path / "data.jsonl", "--model", student_path, "--output", scores)
