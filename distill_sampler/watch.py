@@ -1,9 +1,9 @@
-"""The watch over a scoring pass on several processes: one that hangs or dies ends the job, in a sentence that names it.
+"""Watches a scoring pass on several processes. If a process hangs or dies, the job ends with a message that names it.
 
 Processes that wait for another one in a collective say nothing, and some backends never stop waiting. So each process
-notes which block it has come to, and a thread publishes that, and where its Python code stands, through the process
-group's store. When a process has come no further for nearly the process group's timeout (`ddp_timeout` of a trainer),
-its thread compares all processes: the others wait for those that are behind and do not wait themselves.
+notes which block it has reached, and a thread publishes that, with the current line of its Python code, through the
+process group's store. If a process makes no progress for nearly the process group's timeout (`ddp_timeout` of a
+trainer), its thread compares all processes. The culprits are those that are behind and do not wait themselves.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from distill_sampler.distributed import Ranks
 logger = logging.getLogger(__name__)
 
 _SHARE = 0.9
-"""The watch gives up after this share of the timeout, before the collectives do, which cannot say who is missing."""
+"""The watch gives up after this share of the timeout. Collectives give up later, and cannot say who is missing."""
 _KEY = "distill_sampler/watch"
 
 
 class Place(NamedTuple):
-    """How far a process has come. One whose place is smaller is behind."""
+    """How far a process has come. A process with a smaller place is behind."""
 
     scoring_pass: int = 0
     block: int = 0
@@ -44,7 +44,7 @@ class Place(NamedTuple):
     waits: bool = False
     """Whether it is in the code of a collective."""
     where: str = ""
-    """The line that its main thread is at."""
+    """The current line of its main thread."""
 
     def __str__(self) -> str:
         doing = "has read its share" if self.is_read else "is reading its share"
@@ -56,10 +56,10 @@ class Watch:
 
     Args:
         ranks: the processes.
-        store: where they publish their places.
-        timeout: seconds that a process may come no further.
-        give_up: called with the sentence. By default it ends the process.
-        scoring_pass: number of the pass, equal on all processes.
+        store: the store through which they publish their places.
+        timeout: for how many seconds a process may make no progress.
+        give_up: called with the message. By default it ends the process.
+        scoring_pass: the number of the pass, the same on all processes.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Watch:
                 self._publish()
                 if time.monotonic() - self._since > _SHARE * self._timeout:
                     key = f"{_KEY}/verdict/{self._place.scoring_pass}"
-                    # the first verdict is everybody's: afterwards, processes are silent because they have ended
+                    # the first verdict holds for all processes; later, processes are silent because they have ended
                     verdict = json.loads(self._store.compare_set(key, "", json.dumps(self._verdict())))
                     self._give_up(verdict[0], self._ranks.rank in verdict[1])
                     return
@@ -141,21 +141,21 @@ class Watch:
         return {rank: json.loads(self._store.get(key)) for rank, key in keys.items() if self._store.check([key])}
 
     def _verdict(self) -> tuple[str, list[int]]:
-        """What to say, and the processes that are behind."""
+        """The message, and the processes that are behind."""
         silent = set(self.silent())
         places = {rank: Place(*found[1:]) for rank, found in self._published().items()}
         first = min(place[:3] for place in places.values())
         behind = {rank for rank, place in places.items() if place[:3] == first}
         behind = behind & silent or {rank for rank in behind if not places[rank].waits} or behind
-        told = "; ".join(
+        names = "; ".join(
             f"rank {rank} {places[rank]}" + (", and its process no longer answers" if rank in silent else "")
             for rank in sorted(behind)
         )
         if len(behind) == self._ranks.world_size:
-            told += ". Which of them hangs cannot be told"
+            names += ". It is not known which of them hangs"
         return (
-            f"Scoring hangs: rank {self._ranks.rank} has come no further for {_SHARE * self._timeout:.0f} s, and "
-            f"processes may wait for each other for {self._timeout:.0f} s (ddp_timeout). Behind are: {told}. The job "
+            f"Scoring hangs: rank {self._ranks.rank} has made no progress for {_SHARE * self._timeout:.0f} s, and "
+            f"processes may wait for each other for {self._timeout:.0f} s (ddp_timeout). Behind are: {names}. The job "
             "ends here.",
             sorted(behind),
         )

@@ -17,13 +17,13 @@ from distill_sampler.types import Sample, TokenStats, View
 class CompressionRatio(Metric):
     """Bytes of the response's text after compression with zlib, over its bytes before. Higher is better.
 
-    Ordinary reasoning compresses to a quarter or more, a response that repeats itself until it is cut off to less than
-    a tenth. Likelihood scores prefer such loops, because the student predicts them well: drop them before selecting,
-    with `DropDegenerate`. It takes no forward pass. Of 2,000 responses of four models to MATH-500, 84 lie below 0.08,
-    78 of them by one model.
+    Ordinary reasoning compresses to a quarter or more, and a response that repeats itself until it is cut off to less
+    than a tenth. Naturalness scores prefer such loops, because the student predicts them well: drop them before
+    selecting, with `DropDegenerate`. Needs no forward pass. Of 2,000 responses of four models to MATH-500, 84 are below
+    0.08, 78 of them by one model.
 
-    What to keep in mind: longer texts compress better, so only very small ratios tell of loops. Short texts have ratios
-    near and above 1.
+    What to keep in mind: longer texts compress better, so only very small ratios are a sign of loops. Short texts have
+    ratios near or above 1.
     """
 
     name: str = "compression_ratio"

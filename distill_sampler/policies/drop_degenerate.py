@@ -1,4 +1,4 @@
-"""Drop what repeats itself or another response: every likelihood score prefers repetitive text."""
+"""Drop responses that repeat themselves, which naturalness scores prefer, or that nearly repeat another response."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ from distill_sampler.types import BoolArray, EpochPlan, FloatArray, IntArray
 class DropDegenerate(Policy):
     """Drop responses that loop, and all but one of the near duplicates in each group, in the plan's order.
 
-    A response loops if the metric `CompressionRatio` gives it less than `min_ratio`. Two responses of a group are near
-    duplicates if they have an equal band of the metric `MinHash`; so are all that a chain of such pairs connects.
-    Copies of one sample in the plan are no duplicates of each other. What has no score by these metrics is kept. Put it
-    before the policies that select. Trade-off: a correct answer that takes many similar steps, such as a long table,
-    may look like a loop.
+    A response counts as a loop if its `CompressionRatio` is below `min_ratio`. Two responses of a group are near
+    duplicates if they have an equal band of the metric `MinHash`; so are all responses that a chain of such pairs
+    connects. Copies of one sample in the plan do not count as duplicates. A sample without a score by these metrics is
+    kept. Put this policy before those that select. Trade-off: a correct answer with many similar steps, such as a long
+    table, may look like a loop.
     """
 
     per: str | None = None
-    """Column that tells which rows answer the same prompt. Duplicates are found within a prompt, and `if_none` decides
-    about prompts with loops only. None: duplicates are found in the whole plan."""
+    """Column that tells which rows answer the same prompt. Duplicates are then looked for within a prompt, and
+    `if_none` decides what happens to a prompt that has only loops. None: duplicates are looked for in the whole plan.
+    """
     loops: str | None = "compression_ratio"
     """Name of the `CompressionRatio` metric. None: keep loops."""
     min_ratio: float = 0.08
-    """Responses below this loop."""
+    """Responses with a smaller ratio count as loops."""
     duplicates: str | None = "minhash"
     """Name of the `MinHash` metric. None: keep duplicates."""
     metric: str | MetricExpression | None = None

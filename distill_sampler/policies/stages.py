@@ -120,7 +120,7 @@ class Stages(Policy):
 @documents_fields
 @dataclass(frozen=True)
 class During(Policy):
-    """Apply a policy during a part of the run, and leave the plan as it is before and after. `Stages` is made of these.
+    """Apply a policy during a part of the run, and leave plans unchanged before and after. `Stages` is made of these.
 
     Trade-off: what the policy selects may change the length of an epoch, which must be constant; see `Stages`.
     """
@@ -130,7 +130,7 @@ class During(Policy):
     begin: int = 0
     """The first epoch or step that it applies to."""
     end: int | None = None
-    """The first epoch or step that it does not apply to any more. None: it applies until the run's end."""
+    """The first epoch or step that it no longer applies to. None: it applies until the end of the run."""
     by: Literal["epoch", "step"] = "epoch"
     """Whether `begin` and `end` are epochs, from 0, or optimizer steps at which plans are made."""
 
@@ -176,11 +176,11 @@ class Anneal(Policy):
     """Move a numeric argument of a policy over the run, from the value that the policy has to another one.
 
     `Anneal(SampleBySoftmax("rank_surprisal_ratio", temperature=2.0), "temperature", to=0.2)` draws almost uniformly at
-    first, and almost only the best at the end. Between, the value is from + (to - from) t, with t the share of the run
-    that is over when the plan is made; with `shape="cosine"` t becomes (1 - cos πt) / 2, with `"exponential"` the value
-    is from (to / from)^t. Whole-number arguments are rounded. An argument that changes an epoch's length needs
-    `Curriculum(num_samples=)`. Trade-off: the value changes from plan to plan only, so a run of one epoch needs `steps`
-    and `Rescore(every_steps=)`.
+    first, and almost only the best at the end. In between, the value is from + (to - from) t, where t is the share of
+    the run that is over when the plan is made. With `shape="cosine"`, t is replaced by (1 - cos πt) / 2; with
+    `"exponential"`, the value is from (to / from)^t. Whole-number arguments are rounded. An argument that changes an
+    epoch's length needs `Curriculum(num_samples=)`. Trade-off: the value only changes when a plan is made, so a run of
+    one epoch needs `steps` and `Rescore(every_steps=)`.
     """
 
     policy: Policy
@@ -220,7 +220,7 @@ class Anneal(Policy):
         self.at(1.0)  # the policy refuses a last value that it cannot have
 
     def at(self, share: float) -> Policy:
-        """The policy when this share of the way is gone, from 0 to 1."""
+        """The policy after this share of the way, from 0 to 1."""
         start = getattr(self.policy, self.argument)
         if self.shape == "exponential":
             value = start * (self.to / start) ** share
