@@ -393,11 +393,10 @@ class Objective(Protocol):
         """Training is over: take away what `prepare` added."""
 
     @abstractmethod
-    def tap(self, teachers: Any, *, num_tokens: int | None = None) -> ObjectiveTap:
-        """Make the tap that applies the objective in one run.
+    def tap(self, setting: Any) -> ObjectiveTap:
+        """The objective at work in one run.
 
         Args:
-            teachers: the run's `objectives.live.Teachers`: objectives of the same teacher share its forward pass.
-            num_tokens: how many tokens the student's tokenizer has; None: unknown.
+            setting: the run's `objectives.live.Setting`: its data set, the student's tokenizer, shared teachers.
         """
         ...

@@ -44,17 +44,30 @@ class CurriculumArguments:
 class TeacherArguments:
     """A model whose soft targets the student learns, beside the traces."""
 
-    teacher: str | None = field(default=None, metadata={"help": "A model with the student's tokenizer."})
+    teacher: str | None = field(
+        default=None, metadata={"help": "A model with the student's tokenizer, or a store of one (NAME.arrow)."}
+    )
     temperature: float = field(default=2.0, metadata={"help": "Softens both models' distributions."})
     alpha: float = field(default=0.5, metadata={"help": "Share of the soft targets in the loss."})
     divergence: str = field(default="forward", metadata={"help": "forward, reverse or js."})
+    tail: str = field(default="renormalise", metadata={"help": "Of a store: renormalise or bucket."})
 
 
 def make_objectives(chosen: TeacherArguments, dtype: str | None) -> list[SoftTargets]:
     if chosen.teacher is None:
         return []
-    teacher = AutoModelForCausalLM.from_pretrained(chosen.teacher, dtype=dtype or "auto")
-    return [SoftTargets(teacher, temperature=chosen.temperature, alpha=chosen.alpha, divergence=chosen.divergence)]
+    teacher = chosen.teacher
+    if not teacher.endswith(".arrow"):
+        teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype=dtype or "auto")
+    return [
+        SoftTargets(
+            teacher,
+            temperature=chosen.temperature,
+            alpha=chosen.alpha,
+            divergence=chosen.divergence,
+            tail=chosen.tail,
+        )
+    ]
 
 
 def make_curriculum(chosen: CurriculumArguments, seed: int) -> Curriculum:

@@ -38,7 +38,7 @@ from distill_sampler.integrations.loss_weights import LossWeights
 from distill_sampler.integrations.observed_scores import ObservedScores
 from distill_sampler.integrations.refusals import refuse_parallelism, refuse_second_host
 from distill_sampler.integrations.sample_log import SampleLog
-from distill_sampler.objectives.live import Teachers
+from distill_sampler.objectives.live import Setting
 from distill_sampler.objectives.places import predicting
 from distill_sampler.planning.sampler import DistillSampler
 from distill_sampler.protocols import Objective, Tap
@@ -73,6 +73,7 @@ class CurriculumLoop:
         taps: further taps on the batches.
         objective: what training minimises beside the loop's own loss, such as `SoftTargets(teacher)`; one or several.
             Call `prepare(model)` before you make the optimizer, and train on `loss(loss)`.
+        tokenizer: the student's, for objectives that find a response by its text.
 
     Raises:
         ValueError: the accelerator's settings rule out a curriculum, the data set lacks a column, or the curriculum
@@ -89,6 +90,7 @@ class CurriculumLoop:
         sample_log: bool = False,
         taps: Sequence[Tap] = (),
         objective: Objective | Sequence[Objective] = (),
+        tokenizer: Any = None,
     ) -> None:
         refuse_parallelism(accelerator)
         refuse_second_host(curriculum)
@@ -115,8 +117,8 @@ class CurriculumLoop:
         if curriculum.observe:
             self._taps.append(ObservedScores(curriculum))
         self._objectives = checked_objectives(objective)
-        teachers = Teachers()
-        self._objective_taps = [each.tap(teachers) for each in self._objectives]
+        setting = Setting(dataset, tokenizer)
+        self._objective_taps = [each.tap(setting) for each in self._objectives]
         self._taps += self._objective_taps
         self._prepared: nn.Module | None = None
         self._scale: torch.Tensor | None = None

@@ -53,7 +53,7 @@ from distill_sampler.integrations.seams import (
     train_through,
 )
 from distill_sampler.integrations.trl import dropped_rows, is_sft_trainer, source_rows
-from distill_sampler.objectives.live import Teachers
+from distill_sampler.objectives.live import Setting
 from distill_sampler.protocols import Objective, Tap
 from distill_sampler.sources.templates import markers
 from distill_sampler.truncation import UNKNOWN, cut_responses
@@ -176,10 +176,8 @@ def attach(
         taps.append(ObservedScores(curriculum))
     objectives = checked_objectives(objective)
     refuse_for_objectives(objectives, args)
-    tokenizer: Any = trainer.processing_class
-    teachers = Teachers()
-    num_tokens = None if tokenizer is None else len(tokenizer)
-    objective_taps = [each.tap(teachers, num_tokens=num_tokens) for each in objectives]
+    setting = Setting(dataset, trainer.processing_class)
+    objective_taps = [each.tap(setting) for each in objectives]
     taps += objective_taps
     trainer.train_dataset = trained_rows
     callback = CurriculumCallback(trainer, curriculum, taps=taps, accept_changes=accept_changes)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.objectives.following import FollowsTeacher, require_model, scheduled
-from distill_sampler.objectives.live import Seen, Teachers, Watch, attention_of, chosen_layers, layers_of
+from distill_sampler.objectives.live import Seen, Setting, Watch, attention_of, chosen_layers, layers_of
 from distill_sampler.protocols import Objective, ObjectiveTap
 from distill_sampler.reading.forward import unwrap
 
@@ -70,13 +70,13 @@ class AttentionTransfer(Objective):
             for number in numbers:
                 attention_of(layers_of(model)[number])
 
-    def tap(self, teachers: Teachers, *, num_tokens: int | None = None) -> ObjectiveTap:
-        return _AttentionTransferTap(self, teachers)
+    def tap(self, setting: Setting) -> ObjectiveTap:
+        return _AttentionTransferTap(self, setting)
 
 
 class _AttentionTransferTap(FollowsTeacher):
-    def __init__(self, objective: AttentionTransfer, teachers: Teachers) -> None:
-        super().__init__(objective.name, teachers.live(objective.teacher))
+    def __init__(self, objective: AttentionTransfer, setting: Setting) -> None:
+        super().__init__(objective.name, setting.live(objective.teacher))
         self.objective = objective
         self._layers: dict[int, int] = {}
 
@@ -90,12 +90,12 @@ class _AttentionTransferTap(FollowsTeacher):
         student.ask(attention=self._layers)
         self.teacher.watch.ask(attention=self._layers.values())
 
-    def compare(self, student: Seen, teacher: Seen, counted: Tensor, weights: Tensor) -> Tensor:
+    def compare(self, student: Seen, shown: Seen, counted: Tensor, weights: Tensor) -> Tensor:
         total = weights.new_zeros(())
         for own, other in self._layers.items():
             maps = [
                 nn.functional.normalize(attention.float().mean(1)[counted], dim=1)
-                for attention in (student.attention[own], teacher.attention[other])
+                for attention in (student.attention[own], shown.attention[other])
             ]
             total = total + (weights * (maps[0] - maps[1]).square().sum(1)).sum() / len(self._layers)
         return total

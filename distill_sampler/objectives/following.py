@@ -17,23 +17,22 @@ from distill_sampler.reading.forward import unwrap
 from distill_sampler.types import Batch
 
 
-class FollowsTeacher(ObjectiveTap):
-    """An objective that compares the student with a teacher at each token that is trained on.
+class FollowsStudent(ObjectiveTap):
+    """An objective that computes a number from what the student shows at each position that counts.
 
     Args:
         name: the objective's name.
-        teacher: reads the same batches.
     """
 
-    def __init__(self, name: str, teacher: LiveTeacher) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
-        self.teacher = teacher
         self.student: Any = None
+        self.batch: Batch | None = None
+        """The samples of the batch that is trained on."""
         self.factor = 0.0
-        """The objective's weight in the loss of this batch. At 0, the teacher does not run."""
-        self._batch: Batch | None = None
+        """The objective's weight in the loss of this batch. At 0, nothing is computed."""
         self._counted: Tensor | None = None
-        self._of_teacher: Seen | None = None
+        self._shown: Any = None
         self._value: Tensor | None = None
         self._sums = torch.zeros(2, dtype=torch.float64)
         """The sum of the weighted values, and the sum of the weights, since the last report."""
@@ -51,14 +50,18 @@ class FollowsTeacher(ObjectiveTap):
         """
 
     @abstractmethod
-    def compare(self, student: Seen, teacher: Seen, counted: Tensor, weights: Tensor) -> Tensor:
+    def look(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
+        """`[rows, width]` True at the positions of a batch that count, and what the student is compared with there."""
+
+    @abstractmethod
+    def compare(self, student: Seen, shown: Any, counted: Tensor, weights: Tensor) -> Tensor:
         """The objective of a batch, summed over its positions: a scalar with gradients for the student.
 
         Called inside the student's forward pass, where sharded weights can be gathered.
 
         Args:
             student: the student's states and attention.
-            teacher: the teacher's states and attention.
+            shown: what `look` gave.
             counted: `[rows, width]` True at the positions that count.
             weights: `[positions]` loss weights, where `counted` is True.
         """
@@ -66,25 +69,22 @@ class FollowsTeacher(ObjectiveTap):
     @contextmanager
     def open(self, model: nn.Module, *, step: int) -> Iterator[None]:
         self.student = unwrap(model)
-        self.teacher.watch.model.to(next(self.student.parameters()).device)
         watch = Watch(model)
         self.begin(watch)
         with watch.open(self._see):
             yield
 
     def before(self, batch: Batch) -> None:
-        self._batch = batch
+        self.batch = batch
 
     def after(self, batch: Batch) -> None:
-        self._batch = None
-        self.teacher.forget()
+        self.batch = None
 
     def expect(self, inputs: Mapping[str, Any], *, progress: float) -> None:
-        self._value = self._counted = self._of_teacher = None
+        self._value = self._counted = self._shown = None
         self.factor = self.factor_at(progress)
         if self.factor:
-            self._counted = predicting(inputs)
-            self._of_teacher = self.teacher.read(inputs)
+            self._counted, self._shown = self.look(inputs)
 
     def added_to(self, loss: Tensor, *, scale: float | Tensor) -> Tensor:
         """The loss of the batch.
@@ -99,7 +99,7 @@ class FollowsTeacher(ObjectiveTap):
                 f"objective={self.name}: this trainer's forward pass did not run the decoder of "
                 f"{type(self.student).__name__}, so there is nothing to compare with the teacher. Leave it out."
             )
-        value, self._value, self._counted, self._of_teacher = self._value, None, None, None
+        value, self._value, self._counted, self._shown = self._value, None, None, None
         return self.joined(loss, self.factor * scale * value)
 
     def joined(self, loss: Tensor, own: Tensor) -> Tensor:
@@ -120,13 +120,38 @@ class FollowsTeacher(ObjectiveTap):
                 f"objective={self.name}: the student has states for {tuple(seen.last.shape[:2])} positions, but the "
                 f"batch has {tuple(counted.shape)} tokens (prompt tuning?). Leave it out for this student."
             )
-        weights = torch.ones(counted.shape) if self._batch is None else weights_of_positions(self._batch)
-        assert self._of_teacher is not None
+        weights = torch.ones(counted.shape) if self.batch is None else weights_of_positions(self.batch)
         chosen = weights.to(counted.device)[counted]
-        self._value = self.compare(seen, self._of_teacher, counted, chosen)
+        self._value = self.compare(seen, self._shown, counted, chosen)
         self._sums += torch.stack([self._value.detach().double(), chosen.double().sum()]).cpu()
         held: Tensor = _Holding.apply(seen.last, self._value)  # type: ignore[no-untyped-call]
         return held
+
+
+class FollowsTeacher(FollowsStudent):
+    """An objective that compares the student with a live teacher at each token that is trained on.
+
+    Args:
+        name: the objective's name.
+        teacher: reads the same batches.
+    """
+
+    def __init__(self, name: str, teacher: LiveTeacher) -> None:
+        super().__init__(name)
+        self.teacher = teacher
+
+    @contextmanager
+    def open(self, model: nn.Module, *, step: int) -> Iterator[None]:
+        self.teacher.watch.model.to(next(unwrap(model).parameters()).device)
+        with super().open(model, step=step):
+            yield
+
+    def after(self, batch: Batch) -> None:
+        super().after(batch)
+        self.teacher.forget()
+
+    def look(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Seen]:
+        return predicting(inputs), self.teacher.read(inputs)
 
 
 class _Holding(torch.autograd.Function):

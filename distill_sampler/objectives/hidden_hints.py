@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.objectives.following import FollowsTeacher, require_model, scheduled
-from distill_sampler.objectives.live import Seen, Teachers, Watch, chosen_layers
+from distill_sampler.objectives.live import Seen, Setting, Watch, chosen_layers
 from distill_sampler.protocols import Objective, ObjectiveTap
 from distill_sampler.reading.forward import unwrap
 
@@ -90,13 +90,13 @@ class HiddenHints(Objective):
         """Remove the projections from the student."""
         unwrap(student)._modules.pop(MODULE, None)
 
-    def tap(self, teachers: Teachers, *, num_tokens: int | None = None) -> ObjectiveTap:
-        return _HiddenHintsTap(self, teachers)
+    def tap(self, setting: Setting) -> ObjectiveTap:
+        return _HiddenHintsTap(self, setting)
 
 
 class _HiddenHintsTap(FollowsTeacher):
-    def __init__(self, objective: HiddenHints, teachers: Teachers) -> None:
-        super().__init__(objective.name, teachers.live(objective.teacher))
+    def __init__(self, objective: HiddenHints, setting: Setting) -> None:
+        super().__init__(objective.name, setting.live(objective.teacher))
         self.objective = objective
         self._layers: dict[int, int] = {}
 
@@ -108,10 +108,10 @@ class _HiddenHintsTap(FollowsTeacher):
         student.ask(layers=self._layers)
         self.teacher.watch.ask(layers=self._layers.values())
 
-    def compare(self, student: Seen, teacher: Seen, counted: Tensor, weights: Tensor) -> Tensor:
+    def compare(self, student: Seen, shown: Seen, counted: Tensor, weights: Tensor) -> Tensor:
         total = weights.new_zeros(())
         for own, other in self._layers.items():
-            states, hints = student.layers[own][counted], teacher.layers[other][counted]
+            states, hints = student.layers[own][counted], shown.layers[other][counted]
             if MODULE in self.student._modules:
                 states = self.student.get_submodule(f"{MODULE}.{own}")(states)
             error = (states.float() - hints.float()).square().mean(1)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill_sampler.dataset import ScoredDataset
 from distill_sampler.objectives.divergence import Cells, Targets
 from distill_sampler.reading.forward import unwrap
 from distill_sampler.reading.observer import transform_of
@@ -146,14 +147,21 @@ class LiveTeacher:
         return cells
 
 
-class Teachers:
-    """The teachers of a run. Objectives that name the same model get the same `LiveTeacher`."""
+class Setting:
+    """What objectives know of the run that they are part of.
 
-    def __init__(self) -> None:
+    Args:
+        dataset: the data set that is trained on.
+        tokenizer: the student's; None: unknown.
+    """
+
+    def __init__(self, dataset: ScoredDataset, tokenizer: Any = None) -> None:
+        self.dataset = dataset
+        self.tokenizer = tokenizer
         self._live: dict[int, LiveTeacher] = {}
 
     def live(self, model: nn.Module) -> LiveTeacher:
-        """The teacher that reads with this model."""
+        """The teacher that reads with this model: one for all objectives that name it, which share its forward pass."""
         return self._live.setdefault(id(model), LiveTeacher(model))
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
+from distill_sampler.engines.stored_teacher import StoredTeacher
 from distill_sampler.field_docs import documents_fields
-from distill_sampler.objectives.divergence import Divergence, Head, soft_target_loss
-from distill_sampler.objectives.following import FollowsTeacher, require_model, scheduled
-from distill_sampler.objectives.live import Seen, Teachers, Watch, shared_columns
+from distill_sampler.objectives.divergence import Divergence, Head, Targets, soft_target_loss
+from distill_sampler.objectives.following import FollowsStudent, FollowsTeacher, require_model, scheduled
+from distill_sampler.objectives.live import Seen, Setting, Watch, shared_columns
+from distill_sampler.objectives.stored import StoredTargets, Tail
 from distill_sampler.protocols import Objective, ObjectiveTap
 from distill_sampler.reading.forward import autocast_dtype, forward_of
 from distill_sampler.reading.observer import transform_of
+from distill_sampler.reading.token_stats import LogitTransform
 
 
 @documents_fields
@@ -26,9 +31,10 @@ class SoftTargets(Objective):
     both models only exist for a chunk of positions at a time.
     """
 
-    teacher: nn.Module
+    teacher: nn.Module | StoredTeacher | str
     """A causal language model with the student's vocabulary. It is frozen, put into evaluation mode and moved to the
-    student's device."""
+    student's device. Or a store that `distill-sampler teacher-logprobs --top-k` wrote from this data: its file, or an
+    opened one. The store covers the tokens of the response, without end markers."""
     temperature: float = 2.0
     """T, which softens both distributions. T² keeps the size of the gradient when T changes."""
     alpha: float | Callable[[float], float] = 0.5
@@ -39,8 +45,24 @@ class SoftTargets(Objective):
     `"reverse"`: KL(student ‖ teacher), which makes it avoid what the teacher would not say. `"js"`: Jensen-Shannon,
     between the two."""
 
+    tail: Tail = "renormalise"
+    """What becomes of the probability that the teacher gives to tokens that are not stored. `"renormalise"`: the stored
+    tokens get it, in proportion. `"bucket"`: all other tokens are one outcome, of teacher and student; exact, but only
+    at the temperature of the store. Without meaning for a live teacher."""
+
     def __post_init__(self) -> None:
-        require_model(self.teacher, what="SoftTargets")
+        if isinstance(self.teacher, str):
+            object.__setattr__(self, "teacher", StoredTeacher(self.teacher))
+        if not isinstance(self.teacher, StoredTeacher):
+            require_model(self.teacher, what="SoftTargets")
+        elif self.divergence == "reverse" and self.tail == "renormalise":
+            raise ValueError(
+                "SoftTargets(divergence='reverse', tail='renormalise'): the teacher would give tokens that are not "
+                "stored no probability, and the divergence would be infinite. Use tail='bucket' at the store's "
+                "temperature, or divergence='js'."
+            )
+        if self.tail not in get_args(Tail):
+            raise ValueError(f"SoftTargets(tail={self.tail!r}): choose 'renormalise' or 'bucket'.")
         if not self.temperature > 0:
             raise ValueError(f"SoftTargets(temperature={self.temperature}): give a number above 0, such as 2.0.")
         if self.divergence not in get_args(Divergence):
@@ -61,29 +83,39 @@ class SoftTargets(Objective):
         """
         return scheduled(self.alpha, progress, argument="SoftTargets(alpha=)", highest=1)
 
-    def tap(self, teachers: Teachers, *, num_tokens: int | None = None) -> ObjectiveTap:
-        return _SoftTargetsTap(self, teachers, num_tokens=num_tokens)
+    def tap(self, setting: Setting) -> ObjectiveTap:
+        if isinstance(self.teacher, StoredTeacher):
+            return _FromStore(self, setting, self.teacher)
+        assert isinstance(self.teacher, nn.Module)
+        return _FromModel(self, setting, self.teacher)
 
 
-class _SoftTargetsTap(FollowsTeacher):
-    def __init__(self, objective: SoftTargets, teachers: Teachers, *, num_tokens: int | None) -> None:
-        super().__init__(objective.name, teachers.live(objective.teacher))
-        self.objective = objective
-        self._num_tokens = num_tokens
+class _SoftTargetsTap(FollowsStudent):
+    """What a live and a stored teacher have in common: the student's side."""
+
+    objective: SoftTargets
+    columns: int
+    _transform: LogitTransform
 
     def factor_at(self, progress: float) -> float:
         return self.objective.share(progress)
 
+    def joined(self, loss: Tensor, own: Tensor) -> Tensor:
+        return (1 - self.factor) * loss + own
+
     def begin(self, student: Watch) -> None:
-        self._columns = shared_columns(student.model, self.teacher.watch.model, tokens=self._num_tokens)
         self._transform = transform_of(student.model, purpose="SoftTargets")
 
-    def compare(self, student: Seen, teacher: Seen, counted: Tensor, weights: Tensor) -> Tensor:
+    def divergence(self, states: Tensor, targets: Targets, weights: Tensor) -> Tensor:
+        """Σ w T² D over positions.
+
+        Args:
+            states: `[positions, hidden]` the student's.
+            targets: the teacher's predictions there.
+            weights: `[positions]` w.
+        """
         head: nn.Module = self.student.get_output_embeddings()
-        operands = autocast_dtype(counted.device)
-        targets = self.teacher.targets(
-            teacher.last[counted], temperature=self.objective.temperature, columns=self._columns
-        )
+        operands = autocast_dtype(states.device)
 
         def diverge(states: Tensor) -> Tensor:
             return soft_target_loss(
@@ -92,7 +124,7 @@ class _SoftTargetsTap(FollowsTeacher):
                     weight=head.weight,  # type: ignore[arg-type]
                     bias=head.bias,  # type: ignore[arg-type]
                     transform=self._transform,
-                    columns=self._columns,
+                    columns=self.columns,
                     operands=operands,
                 ),
                 targets,
@@ -103,8 +135,57 @@ class _SoftTargetsTap(FollowsTeacher):
 
         # through the head, whose hooks gather its weights where they are sharded
         with forward_of(head, diverge):
-            value: Tensor = head(student.last[counted])
+            value: Tensor = head(states)
         return value
 
-    def joined(self, loss: Tensor, own: Tensor) -> Tensor:
-        return (1 - self.factor) * loss + own
+
+class _FromModel(_SoftTargetsTap, FollowsTeacher):
+    def __init__(self, objective: SoftTargets, setting: Setting, teacher: nn.Module) -> None:
+        super().__init__(objective.name, setting.live(teacher))
+        self.objective = objective
+        self._num_tokens = None if setting.tokenizer is None else len(setting.tokenizer)
+
+    def begin(self, student: Watch) -> None:
+        super().begin(student)
+        self.columns = shared_columns(student.model, self.teacher.watch.model, tokens=self._num_tokens)
+
+    def compare(self, student: Seen, shown: Seen, counted: Tensor, weights: Tensor) -> Tensor:
+        targets = self.teacher.targets(
+            shown.last[counted], temperature=self.objective.temperature, columns=self.columns
+        )
+        return self.divergence(student.last[counted], targets, weights)
+
+
+class _FromStore(_SoftTargetsTap):
+    def __init__(self, objective: SoftTargets, setting: Setting, store: StoredTeacher) -> None:
+        super().__init__(objective.name)
+        self.objective = objective
+        if setting.tokenizer is None:
+            raise ValueError(
+                f"SoftTargets(teacher='{store.path}'): responses are found by their text, which needs the student's "
+                "tokenizer. Give the trainer processing_class=, or the loop tokenizer=."
+            )
+        self._candidates = np.flatnonzero(setting.dataset.scorable)
+        self._stored = StoredTargets(
+            store,
+            setting.dataset,
+            setting.tokenizer,
+            temperature=objective.temperature,
+            tail=objective.tail,
+        )
+
+    def begin(self, student: Watch) -> None:
+        super().begin(student)
+        self.columns = student.model.config.get_text_config().vocab_size
+        self._stored.check(self._candidates, self.columns)
+
+    def look(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Targets]:
+        assert self.batch is not None
+        ids: Tensor = inputs["input_ids"]
+        places, targets = self._stored.of(self.batch, ids.device)
+        counted = torch.zeros(ids.numel(), dtype=torch.bool, device=ids.device)
+        counted[torch.from_numpy(places).to(ids.device)] = True
+        return counted.reshape(ids.shape), targets
+
+    def compare(self, student: Seen, shown: Targets, counted: Tensor, weights: Tensor) -> Tensor:
+        return self.divergence(student.last[counted], shown, weights)

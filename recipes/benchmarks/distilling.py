@@ -25,8 +25,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from distill_sampler import ScoredDataset
 from distill_sampler.objectives.divergence import Cells, Head, soft_target_loss
-from distill_sampler.objectives.live import Teachers
+from distill_sampler.objectives.live import Setting
 from distill_sampler.objectives.soft_targets import SoftTargets
 from distill_sampler.reading.token_stats import LogitTransform, linear
 
@@ -101,7 +102,8 @@ def step(options: argparse.Namespace) -> None:
     student, teacher = llama(12, 512), llama(16, 768)
     ids = torch.randint(0, 49152, (options.batch_size, options.length))
     inputs: dict[str, Any] = {"input_ids": ids, "labels": ids}
-    tap = SoftTargets(teacher).tap(Teachers())
+    rows = ScoredDataset([{"input_ids": ids[0].tolist(), "labels": ids[0].tolist()}])
+    tap = SoftTargets(teacher).tap(Setting(rows))
 
     def plain() -> None:
         student(**inputs, use_cache=False).loss.backward()

@@ -168,7 +168,7 @@ def test_a_larger_vocabulary_of_padding_is_handled_and_another_vocabulary_refuse
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"teacher": "a/model"}, "teacher="),
+        ({"teacher": "a/model"}, "a/model"),
         ({"teacher": PreTrainedModel}, "teacher="),
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"alpha": 1.5}, "alpha="),
