@@ -53,6 +53,8 @@ class Curriculum:
         scorer: how the student reads.
         teacher: column that names the teacher, for reports. If the data set has no such column, reports do not list
             teachers.
+        domain: column that names the kind of task. With `observe=True`, the trainer's log has the loss by teacher and
+            by domain.
 
     Raises:
         ValueError: `metrics` or `policies` hold something else, a policy names a metric that is not scored, or two
@@ -71,6 +73,7 @@ class Curriculum:
         seed: int = 0,
         scorer: Scorer | None = None,
         teacher: str = "teacher",
+        domain: str = "domain",
     ) -> None:
         require_arguments(
             "Curriculum",
@@ -88,6 +91,7 @@ class Curriculum:
         self.seed = seed
         self.scorer = scorer or Scorer()
         self.teacher = teacher
+        self.domain = domain
         self.driven_by: str | None = None
         """The trainer or loop that it was attached to; None: nothing yet. There can be one only."""
         self._num_samples = num_samples

@@ -344,6 +344,11 @@ class Tap(Protocol):
         """Called after the backward pass of the batch."""
         ...
 
+    def sums(self) -> Mapping[str, tuple[float, float]]:
+        """What to log since the last call: by name, a sum of this process, and the weight to divide it by. Every
+        process gives the same names."""
+        return {}
+
 
 @runtime_checkable
 class ObjectiveTap(Tap, Protocol):
@@ -369,10 +374,6 @@ class ObjectiveTap(Tap, Protocol):
             scale: the factor with which the host normalises a sum over the tokens of this batch: 1 / (tokens in the
                 optimizer step), times the number of processes if gradients are averaged over them.
         """
-        ...
-
-    def sums(self) -> Mapping[str, tuple[float, float]]:
-        """What to log since the last call: by name, this process's sum, and the weight to divide it by."""
         ...
 
 

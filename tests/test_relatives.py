@@ -151,20 +151,31 @@ def test_scores_are_the_papers_formulas(
     require_parity(model, tokenizer, dataset, [str(dataset[index]["prompt_id"]) for index in range(len(dataset))])
 
 
-@pytest.mark.slow
-def test_scores_of_sixty_real_traces_are_the_papers_formulas(
-    student: tuple[PreTrainedModel, PreTrainedTokenizerBase], shared: Path
-) -> None:
-    model, tokenizer = student
+def real_traces(tokenizer: Any, shared: Path, problems: int) -> list[dict[str, Any]]:
+    """Four models' solutions of the shortest problems of GSM8K."""
     with gzip.open(shared / "data" / "gsm8k_example_model_solutions.jsonl.gz", "rt", encoding="utf-8") as file:
-        problems = sorted(map(json.loads, file), key=lambda each: len(each["question"]))[:15]
-    rows = [
+        shortest = sorted(map(json.loads, file), key=lambda each: len(each["question"]))[:problems]
+    return [
         {**conversation(tokenizer, each["question"], answer["solution"]), "prompt_id": each["question"]}
-        for each in problems
+        for each in shortest
         for answer in each.values()
         if isinstance(answer, dict)
     ]
+
+
+def test_scores_of_sixty_real_traces_are_the_papers_formulas(tokenizer: PreTrainedTokenizerBase, shared: Path) -> None:
+    rows = real_traces(tokenizer, shared, problems=15)
     assert len(rows) == 60
+    model = tiny.model(max_position_embeddings=4096)
+    require_parity(model, tokenizer, ScoredDataset(rows, end_token_ids=[257]), [row["prompt_id"] for row in rows])
+
+
+@pytest.mark.slow
+def test_scores_of_the_real_student_are_the_papers_formulas(
+    student: tuple[PreTrainedModel, PreTrainedTokenizerBase], shared: Path
+) -> None:
+    model, tokenizer = student
+    rows = real_traces(tokenizer, shared, problems=4)
     dataset = ScoredDataset(rows, end_token_ids=end_token_ids(tokenizer, model))
     require_parity(model, tokenizer, dataset, [row["prompt_id"] for row in rows])
 

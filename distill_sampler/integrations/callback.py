@@ -29,7 +29,7 @@ from distill_sampler.integrations.refusals import samples_per_step
 from distill_sampler.integrations.resuming import Place, continue_schedule, place_in, say_what_is_lost
 from distill_sampler.integrations.seams import output_of
 from distill_sampler.planning.summary import PREFIX
-from distill_sampler.protocols import ObjectiveTap, Tap
+from distill_sampler.protocols import Tap
 
 logger = logging.getLogger(__name__)
 
@@ -192,11 +192,10 @@ class CurriculumCallback(TrainerCallback):
         """Numbers for the trainer's next training log entry. All processes must call it."""
         numbers, self.pending = self.pending, {}
         for tap in self.taps:
-            if isinstance(tap, ObjectiveTap):
-                for name, sums in tap.sums().items():
-                    total, weight = Ranks.current(self.trainer.args.device).elementwise_sum(np.array(sums))
-                    if weight:
-                        numbers[name] = total / weight
+            for name, sums in tap.sums().items():
+                total, weight = Ranks.current(self.trainer.args.device).elementwise_sum(np.array(sums))
+                if weight:
+                    numbers[name] = total / weight
         return numbers
 
     def saving(self, checkpoint: Path) -> None:

@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 from torch import nn
 
 from distill_sampler.curriculum import Curriculum
 from distill_sampler.integrations.sharding import whole_head
+from distill_sampler.planning.summary import PREFIX
 from distill_sampler.protocols import Tap
 from distill_sampler.reading.observer import Observer
 from distill_sampler.types import Batch
 
+_MOST_VALUES = 100
+"""A column with more values than that names no teachers or domains whose losses anybody reads in a log."""
+
 
 class ObservedScores(Tap):
-    """Scores the samples that are trained on, from the forward passes of training.
+    """Scores the samples that are trained on, from the forward passes of training, and tells their loss by teacher.
 
     Args:
         curriculum: provides the metrics, and its store receives the scores.
@@ -24,6 +29,12 @@ class ObservedScores(Tap):
     def __init__(self, curriculum: Curriculum) -> None:
         self._curriculum = curriculum
         self._observer: Observer | None = None
+        dataset = curriculum.dataset
+        named = [name for name in (curriculum.teacher, curriculum.domain) if name in dataset.column_names]
+        self._columns = {name: column for name in named if len((column := dataset.column(name)).values) <= _MOST_VALUES}
+        """By name, the columns that the loss is told by."""
+        self._losses = {name: np.zeros((len(column.values), 2)) for name, column in self._columns.items()}
+        """By column, for each of its values: the sum of the surprisals since the last log, and the tokens."""
 
     @contextmanager
     def open(self, model: nn.Module, *, step: int) -> Iterator[None]:
@@ -46,3 +57,17 @@ class ObservedScores(Tap):
     def after(self, batch: Batch) -> None:
         assert self._observer is not None
         self._curriculum.store.observed.write(*self._observer.take(), step=batch.step)
+        for sample, total, tokens in self._observer.losses:
+            for name, column in self._columns.items():
+                self._losses[name][column.codes[sample]] += total, tokens
+
+    def sums(self) -> dict[str, tuple[float, float]]:
+        """The training loss by teacher and by domain: mean surprisal (nats) of the response tokens, unweighted."""
+        found = {
+            f"{PREFIX}loss/{name}/{value}": (float(total), float(tokens))
+            for name, column in self._columns.items()
+            for value, (total, tokens) in zip(column.values, self._losses[name], strict=True)
+        }
+        for sums in self._losses.values():
+            sums[:] = 0
+        return found

@@ -83,6 +83,8 @@ class Observer:
         self._transform = transform_of(model, purpose="observe=True")
         self._switches_at = switches_at(self._student)
         self._room = Room()
+        self.losses: list[tuple[int, float, int]] = []
+        """Of the batch that was taken last: each sample, the sum of its surprisals, and its number of tokens."""
 
     def __enter__(self) -> Observer:
         self._handle = self._decoder.register_forward_hook(self._see)
@@ -118,9 +120,11 @@ class Observer:
         rows = {name: np.full(len(batch.samples), np.nan, np.float32) for name in names}
         missing = {metric.name: np.zeros(len(batch.samples), np.int64) for metric in self._metrics}
         stop = 0
+        self.losses = []
         for row, sample in enumerate(self._samples):
             start, stop = stop, stop + int(sample.scored.sum())
             own = {name: values[start:stop] for name, values in stats.items()}
+            self.losses.append((sample.index, float(own["surprisal"].sum(dtype=np.float64)), stop - start))
             for metric in self._metrics:
                 views = metric.views(sample)
                 if views is None:
