@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from distill_sampler.metrics.provenance import Provenance
     from distill_sampler.metrics.rank_surprisal_ratio import RankSurprisalRatio
     from distill_sampler.metrics.rho1_share import Rho1Share
+    from distill_sampler.metrics.scas import Scas
     from distill_sampler.metrics.teacher_sentences import TeacherSentences
     from distill_sampler.metrics.teacher_student_gap import TeacherStudentGap
     from distill_sampler.objectives.attention_transfer import AttentionTransfer
@@ -88,6 +89,7 @@ _HOMES = {
         "ResponseLength",
         "Rho1Share",
         "RuleQuality",
+        "Scas",
         "TeacherSentences",
         "TeacherStudentGap",
     ),
@@ -186,6 +188,7 @@ __all__ = [
     "RuleQuality",
     "Sample",
     "SampleBySoftmax",
+    "Scas",
     "ScoredDataset",
     "Scorer",
     "Shuffle",

@@ -65,10 +65,14 @@ class View:
     """How many tokens at its start other views may share, such as the prompt, so that a reader may read them once.
     None: all tokens before the one that predicts the first scored token."""
 
+    parts: IntArray | None = None
+    """`[length]` which of two parts of the view a token belongs to, 0 or 1, for the statistics `near_first` and
+    `near_second`; -1: to neither. Only scored tokens belong to one. None: there are no parts."""
+
     @cached_property
     def identity(self) -> tuple[bytes, bytes]:
         """Equal for views with the same tokens and the same scored tokens, which a reader needs to read only once."""
-        return self.input_ids.tobytes(), self.scored.tobytes()
+        return self.input_ids.tobytes(), self.scored.tobytes() + (b"" if self.parts is None else self.parts.tobytes())
 
     @property
     def shareable(self) -> IntArray:
@@ -102,6 +106,11 @@ class TokenStats:
     """`[tokens]` sum of the squared probabilities of the 50 most likely tokens."""
     sum_p2: FloatArray | None = None
     """`[tokens]` sum of the squared probabilities."""
+    near_first: FloatArray | None = None
+    """`[tokens]` mean cosine between the token's activation in the last layer's `mlp.up_proj` and those of the view's
+    first part; 0 if that has no token. Only for views with `parts`."""
+    near_second: FloatArray | None = None
+    """`[tokens]` the same for the view's second part."""
     cost: float | None = None
     """How many tokens the reader processed for this view. A prompt that several views share counts in equal parts.
     None: every token of the view."""

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from distill_sampler import (
     AslecCasl,
@@ -27,6 +27,7 @@ from distill_sampler import (
     ModelReader,
     RankSurprisalRatio,
     Rho1Share,
+    Scas,
     ScoredDataset,
     Scorer,
 )
@@ -291,3 +292,52 @@ def test_a_learnability_factor_is_largest_between_certain_and_impossible() -> No
 
     assert rho(0.25) > rho(0.9) > rho(0.999)
     assert rho(0.25) > rho(0.01)
+
+
+def test_the_learning_cost_is_the_papers_formula(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: ScoredDataset
+) -> None:
+    metric = Scas(tokenizer=tokenizer, question_share=0.3)
+    found = scores(model, dataset, [RankSurprisalRatio(), metric])
+    seen: list[torch.Tensor] = []
+    hook = model.model.layers[-1].mlp.up_proj.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    special = set(tokenizer.all_special_ids)
+    for index in range(len(dataset)):
+        sample = dataset.sample(index)
+        log_p = log_probs(model, sample.input_ids)
+        nll = -log_p.gather(1, torch.from_numpy(sample.input_ids[1:])[:, None])[:, 0].numpy()
+        unit = torch.nn.functional.normalize(seen[-1].double(), dim=1).numpy()
+        last = int(np.flatnonzero(sample.scored)[-1])
+        answer = [place for place in range(len(sample.input_ids)) if sample.scored[place]]
+        question = [p for p in range(1, last) if not sample.scored[p] and int(sample.input_ids[p]) not in special]
+        of_answer, of_question = nll[np.array(answer) - 1].mean(), nll[np.array(question) - 1].mean()
+        within = (unit[answer] @ unit[answer].T).mean()
+        across = (unit[answer] @ unit[question].T).mean()
+        expected = 0.7 * of_answer**2 * within + 0.3 * of_answer * of_question * across
+        assert found["scas"][index] == pytest.approx(expected, rel=1e-4)
+        assert found["scas_answer_similarity"][index] == pytest.approx(within, rel=1e-4)
+        assert found["scas_question_similarity"][index] == pytest.approx(across, rel=1e-3, abs=1e-5)
+    hook.remove()
+
+
+def test_activations_are_reduced_whatever_is_in_a_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: ScoredDataset
+) -> None:
+    metric = Scas(tokenizer=tokenizer)
+    together = scores(model, dataset, [metric, RankSurprisalRatio()])["scas"]
+    alone = []
+    for index in range(len(dataset)):
+        (scored,) = Scorer(progress=False, batch_tokens=1).score(model, dataset, [metric], np.array([index]))
+        alone.append(float(scored.columns["scas"][0]))
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+    assert not any(module._forward_hooks for module in model.modules()), "nothing is left on the student"
+
+
+def test_a_model_without_the_layer_and_observing_are_refused(
+    tokenizer: PreTrainedTokenizerBase, dataset: ScoredDataset
+) -> None:
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=tiny.VOCAB, n_embd=32, n_layer=1, n_head=2, n_positions=512))
+    with pytest.raises(ValueError, match=r"mlp\.up_proj.*Use another metric"):
+        scores(gpt2, dataset, [Scas(tokenizer=tokenizer)])
+    with pytest.raises(ValueError, match="scas cannot be observed"):
+        Curriculum(metrics=[Scas(tokenizer=tokenizer)], policies=[], observe=True).bind(dataset, observes=True)

@@ -16,6 +16,7 @@ from distill_sampler.metrics.local_naturalness import LocalNaturalness
 from distill_sampler.metrics.min_hash import MinHash
 from distill_sampler.metrics.rank_surprisal_ratio import RankSurprisalRatio
 from distill_sampler.metrics.rho1_share import Rho1Share
+from distill_sampler.metrics.scas import Scas
 from distill_sampler.metrics.teacher_sentences import TeacherSentences
 from distill_sampler.metrics.teacher_student_gap import TeacherStudentGap
 
@@ -34,6 +35,7 @@ METRICS = (
     "ResponseLength",
     "Rho1Share",
     "RuleQuality",
+    "Scas",
     "TeacherSentences",
     "TeacherStudentGap",
 )
@@ -54,6 +56,7 @@ __all__ = [
     "ResponseLength",
     "Rho1Share",
     "RuleQuality",
+    "Scas",
     "TeacherSentences",
     "TeacherStudentGap",
 ]

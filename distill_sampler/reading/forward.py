@@ -18,12 +18,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from distill_sampler.reading.activations import NEAR, last_activations, nearness
 from distill_sampler.reading.lengths import positions, switches_at, virtual_tokens, window
 from distill_sampler.reading.sharing import Prefix
 from distill_sampler.reading.token_stats import (
@@ -55,7 +57,8 @@ class Forward:
         student = unwrap(model)
         self._model = model
         self._head: nn.Module = student.get_output_embeddings()
-        self._extras = frozenset(extras)
+        self._near = bool(NEAR & set(extras))
+        self._extras = frozenset(extras) - NEAR
         self._impl: Impl = impl
         self._mid_ranks = mid_ranks
         self._chunk = chunk_for(student.config.get_text_config().vocab_size)
@@ -115,14 +118,19 @@ class Forward:
                 for row, (view, start) in enumerate(zip(views, starts, strict=True))
             ]
         )
-        stats = self._run(
-            torch.from_numpy(input_ids).to(self.device), torch.from_numpy(targets).to(self.device), inputs
-        )
+        flat = torch.from_numpy(targets).to(self.device)
+        no_activations: list[Tensor] = []
+        with last_activations(self._model) if self._near else nullcontext(no_activations) as activations:
+            stats = self._run(torch.from_numpy(input_ids).to(self.device), flat, inputs)
         if self._mid_ranks:
             stats["rank"] = stats["rank"] + stats["ties"] / 2
         bounds = np.cumsum([int(view.scored.sum()) for view in views])[:-1]
         pieces: dict[str, Any] = {name: np.split(values.cpu().numpy(), bounds) for name, values in stats.items()}
-        return [TokenStats(**{name: pieces[name][row] for name in pieces}) for row in range(len(views))]
+        found = [TokenStats(**{name: pieces[name][row] for name in pieces}) for row in range(len(views))]
+        for row, (view, start) in enumerate(zip(views, starts, strict=True)):
+            if self._near and view.parts is not None:
+                found[row] = replace(found[row], **nearness(activations[-1][row], view, int(start), lead=self.lead))
+        return found
 
     def prefix(self, prompts: Sequence[IntArray]) -> Prefix:
         """Read prompts that views begin with. One forward of the student."""

@@ -39,7 +39,7 @@ def not_observable(metrics: Sequence[Metric], samples: Sequence[Sample]) -> list
         for metric in metrics
         if metric.readers
         or any(
-            not np.array_equal(view.input_ids, sample.input_ids)
+            view.parts is not None or not np.array_equal(view.input_ids, sample.input_ids)
             for sample in samples
             for view in metric.views(sample) or ()
         )

@@ -10,6 +10,8 @@ from distill_sampler.protocols import Metric
 from distill_sampler.reading.token_stats import EXTRAS
 from distill_sampler.types import FloatArray, Missing, Sample, TokenStats
 
+NEAR = ("near_first", "near_second")
+"""Statistics that the student's reader gives for views with `parts`."""
 ALWAYS = ("surprisal", "rank", "ties")
 """Statistics that every scoring pass computes."""
 
@@ -54,11 +56,11 @@ def extras_of(metrics: Iterable[Metric]) -> list[str]:
     names: set[str] = set()
     for metric in metrics:
         for name in metric.uses_statistics:
-            if name in EXTRAS:
+            if name in (*EXTRAS, *NEAR):
                 names.add(name)
             elif name not in ALWAYS:
                 raise ValueError(
                     f"{type(metric).__name__}.uses_statistics names '{name}', which does not exist. Choose from "
-                    f"{', '.join((*ALWAYS, *EXTRAS))}."
+                    f"{', '.join((*ALWAYS, *EXTRAS, *NEAR))}."
                 )
     return sorted(names)

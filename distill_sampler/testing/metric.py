@@ -211,6 +211,8 @@ def _stats(tokens: int, given: set[str], rng: np.random.Generator, *, certain: b
         "rank": np.ones(tokens, np.int64) if certain else rng.integers(1, 400, tokens),
         "ties": np.zeros(tokens, np.int64),
         "entropy": none if certain else rng.exponential(size=tokens).astype(np.float32),
+        "near_first": none + 1 if certain else rng.uniform(size=tokens).astype(np.float32),
+        "near_second": none + 1 if certain else rng.uniform(size=tokens).astype(np.float32),
         "top1": none + 1 if certain else rng.uniform(size=tokens).astype(np.float32),
         "top50": none + 1 if certain else rng.uniform(0.5, 1, tokens).astype(np.float32),
         "top50_sum_p2": none + 1 if certain else rng.uniform(0, 0.25, tokens).astype(np.float32),
