@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+import yaml
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from distill_sampler import (
@@ -42,6 +43,7 @@ from distill_sampler.types import Sample, TokenStats
 from tests import tiny
 from tests.test_real_student import conversation
 
+CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
 Array = npt.NDArray[np.float64]
 SENTENCES = r"[.?] "
 """Where the authors of ASLEC split: a step ends with the space."""
@@ -242,6 +244,14 @@ def test_pool_scores_do_not_depend_on_the_order_of_the_rows(model: PreTrainedMod
 )
 def test_policies_by_a_pool_score_keep_their_contract(policy: Policy, metric: Metric) -> None:
     check_policy(policy, metrics=[metric])
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_configuration_names_metrics_and_policies_that_there_are(config: Path) -> None:
+    options = yaml.safe_load(config.read_text(encoding="utf-8"))
+    if config.stem != "distill":
+        metrics = {metric.name for metric in parse_metrics(options["metrics"])}
+        assert {name for policy in parse_policies(options["policy"]) for name in policy.uses_metrics} <= metrics
 
 
 def test_people_can_type_the_relatives() -> None:

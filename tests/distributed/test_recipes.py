@@ -21,7 +21,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with open(folder / "candidates.jsonl", "w", encoding="utf-8") as file:
         for place, row in enumerate(tiny.candidates(8)):
             domain = "general" if row["prompt_id"] in ("sum-0", "sum-1") else "reasoning"
-            file.write(json.dumps({**row, "correct": place % 3 != 1, "domain": domain}) + "\n")
+            more = {"correct": place % 3 != 1, "domain": domain, "temperature": 1.0 if place % 3 else 0.6}
+            file.write(json.dumps({**row, **more}) + "\n")
     return folder
 
 
@@ -55,7 +56,7 @@ def test_every_configuration_of_the_sft_recipe_runs(config: Path, stage: Path) -
     options = ["--config", str(config), "--data", str(stage / "candidates.jsonl"), "--use_cpu", "true"]
     options += ["--model_name_or_path", str(stage / "student"), "--output_dir", str(stage / config.stem)]
     options += ["--bf16", "false", "--report_to", "none", "--gradient_accumulation_steps", "1", "--logging_steps", "1"]
-    if config.stem == "best_teacher":
+    if config.stem in ("best_teacher", "lark"):
         options += ["--num_samples", "8"]
     if config.stem == "distill":
         options += ["--teacher", str(stage / "student")]
