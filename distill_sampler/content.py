@@ -1,7 +1,8 @@
 """Hashes of the content of files, which identify files independently of their names.
 
-Files are read in large pieces by several threads, at about 1 GB/s each where the disk allows it. The hash of a file is
-kept in the user's cache folder with the file's size, times and inode, so that an unchanged file is not read twice.
+Files are read in large pieces by several threads. `content_hashes` (BLAKE2, about 1 GB/s a thread) identifies contents,
+and keeps the hash of a file in the user's cache folder with the file's size, times and inode, so that an unchanged file
+is not read twice. `quick_hashes` (XXH3, as fast as memory) finds damage, and reads every time.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+
+import xxhash
 
 from distill_sampler.serialize import hash_of, write_atomically
 
@@ -46,28 +50,55 @@ def content_hashes(files: Sequence[Path]) -> list[str]:
     before = {file: file.stat() for file in files}
     found = {file: known for file, state in before.items() if (known := _recalled(file, state))}
     unread = [file for file in before if file not in found]
-    pieces = [(file, start) for file in unread for start in range(0, max(before[file].st_size, 1), PIECE)]
-    whole = {file: hashlib.blake2b(digest_size=16) for file in unread}
-    with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 1)) as threads:
-        for (file, _), digest in zip(pieces, threads.map(_piece, pieces), strict=True):
-            whole[file].update(digest)
-    for file in unread:
-        found[file] = whole[file].hexdigest()
+    for file, content in zip(unread, _hashes(unread, _blake2b, threads=_all_cores()), strict=True):
+        found[file] = content
         if _stamp(file.stat()) == _stamp(before[file]):
-            _remember(file, before[file], found[file])
+            _remember(file, before[file], content)
     return [found[file] for file in files]
 
 
-def _piece(piece: tuple[Path, int]) -> bytes:
+def quick_hashes(files: Sequence[Path], *, threads: int | None = None) -> list[str]:
+    """For each file 32 hex digits of its content (XXH3), which any damage changes. Whoever wants to can make another
+    content with the same hash, so it does not identify a content.
+
+    Args:
+        files: the files.
+        threads: that read at a time; None: one more than there are cores.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    return _hashes(files, xxhash.xxh3_128, threads=threads or _all_cores())
+
+
+def _all_cores() -> int:
+    return min(16, (os.cpu_count() or 1) + 1)
+
+
+def _blake2b() -> Any:
+    return hashlib.blake2b(digest_size=16)
+
+
+def _hashes(files: Sequence[Path], new: Callable[[], Any], *, threads: int) -> list[str]:
+    """For each file the hash of its pieces' hashes. `new` makes an empty hash."""
+    pieces = [(file, start) for file in files for start in range(0, max(file.stat().st_size, 1), PIECE)]
+    whole = {file: new() for file in files}
+    with ThreadPoolExecutor(threads) as pool:
+        digests = pool.map(lambda piece: _piece(piece, new()), pieces)
+        for (file, _), digest in zip(pieces, digests, strict=True):
+            whole[file].update(digest)
+    return [whole[file].hexdigest() for file in files]
+
+
+def _piece(piece: tuple[Path, int], digest: Any) -> bytes:
     file, start = piece
-    digest = hashlib.blake2b(digest_size=16)
     with file.open("rb", buffering=0) as stream:
         stream.seek(start)
         left = PIECE
         while left and (block := stream.read(min(_BLOCK, left))):
             digest.update(block)
             left -= len(block)
-    return digest.digest()
+    return bytes(digest.digest())
 
 
 # ---- What was found before ----

@@ -4,6 +4,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,9 +26,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     piece = content._piece
 
-    def counted(of: tuple[Path, int]) -> bytes:
+    def counted(of: tuple[Path, int], digest: Any) -> bytes:
         names.append(of[0].name)
-        return piece(of)
+        return piece(of, digest)
 
     monkeypatch.setattr(content, "_piece", counted)
     return names

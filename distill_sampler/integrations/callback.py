@@ -20,6 +20,7 @@ import torch.utils.data
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from distill_sampler.artifacts.manifest import Manifests
 from distill_sampler.artifacts.state import read_arrays, write_arrays
 from distill_sampler.curriculum import Curriculum
 from distill_sampler.distributed import Ranks
@@ -38,7 +39,13 @@ class CurriculumCallback(TrainerCallback):
     """Tells the curriculum when an epoch begins, and saves its state with the trainer's. Made by `attach`."""
 
     def __init__(
-        self, trainer: Trainer, curriculum: Curriculum, *, taps: Sequence[Tap] = (), accept_changes: bool = False
+        self,
+        trainer: Trainer,
+        curriculum: Curriculum,
+        *,
+        taps: Sequence[Tap] = (),
+        accept_changes: bool = False,
+        manifests: bool = True,
     ) -> None:
         self.trainer = trainer
         self.curriculum = curriculum
@@ -48,6 +55,9 @@ class CurriculumCallback(TrainerCallback):
         """Numbers to add to the trainer's next training log entry."""
         self.run = new_run()
         """Identity of the run. It is in every checkpoint and survives restarts."""
+        self.compares = manifests
+        """Whether checkpoints get manifests, and are compared with them."""
+        self._manifests = Manifests(write=trainer.args.should_save)
         self._accept_changes = accept_changes
         self._open_taps = ExitStack()
         """The contexts of the open taps, with their hooks and files."""
@@ -126,6 +136,7 @@ class CurriculumCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._manifests.begin(Ranks.current(args.device))
         self._epoch_started = time.perf_counter()
         summaries = self.curriculum.summaries
         planned = self._planned = len(summaries)
@@ -162,6 +173,11 @@ class CurriculumCallback(TrainerCallback):
         self._steps_before = state.global_step
         self._batches = 0
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._manifests.begin(Ranks.current(args.device))
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         into_epoch = state.global_step - self._steps_before
         start = self._places(into_epoch + self.curriculum.rescore.lag)
@@ -176,6 +192,7 @@ class CurriculumCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._manifests.begin(Ranks.current(args.device))
         if not state.is_world_process_zero:
             return
         self.curriculum.cycle.done()
@@ -185,8 +202,9 @@ class CurriculumCallback(TrainerCallback):
             logger.warning("scores.parquet and plans.parquet cannot be written: %s", error)
 
     def finish(self) -> None:
-        """Close the taps, whether or not training ended in an error."""
+        """Close the taps, whether or not training ended in an error, and wait for the last manifest."""
         self._open_taps.close()
+        self._manifests.wait()
 
     def numbers(self) -> dict[str, float]:
         """Numbers for the trainer's next training log entry. All processes must call it."""
@@ -204,9 +222,12 @@ class CurriculumCallback(TrainerCallback):
         The arrays are a file in the checkpoint's folder. Their hashes, and everything else, are in the trainer's state,
         which the trainer writes last.
         """
-        args, state = self.trainer.args, self.trainer.state
+        args, state, control = self.trainer.args, self.trainer.state, self.trainer.control
         if self.curriculum.observe:
             self.curriculum.merge_observed(_wrapped_model(self.trainer))
+        if control.should_epoch_stop and not control.should_training_stop:  # a callback ends the epoch with this step
+            _entries(state)[STATE_ENTRY]["progress"]["over"] = True
+        self._manifests.saving(checkpoint, Ranks.current(args.device))
         if args.should_save:
             # A folder that is written to again is incomplete until the end. Otherwise a kill while it is saved would
             # leave old and new files that look complete.
@@ -214,6 +235,11 @@ class CurriculumCallback(TrainerCallback):
             arrays: dict[str, npt.NDArray[Any]] = {}
             _entries(state)[STATE_ENTRY]["curriculum"] = self.curriculum.state_dict(arrays)
             write_arrays(arrays, checkpoint)
+
+    def saved(self, checkpoint: Path) -> None:
+        """This process has written its files of a checkpoint."""
+        if self.compares:
+            self._manifests.saved(checkpoint)
 
     @contextmanager
     def batch(self, inputs: Any, args: TrainingArguments, state: TrainerState) -> Iterator[None]:

@@ -4,6 +4,9 @@ The curriculum's state is an entry of `trainer_state.json`, which the trainer wr
 one without the other. Its arrays are in a file beside it, and the entry has their hashes. This module looks for what
 can still go wrong, before the trainer loads anything: a save that a kill or a full disk interrupted, a lost or damaged
 file, two runs that write to one folder.
+
+A checkpoint with a manifest (`artifacts/manifest.py`) is compared with it. Without one, files must only be as long as
+they say themselves.
 """
 
 from __future__ import annotations
@@ -17,12 +20,15 @@ import socket
 import sys
 import uuid
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distill_sampler.artifacts.manifest import damage
 from distill_sampler.artifacts.state import read_arrays
+from distill_sampler.distributed import Ranks
 from distill_sampler.serialize import digest, unpacked
 
 if sys.platform != "win32":
@@ -62,12 +68,60 @@ def entry_of(state: Mapping[str, Any]) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) else None
 
 
-def why_broken(checkpoint: Path) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Readers:
+    """The processes that look at checkpoints together, each at its share of the bytes, and decide the same."""
+
+    ranks: Ranks = field(default_factory=Ranks)
+    """All processes of the run. All of them call the functions that have an argument `readers`."""
+    sharing: Ranks | None = None
+    """The processes that see the same folder as this one. None: all of `ranks`."""
+    compare: bool = True
+    """Whether files are compared with the manifest, if there is one."""
+
+    def first(self, look: Callable[[], str]) -> str:
+        """The reason that the first process finds which finds one."""
+        try:
+            reason = look()
+        except OSError as error:
+            reason = f"it cannot be read ({error})"
+        return next(filter(None, self.ranks.gather(reason)), "")
+
+
+ALONE = Readers()
+
+
+class Unloadable(Exception):
+    """The trainer failed to load a checkpoint that nothing seemed to be wrong with. The text is why."""
+
+
+def why_broken(checkpoint: Path, readers: Readers = ALONE) -> str:
     """Why a checkpoint cannot be resumed from, as the rest of a sentence; empty if nothing is wrong with it.
+
+    Args:
+        checkpoint: the folder.
+        readers: who looks. All of them return the reason that the first of them finds.
+    """
+    return _why_incomplete(checkpoint, readers) or why_damaged(checkpoint, readers)
+
+
+def _why_incomplete(checkpoint: Path, readers: Readers) -> str:
+    return readers.first(lambda: _at_first_sight(checkpoint))
+
+
+def why_damaged(checkpoint: Path, readers: Readers = ALONE) -> str:
+    """What of a checkpoint does not match its manifest, in the same form."""
+    return readers.first(lambda: damage(checkpoint, readers.sharing or readers.ranks)) if readers.compare else ""
+
+
+def _at_first_sight(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint at first sight.
 
     Reads only what is small: the trainer's state, with the curriculum's entry. Of the weights and the optimizer it
     checks that the files exist and are as long as their headers say.
     """
+    if not checkpoint.is_dir():
+        return "there is no such folder"
     try:
         state = read_state(checkpoint)
     except ValueError as error:
@@ -105,50 +159,69 @@ def checkpoints_in(output: Path) -> list[Path]:
     return sorted(found, key=lambda path: -int(path.name.partition("-")[2]))
 
 
-def last_whole(output: Path, run: str | None = None) -> tuple[Path | None, list[str]]:
+def last_whole(
+    output: Path, run: str | None = None, readers: Readers = ALONE, unloadable: Mapping[Path, str] | None = None
+) -> tuple[Path | None, list[str]]:
     """The last checkpoint that can be resumed from, and one sentence for each later one that was passed over.
 
     Args:
         output: the trainer's output folder.
         run: the run whose checkpoints count; those of other runs are passed over. None: those of every run count.
+        readers: who looks.
+        unloadable: checkpoints that are passed over, and why.
     """
     passed_over: list[str] = []
-    for checkpoint in checkpoints_in(output):
-        reason = why_broken(checkpoint)
-        if not reason:
-            entry = entry_of(read_state(checkpoint))
-            if entry is None or run is None or entry.get("run") == run:
-                return checkpoint, passed_over
+    for name in readers.ranks.gather([checkpoint.name for checkpoint in checkpoints_in(output)])[0]:
+        checkpoint = output / name
+        reason = (unloadable or {}).get(checkpoint) or _why_incomplete(checkpoint, readers)
+        if not reason and run is not None and (entry_of(read_state(checkpoint)) or {}).get("run", run) != run:
             reason = "an earlier run that began anew in the same folder wrote it"
+        if not (reason := reason or why_damaged(checkpoint, readers)):
+            return checkpoint, passed_over
         passed_over.append(f"{checkpoint} is passed over: {reason}.")
     return None, passed_over
 
 
-def checkpoint_to_resume(requested: str | bool | None, output: Path, run: str | None) -> Path | None:
+def checkpoint_to_resume(
+    requested: str | bool | None,
+    output: Path,
+    run: str | None,
+    readers: Readers = ALONE,
+    unloadable: Mapping[Path, str] | None = None,
+) -> Path | None:
     """The complete checkpoint that `trainer.train(resume_from_checkpoint=requested)` must load; None: start anew.
 
     `True` stands for the last complete one of the run that owns the folder; it logs which later ones it passed over.
 
+    Args:
+        requested: what the trainer was asked for.
+        output: the trainer's output folder.
+        run: the run that the folder belongs to; None: unknown.
+        readers: who looks.
+        unloadable: checkpoints that the trainer has failed to load, and why.
+
     Raises:
         ValueError: there is none, or the requested one is incomplete.
     """
+    requests = readers.ranks.gather(requested or None if isinstance(requested, bool | None) else "a folder")
+    if len(set(requests)) > 1:
+        raise ValueError(f"The processes have different resume_from_checkpoint: {requests}. Give all of them the same.")
     if requested is None or requested is False:
         return None
     if requested is True:
-        found, passed_over = last_whole(output, run)
+        found, passed_over = last_whole(output, readers.ranks.gather(run)[0], readers, unloadable)
         if found is None:
             raise ValueError(
                 " ".join([f"There is no complete checkpoint in {output}.", *passed_over])
                 + " Start from the beginning, with resume_from_checkpoint=None."
             )
-        for sentence in passed_over:
-            logger.warning("%s Resuming from %s.", sentence, found.name)
+        if readers.ranks.rank == 0:
+            for sentence in passed_over:
+                logger.warning("%s Resuming from %s.", sentence, found.name)
         return found
     checkpoint = Path(requested)
-    if not checkpoint.is_dir():
-        raise ValueError(f"resume_from_checkpoint={requested!r}: there is no such folder.")
-    if reason := why_broken(checkpoint):
-        found, _ = last_whole(checkpoint.parent)
+    if reason := (unloadable or {}).get(checkpoint) or why_broken(checkpoint, readers):
+        found, _ = last_whole(checkpoint.parent, readers=readers, unloadable=unloadable)
         instead = (
             f"Resume from {found} instead, which is complete."
             if found

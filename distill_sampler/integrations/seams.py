@@ -3,16 +3,20 @@
 1. `trainer._get_train_sampler`: the trainer draws samples from the curriculum's sampler.
 2. `trainer.log`: the curriculum's numbers join the trainer's next log entry.
 3. `trainer.train`: the checkpoint is checked before anything is loaded, and two runs never write to one folder.
-4. `trainer.training_step`: taps are called before and after the training on every batch.
-5. `trainer._save_checkpoint`: every checkpoint holds the plan and the scores.
-6. `trainer._init_training_state`: training continues at the place in the plan that the checkpoint names.
-7. `trainer.compute_loss`: objectives look at each training batch and add to its loss.
-8. `trainer._get_dataloader`: the trainer reads packs (`packs.py`).
+4. `trainer._load_from_checkpoint`, `_load_optimizer_and_scheduler`: a checkpoint that fails to load is passed over.
+5. `trainer.training_step`: taps are called before and after the training on every batch.
+6. `trainer._save_checkpoint`: every checkpoint holds the plan and the scores, and gets a manifest.
+7. `trainer._load_best_model`: the best checkpoint is compared with its manifest.
+8. `trainer._init_training_state`: training continues at the place in the plan that the checkpoint names.
+9. `trainer.compute_loss`: objectives look at each training batch and add to its loss.
+10. `trainer._get_dataloader`: the trainer reads packs (`packs.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,9 +24,21 @@ from typing import Any, Protocol
 import torch.utils.data
 from torch import nn
 from transformers import Trainer, TrainerState, TrainingArguments
+from transformers.integrations.neftune import deactivate_neftune
 
 from distill_sampler.distributed import Ranks
-from distill_sampler.integrations.checkpoints import checkpoint_to_resume, claimed, entry_of, new_run, read_state
+from distill_sampler.integrations.checkpoints import (
+    Claim,
+    Readers,
+    Unloadable,
+    checkpoint_to_resume,
+    claimed,
+    entry_of,
+    last_whole,
+    new_run,
+    read_state,
+    why_damaged,
+)
 from distill_sampler.objectives.places import IGNORED
 from distill_sampler.protocols import Objective, ObjectiveTap
 
@@ -31,12 +47,14 @@ class Follower(Protocol):
     """What the wrappers call: the callback of an attached curriculum."""
 
     run: str
+    compares: bool
 
     def finish(self) -> None: ...
     def begin(
         self, state: TrainerState, checkpoint: Path | None, *, max_steps: int, steps_per_epoch: int
     ) -> tuple[int, int]: ...
     def saving(self, checkpoint: Path) -> None: ...
+    def saved(self, checkpoint: Path) -> None: ...
     def numbers(self) -> Mapping[str, float]: ...
     def batch(self, inputs: Any, args: TrainingArguments, state: TrainerState) -> AbstractContextManager[None]: ...
 
@@ -83,25 +101,84 @@ def train_through(trainer: Trainer, callback: Follower) -> None:
         resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         try:
-            if trial is not None or not saves(trainer.args):
-                # a hyperparameter search gives each trial its own folder
+            if trial is not None:  # a hyperparameter search gives each trial its own folder
                 return train(resume_from_checkpoint, trial, *args, **kwargs)
             output = output_of(trainer.args)
+            unloadable: dict[Path, str] = {}
             with claimed(output, write=trainer.is_world_process_zero()) as claim:
-                checkpoint = checkpoint_to_resume(resume_from_checkpoint, output, claim.run)
-                step = 0
-                callback.run = new_run()
-                if checkpoint is not None:
-                    state = read_state(checkpoint)
-                    step = state["global_step"]
-                    callback.run = (entry_of(state) or {}).get("run") or callback.run
-                Ranks.current(trainer.args.device).require_equal(f"{step:012x}", "checkpoint to resume from")
-                claim.take_over(callback.run)
-                return train(None if checkpoint is None else str(checkpoint), trial, *args, **kwargs)
+                while True:
+                    readers = readers_of(trainer.args, compare=callback.compares)
+                    checkpoint = checkpoint_to_resume(resume_from_checkpoint, output, claim.run, readers, unloadable)
+                    callback.run = _run_of(checkpoint, readers)
+                    claim.take_over(callback.run)
+                    try:
+                        return train(None if checkpoint is None else str(checkpoint), trial, *args, **kwargs)
+                    except Unloadable as error:
+                        if checkpoint is None:  # nothing was loaded: the trainer failed to prepare
+                            raise (error.__cause__ or error) from None
+                        unloadable[checkpoint] = str(error)
+                        if loads_together(trainer):
+                            raise _offered_instead(checkpoint, claim, unloadable) from error
+                        if trainer.neftune_noise_alpha is not None:  # the trainer will attach it again
+                            hook = trainer.neftune_hook_handle
+                            deactivate_neftune(trainer.model, hook, trainer.accelerator)  # type: ignore[no-untyped-call]
         finally:
             callback.finish()
 
     trainer.train = train_from_whole_checkpoint  # type: ignore[method-assign]
+
+
+def _run_of(checkpoint: Path | None, readers: Readers) -> str:
+    """Identity of the run that a checkpoint is of, or of a new one."""
+    state = {} if checkpoint is None else read_state(checkpoint)
+    readers.ranks.require_equal(f"{state.get('global_step', 0):012x}", "checkpoint to resume from")
+    return (entry_of(state) or {}).get("run") or new_run()
+
+
+def _offered_instead(checkpoint: Path, claim: Claim, unloadable: dict[Path, str]) -> ValueError:
+    """What to say where one process cannot tell the others that it failed: they wait for it inside of the loading."""
+    found, _ = last_whole(checkpoint.parent, claim.run, unloadable=unloadable)
+    return ValueError(
+        f"{checkpoint} cannot be resumed from: {unloadable[checkpoint]}. "
+        + (f"Resume from {found} with resume_from_checkpoint={str(found)!r}." if found else "No other one is whole.")
+    )
+
+
+def load_through(trainer: Trainer) -> None:
+    """Have an error in the loading of a checkpoint raised as `Unloadable`, and on all processes."""
+    loaders = ["_load_from_checkpoint", "_load_optimizer_and_scheduler"]
+    if trainer.is_deepspeed_enabled:
+        loaders.append("_prepare_for_training")  # DeepSpeed loads in there
+    for name in loaders:
+        setattr(trainer, name, _loading(trainer, getattr(trainer, name)))
+
+
+def _loading(trainer: Trainer, load: Callable[..., Any]) -> Callable[..., Any]:
+    def load_or_say_on_all(*args: Any, **kwargs: Any) -> Any:
+        result, failure = None, None
+        try:
+            result = load(*args, **kwargs)
+        except (Unloadable, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            failure = error
+        reason = "" if failure is None else f"loading it failed with {type(failure).__name__}: {_short(failure)}"
+        if not loads_together(trainer):
+            reason = next(filter(None, Ranks.current(trainer.args.device).gather(reason)), "")
+        if reason:
+            raise Unloadable(reason) from failure
+        return result
+
+    return load_or_say_on_all
+
+
+def _short(error: Exception) -> str:
+    return textwrap.shorten(str(error), 200, placeholder=" …")
+
+
+def loads_together(trainer: Trainer) -> bool:
+    """Whether processes wait for each other inside of the loading, so that one which fails cannot tell the others."""
+    return bool(trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
 
 
 def begin_through(trainer: Trainer, callback: Follower) -> None:
@@ -196,21 +273,48 @@ def prepare_through(trainer: Trainer, objectives: Sequence[Objective]) -> None:
 
 
 def save_through(trainer: Trainer, callback: Follower) -> None:
-    """Tell the callback of every checkpoint, before the trainer writes it."""
+    """Tell the callback of every save of a checkpoint, whoever asked for it."""
     save_checkpoint = trainer._save_checkpoint
 
     def save_with_state(model: nn.Module, trial: Any = None, *args: Any, **kwargs: Any) -> Any:
-        callback.saving(Path(trainer._get_output_dir(trial)) / f"checkpoint-{trainer.state.global_step}")
-        return save_checkpoint(model, trial, *args, **kwargs)
+        checkpoint = Path(trainer._get_output_dir(trial)) / f"checkpoint-{trainer.state.global_step}"
+        callback.saving(checkpoint)
+        result = save_checkpoint(model, trial, *args, **kwargs)
+        callback.saved(checkpoint)
+        return result
 
     trainer._save_checkpoint = save_with_state  # type: ignore[method-assign]
+
+
+def best_through(trainer: Trainer, callback: Follower) -> None:
+    """Compare the best checkpoint with its manifest before its weights become the model's.
+
+    Raises:
+        ValueError: when training ends, if it is damaged.
+    """
+    load_best_model = trainer._load_best_model
+
+    def load_what_was_saved() -> None:
+        best = Path(str(trainer.state.best_model_checkpoint))
+        if reason := why_damaged(best, readers_of(trainer.args, compare=callback.compares)):
+            raise ValueError(
+                f"load_best_model_at_end=True: {best} cannot be loaded: {reason}. Training itself has ended: load "
+                "another checkpoint, or train on from the last with load_best_model_at_end=False."
+            )
+        load_best_model()
+
+    trainer._load_best_model = load_what_was_saved  # type: ignore[method-assign]
+
+
+def readers_of(args: TrainingArguments, *, compare: bool) -> Readers:
+    """Who looks at the checkpoints of a trainer."""
+    ranks, on_node = Ranks.current(args.device), None
+    if args.save_on_each_node and ranks.world_size > 1:
+        size = os.environ.get("LOCAL_WORLD_SIZE")
+        on_node = Ranks(rank=args.local_process_index, world_size=int(size)) if size else Ranks()
+    return Readers(ranks=ranks, sharing=on_node, compare=compare)
 
 
 def output_of(args: TrainingArguments) -> Path:
     """The trainer's output folder."""
     return Path(str(args.output_dir))
-
-
-def saves(args: TrainingArguments) -> bool:
-    """Whether the trainer writes checkpoints."""
-    return args.save_strategy != "no"

@@ -43,6 +43,8 @@ from distill_sampler.integrations.responses import with_response_labels
 from distill_sampler.integrations.sample_log import SampleLog
 from distill_sampler.integrations.seams import (
     begin_through,
+    best_through,
+    load_through,
     log_through,
     loss_through,
     output_of,
@@ -76,6 +78,7 @@ def attach(
     accept_changes: bool = False,
     sample_log: bool = False,
     objective: Objective | Sequence[Objective] = (),
+    manifests: bool = True,
     pack_to: int | Literal["max_length"] | None = None,
     pack_window: int = 64,
     pack_overlong: Overlong = "refuse",
@@ -119,6 +122,9 @@ def attach(
             (`distill_sampler/samples-R.jsonl`); `distill-sampler verify` compares it with the checkpoints.
         objective: what training minimises beside the trainer's own loss, such as `SoftTargets(teacher)`; one, or
             several that are added one after the other.
+        manifests: write the hashes of its files into each checkpoint, in a thread beside training, and compare a
+            checkpoint with them before it is resumed from, so that one with a damaged file is passed over. False: do
+            neither; files that are missing or cut off are noticed all the same.
         pack_to: lay the samples of each epoch's plan end to end in packs of at most so many tokens, each a row of
             training; `"max_length"`: `SFTConfig`'s. `per_device_train_batch_size` counts packs then. An epoch has a
             constant number of packs: a plan that fills more is cut behind the last one, and one that fills fewer goes
@@ -181,19 +187,22 @@ def attach(
     taps += objective_taps
     trainer.train_dataset = trained_rows
     callback = CurriculumCallback(trainer, curriculum, taps=taps, accept_changes=accept_changes)
+    callback = CurriculumCallback(trainer, curriculum, taps=taps, accept_changes=accept_changes, manifests=manifests)
     sample_through(trainer, sampler)
     if packing is not None:
         pack_through(trainer)
     trainer.add_callback(callback)
     log_through(trainer, callback)
     train_through(trainer, callback)
+    load_through(trainer)
     begin_through(trainer, callback)
+    save_through(trainer, callback)
+    best_through(trainer, callback)
     if taps:
         step_through(trainer, callback)
     if objective_taps:
         loss_through(trainer, objective_taps)
         prepare_through(trainer, objectives)
-    save_through(trainer, callback)
     set_timeout(args.ddp_timeout)
     curriculum.driven_by = type(trainer).__name__
 

@@ -1,0 +1,181 @@
+"""A checkpoint's manifest: name, size and hash of every file in it, so that damage is found before anything is loaded.
+
+    CHECKPOINT/distill_sampler_manifest.json
+
+Weights, optimizers and random states with a flipped bit load without a word, and training goes on with other numbers.
+So every file of a checkpoint is read once more after the save, in a thread beside training (XXH3, out of the memory
+that the operating system has it in still), and the manifest is written last. A checkpoint without one is an older one,
+or the run was killed before the thread had ended.
+
+Files that came later are not in the manifest, and are not looked at. A file that was changed on purpose does not match
+it any more: delete the manifest then.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distill_sampler.content import quick_hashes
+from distill_sampler.distributed import Ranks
+from distill_sampler.serialize import digest, write_atomically
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "distill_sampler_manifest.json"
+FORMAT = 1
+_THREADS = 4
+"""That hash beside training, which needs the other cores."""
+_ATTEMPTS = 3
+
+
+def write_manifest(checkpoint: Path, *, threads: int | None = None) -> None:
+    """Write the manifest of a folder whose files are complete.
+
+    Args:
+        checkpoint: the folder, with all files in it and below it.
+        threads: that hash at a time; None: one more than there are cores.
+
+    Raises:
+        OSError: a file cannot be read, or the manifest cannot be written.
+        ValueError: the files keep changing while they are read.
+    """
+    for _ in range(_ATTEMPTS):
+        before = _stamps(checkpoint)
+        hashes = quick_hashes([checkpoint / name for name in before], threads=threads)
+        if _stamps(checkpoint) == before:
+            break
+    else:
+        raise ValueError(f"the files in {checkpoint} keep changing")
+    files = {name: {"size": before[name][0], "hash": found} for name, found in zip(before, hashes, strict=True)}
+    manifest: dict[str, Any] = {"format": FORMAT, "files": files}
+    manifest["digest"] = digest(manifest)
+    # Until it is complete it lies beside the checkpoint, which may be being uploaded, under a name that never is.
+    unfinished = checkpoint.parent / f"_{checkpoint.name}-{MANIFEST}"
+    write_atomically(unfinished, json.dumps(manifest, indent=1).encode())
+    try:
+        unfinished.rename(checkpoint / MANIFEST)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def damage(checkpoint: Path, readers: Ranks | None = None) -> str:
+    """What of a checkpoint does not match its manifest, as the rest of a sentence; empty if all does, or it has none.
+
+    Args:
+        checkpoint: the folder.
+        readers: the processes that read it together. Each looks at its share of the files. None: this one at all.
+
+    Raises:
+        OSError: a file is there and cannot be read.
+    """
+    try:
+        files = _read(checkpoint / MANIFEST)
+    except FileNotFoundError:
+        return ""
+    except ValueError:
+        return f"its {MANIFEST} is damaged"
+    names = sorted(files)
+    own = (readers or Ranks()).share(np.array([files[name]["size"] for name in names], np.int64))
+    names = [names[place] for place in own.tolist()]
+    for name in names:
+        if not (checkpoint / name).is_file():
+            return f"its {name} is missing"
+        if (size := (checkpoint / name).stat().st_size) != files[name]["size"]:
+            return f"its {name} has {size} bytes and was saved with {files[name]['size']}"
+    for name, found in zip(names, quick_hashes([checkpoint / name for name in names]), strict=True):
+        if found != files[name]["hash"]:
+            return f"the content of its {name} is not what was saved (if you changed it, delete its {MANIFEST})"
+    return ""
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """The entries of a manifest.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged.
+    """
+    manifest = json.loads(path.read_bytes())
+    if not isinstance(manifest, dict) or manifest.get("digest") != digest(manifest):
+        raise ValueError("the content does not match the digest")
+    if manifest["format"] != FORMAT:
+        logger.warning("%s was written by another version of distill_sampler. The files are not compared.", path)
+        return {}
+    return dict(manifest["files"])
+
+
+def _stamps(checkpoint: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of the last change of all files in a folder and below it, by name, without the manifest."""
+    found = {}
+    for folder, _, names in os.walk(checkpoint):
+        for path in (Path(folder, name) for name in names):
+            state = path.stat()
+            found[path.relative_to(checkpoint).as_posix()] = (state.st_size, state.st_mtime_ns)
+    found.pop(MANIFEST, None)
+    return dict(sorted(found.items()))
+
+
+class Manifests:
+    """Writes the manifests of a run's checkpoints, each in a thread beside training.
+
+    All processes call the methods, at the same places of the run.
+
+    Args:
+        write: whether this process is the one that writes.
+    """
+
+    def __init__(self, *, write: bool) -> None:
+        self._write = write
+        self._saved: Path | None = None
+        """The last checkpoint, until its manifest is begun."""
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="manifest")
+        self._writing: Future[None] | None = None
+
+    def saving(self, checkpoint: Path, ranks: Ranks) -> None:
+        """Before a checkpoint is written: an old manifest in its folder is no longer true.
+
+        The manifest of the one before is written first, because the trainer deletes the checkpoints whose folders
+        changed longest ago.
+        """
+        self.begin(ranks)
+        self.wait()
+        if self._write:
+            (checkpoint / MANIFEST).unlink(missing_ok=True)
+
+    def saved(self, checkpoint: Path) -> None:
+        """This process has written its files of a checkpoint. Callbacks of others may still add and remove some."""
+        self._saved = checkpoint
+
+    def begin(self, ranks: Ranks) -> None:
+        """Begin the manifest of the checkpoint that was saved last, if there is one without."""
+        if self._saved is None:
+            return
+        checkpoint, self._saved = self._saved, None
+        ranks.max_over_ranks(0)  # all processes have written their files
+        if self._write:
+            self._writing = self._thread.submit(_write_or_say, checkpoint)
+
+    def wait(self) -> None:
+        """Wait until the manifests that were begun are written."""
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+
+def _write_or_say(checkpoint: Path) -> None:
+    try:
+        write_manifest(checkpoint, threads=_THREADS)
+    except (OSError, ValueError) as error:
+        if checkpoint.is_dir():  # else it was deleted meanwhile
+            logger.warning(
+                "%s gets no manifest (%s). A resume from it will not notice damage of a few bytes.", checkpoint, error
+            )
