@@ -1,12 +1,12 @@
-"""Tokens on a text, by bytes: where in a response each token of some model lies, whatever tokenizer the model has.
+"""Aligns a model's tokens with a response's text, by bytes, for any tokenizer.
 
 Two models with different tokenizers are compared on spans of bytes of the response's UTF-8 text. Each reads the text in
-its own tokens, and one rule says which span a token counts for:
+its own tokens, and one rule decides which span a token counts for:
 
-    A token belongs to the span in which its text begins: the span of the first of its bytes that lies in the text.
+    A token belongs to the span in which its text begins: the span of the first of its bytes that is in the text.
 
-A token may be a part of a UTF-8 character (byte-level BPE, byte fallback): positions are bytes, so that it has a place
-of its own. A token that is not in the text (`<|channel|>`, `<|end|>`, a header that the text leaves out) has none.
+A token may be a part of a UTF-8 character (byte-level BPE, byte fallback). Positions are bytes, so it has a position of
+its own. A token that is not in the text (`<|channel|>`, `<|end|>`, a header that the text leaves out) has none.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from distill_sampler.hashing import splitmix64
 from distill_sampler.types import BoolArray, FloatArray, HashArray, IntArray
 
 _EDITED = 64
-"""A stretch of at least so many bytes that is not in the text as a whole is looked for piece by piece."""
+"""A stretch of at least this many bytes that is not in the text as a whole is looked for piece by piece."""
 _PIECE = 16
-"""Bytes of the smallest such piece: shorter ones would match by chance."""
+"""The size of the smallest such piece in bytes. Shorter ones would match by chance."""
 _MOST_PIECES = 1024
-"""Pieces of one stretch that are looked for, the longest ones. A text that needs more of them is another text."""
+"""How many pieces of one stretch are looked for, the longest ones. A text that needs more is a different text."""
 
 
 @documents_fields
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Aligned:
-    """What a model gave for the tokens of one response, and where in the response's text they lie."""
+    """A model's surprisals of the tokens of one response, and the tokens' positions in the response's text."""
 
     begins: IntArray
     """`[tokens]` the byte of the response's UTF-8 text at which each token begins, ascending."""
     surprisal: FloatArray
     """`[tokens]` -log p of each token, in nats, float32."""
     token_ids: IntArray
-    """`[tokens]` in the model's own vocabulary. Empty if they are not known."""
+    """`[tokens]` token ids of the model's own vocabulary. Empty if they are not known."""
     coverage: float
-    """Share of the text's bytes that lie in a token, from 0 to 1."""
+    """Share of the text's bytes that are part of a token, from 0 to 1."""
     top_ids: IntArray | None = None
-    """`[tokens, k]` the most likely tokens in each place, the likeliest first."""
+    """`[tokens, k]` the most likely tokens at each position, the likeliest first."""
     top_logprobs: FloatArray | None = None
     """`[tokens, k]` their log-probabilities."""
 
@@ -88,11 +88,11 @@ def byte_starts(text: str, characters: Sequence[int] | IntArray) -> IntArray:
 
 
 def place(pieces: Sequence[bytes], text: bytes, *, apart: BoolArray | None = None) -> tuple[IntArray, float]:
-    """Where tokens lie in a text.
+    """The positions of tokens in a text.
 
-    Usually the tokens are the text. Where they are not, the stretches between special tokens are looked for, the
-    longest first, each between those that have been found: first those that are in the text once, then the pieces of
-    long ones that were edited, then the rest, such as short headers.
+    Usually the tokens are exactly the text. If not, the stretches between special tokens are looked for, the longest
+    first, each between those that have been found: first the stretches that occur once in the text, then the pieces of
+    long stretches that were edited, then the rest, such as short headers.
 
     Args:
         pieces: `[tokens]` the bytes of each token.
@@ -101,7 +101,7 @@ def place(pieces: Sequence[bytes], text: bytes, *, apart: BoolArray | None = Non
 
     Returns:
         `[tokens]` the byte at which each token begins, ascending; -1 for one that is not in the text. And the share of
-        the text's bytes that lie in a token, white space at its ends aside.
+        the text's bytes that are part of a token, without white space at the text's ends.
     """
     ends: IntArray = np.cumsum(np.fromiter(map(len, pieces), np.int64, len(pieces)))
     starts = np.r_[0, ends][:-1]
@@ -117,12 +117,12 @@ def place(pieces: Sequence[bytes], text: bytes, *, apart: BoolArray | None = Non
 
 
 def overlap(begins: IntArray, text: bytes, other: bytes) -> tuple[IntArray, float]:
-    """The places of tokens of one text in another one: the same text cut off, trimmed or edited.
+    """The positions of one text's tokens in another text: the same text truncated, trimmed or edited.
 
     Args:
         begins: `[tokens]` where the tokens begin in `text`, ascending.
-        text: the text that they were read from.
-        other: the text that is asked about.
+        text: the text of the tokens.
+        other: the other text.
 
     Returns:
         `[tokens]` where they begin in `other`; -1 for one that is not in it. And the share of its bytes that
@@ -137,14 +137,14 @@ Run = tuple[int, int, int]
 
 
 def _share(runs: Sequence[Run], text: bytes) -> float:
-    """How much of a text lies in runs. White space at its ends, which is trimmed by some, does not count."""
+    """Which share of a text is covered by runs. White space at its ends may have been trimmed, so it does not count."""
     begin, end = len(text) - len(text.lstrip()), len(text.rstrip())
     covered = sum(max(0, min(at + length, end) - max(at, begin)) for _, at, length in runs)
     return covered / (end - begin) if begin < end else 0.0
 
 
 def _begins(starts: IntArray, ends: IntArray, runs: Sequence[Run]) -> IntArray:
-    """`[tokens]` where each token's first byte that lies in a run is in the text; -1 if none does."""
+    """`[tokens]` the position in the text of each token's first byte that is in a run; -1 if none is."""
     if not runs:
         return np.full(len(starts), -1)
     begin, at, length = np.array(runs, np.int64).T
@@ -183,13 +183,13 @@ def _runs(stream: bytes, edges: Sequence[int], text: bytes) -> list[Run]:
 
 
 def _once_whole(stretch: bytes, window: bytes) -> list[Run]:
-    """A stretch that is in a window once: there is no doubt about its place."""
+    """The run of a stretch that occurs exactly once in a window, so that its position is certain."""
     runs = _whole(stretch, window) if len(stretch) >= _PIECE else []
     return runs if all(window.count(stretch[start : start + length]) == 1 for start, _, length in runs) else []
 
 
 def _whole(stretch: bytes, window: bytes) -> list[Run]:
-    """A stretch where it first is in a window: all of it, or all but the white space at its ends."""
+    """The run of a stretch at its first occurrence in a window, with or without the white space at its ends."""
     left, right = len(stretch) - len(stretch.lstrip()), len(stretch) - len(stretch.rstrip())
     for before, behind in dict.fromkeys([(0, 0), (left, 0), (0, right), (left, right)]):
         wanted = stretch[before : len(stretch) - behind]
@@ -199,7 +199,7 @@ def _whole(stretch: bytes, window: bytes) -> list[Run]:
 
 
 def _in_pieces(stretch: bytes, window: bytes) -> list[Run]:
-    """The pieces of a long stretch that a window has, where it does not have all of it."""
+    """The runs of those pieces of a long stretch that are in a window, if not all of it is."""
     return _pieces(stretch, window) if len(stretch) >= _EDITED and window else []
 
 

@@ -16,7 +16,7 @@ _KNOWN: WeakKeyDictionary[Any, TokenBytes] = WeakKeyDictionary()
 
 
 class TokenBytes:
-    """Gives the bytes of tokens, also of those that are a part of a UTF-8 character. Use `token_bytes` to get one.
+    """Gives the bytes of tokens, even of tokens that are part of a UTF-8 character. Use `token_bytes` to make one.
 
     Byte-level BPE (GPT, Llama 3, Qwen) and SentencePiece (Gemma, Mistral) are read from the vocabulary. Tokens of other
     tokenizers are decoded one after the other.
@@ -30,7 +30,7 @@ class TokenBytes:
 
     def __init__(self, tokenizer: Any) -> None:
         if not tokenizer.is_fast:
-            raise ValueError(f"{type(tokenizer).__name__} cannot tell where its tokens lie; use a fast tokenizer.")
+            raise ValueError(f"{type(tokenizer).__name__} gives no offsets of its tokens. Use a fast tokenizer.")
         self._backend = tokenizer.backend_tokenizer
         self._name = tokenizer.name_or_path or type(tokenizer).__name__
         decoder = self._backend.decoder
