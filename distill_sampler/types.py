@@ -111,6 +111,10 @@ class TokenStats:
     first part; 0 if that has no token. Only for views with `parts`."""
     near_second: FloatArray | None = None
     """`[tokens]` the same for the view's second part."""
+    top_ids: IntArray | None = None
+    """`[tokens, k]` the likeliest tokens, the likeliest first, from a reader that was asked for its `top_k`."""
+    top_logprobs: FloatArray | None = None
+    """`[tokens, k]` their log-probabilities, in nats."""
     cost: float | None = None
     """How many tokens the reader processed for this view. A prompt that several views share counts in equal parts.
     None: every token of the view."""

@@ -12,7 +12,7 @@ after the data has been corrected.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from distill_sampler.artifacts.parts import Parts, read_part
 from distill_sampler.artifacts.schema import TRACE_COLUMNS
 from distill_sampler.distributed import Ranks
+from distill_sampler.engines.writing import join_store
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.policies.keys import first_of_each
 from distill_sampler.serialize import decode_facts, differences, encode_facts, hash_of
@@ -242,7 +243,9 @@ class ScoreOutput:
             there = places >= 0
             if there.any():
                 rows = self._rows(places[there], columns)
-                usable = ~traced[there] | rows["tokens"].is_valid().to_numpy()
+                usable = ~traced[there]
+                if traced[there].any():
+                    usable |= rows["tokens"].is_valid().to_numpy()
                 there[there] = usable
                 rows = _with_traces_of(rows.filter(pa.array(usable)), traced[there])
         there = self._ranks.gather(there)[0]
@@ -274,13 +277,26 @@ class ScoreOutput:
             self._parts.add(table)
         self.rows += table.num_rows
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes."""
+        return self._ranks.rank == 0
+
+    def tables(self) -> Iterator[pa.Table]:
+        """The chunks, one at a time."""
+        return self._parts.tables()
+
     def join(self, facts: Mapping[str, Any]) -> None:
-        """Join the chunks into the output file, and delete them."""
+        """Join the chunks into the output file (a store if it ends in `.arrow`), and delete them."""
         paths = self._parts.paths()
         contents = (_hashes_of(path).tobytes() for path in paths)
         entries = encode_facts({**facts, "dataset": hash_of(*contents), "origin": self.origin.to_json()})
         unfinished = self.output.with_name(self.output.name + ".unfinished")
         schema = pq.read_schema(paths[0]).with_metadata(entries)
+        if self.output.suffix == ".arrow":
+            join_store(unfinished, schema, map(read_part, paths))
+            self._finish(unfinished)
+            return
         with pq.ParquetWriter(unfinished, schema, compression="zstd") as writer:
             waiting: list[pa.Table] = []
             for path in paths:
@@ -288,6 +304,9 @@ class ScoreOutput:
                 if sum(table.num_rows for table in waiting) >= ROW_GROUP or path == paths[-1]:
                     writer.write_table(pa.concat_tables(waiting).replace_schema_metadata(entries))
                     waiting = []
+        self._finish(unfinished)
+
+    def _finish(self, unfinished: Path) -> None:
         unfinished.rename(self.output)
         self._parts.remove()
         self._earlier.remove()
@@ -308,7 +327,12 @@ def _other_settings(before: Mapping[str, Any], now: Mapping[str, Any], made: str
 
 def _origin_of(output: Path) -> dict[str, Any]:
     try:
-        found = decode_facts(pq.read_schema(output).metadata).get("origin")
+        if output.suffix == ".arrow":
+            with pa.memory_map(str(output)) as file:
+                metadata = pa.ipc.open_file(file).schema.metadata
+        else:
+            metadata = pq.read_schema(output).metadata
+        found = decode_facts(metadata).get("origin")
     except (pa.ArrowException, OSError):
         found = None
     if not isinstance(found, dict):
@@ -326,7 +350,7 @@ def _hashes_of(path: Path) -> HashArray:
 def _with_traces_of(rows: pa.Table, traced: BoolArray) -> pa.Table:
     """The rows, with the scores of every token only where `traced` is True."""
     wanted = pa.array(traced)
-    for name in TRACE_COLUMNS:
+    for name in set(TRACE_COLUMNS) & set(rows.column_names):
         column = rows[name]
         kept = pc.if_else(wanted, column.combine_chunks(), pa.scalar(None, column.type))
         rows = rows.set_column(rows.schema.get_field_index(name), rows.schema.field(name), kept)

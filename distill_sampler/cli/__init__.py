@@ -17,6 +17,7 @@ from distill_sampler.cli.options import (
     TrustRemoteCode,
     refusals,
 )
+from distill_sampler.cli.teacher_command import teacher_logprobs
 from distill_sampler.cli.trace_command import trace
 
 app = typer.Typer(
@@ -323,3 +324,4 @@ def doctor(
 
 
 app.command()(trace)
+app.command()(teacher_logprobs)

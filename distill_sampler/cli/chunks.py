@@ -159,11 +159,15 @@ class Intake:
             else:
                 yield item
 
-    def content_hashes(self) -> Iterator[int]:
-        """The content hashes of all candidates that can be read. Other rows are passed over without a message here."""
+    def readable(self) -> Iterator[Candidate]:
+        """All candidates that can be read. Other rows are passed over without a message here."""
         for item in read_candidates(self.sources, self.layout, read=self._read):
             if isinstance(item, Candidate):
-                yield item.content_hash
+                yield item
+
+    def content_hashes(self) -> Iterator[int]:
+        """The content hashes of all candidates that can be read."""
+        return (candidate.content_hash for candidate in self.readable())
 
     def chunks(
         self,

@@ -105,11 +105,9 @@ def run(options: Options) -> None:
     Raises:
         ValueError: an option, the data or the model cannot be used; the message names it and the cure.
     """
-    warnings.filterwarnings("ignore", category=FutureWarning)  # dependencies raise these about one another
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    quiet()
     device = pick_device(options.device)
-    ranks = _join(device)
+    ranks = join(device)
     say = Console(stderr=True, quiet=ranks.rank > 0, soft_wrap=True)
     # first, everything that can be refused without the model
     sources = Sources(options.data, split=options.split, subset=options.subset)
@@ -219,7 +217,14 @@ def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
-def _join(device: torch.device) -> Ranks:
+def quiet() -> None:
+    """Silence what libraries say about one another and about loading a model."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def join(device: torch.device) -> Ranks:
     """Join the processes of `accelerate launch`, if there are any."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState  # type: ignore[import-untyped]

@@ -22,24 +22,36 @@ from distill_sampler.types import HashArray, IntArray
 
 logger = logging.getLogger(__name__)
 
+_IDENTITY = (
+    "content",
+    "model",
+    "weights",
+    "numerics",
+    "temperature",
+    "processed",
+    "template",
+    "system_prompt",
+    "top_k",
+)
+"""The facts that numbers depend on."""
+
 
 class StoredTeacher:
     """A store of a teacher's log-probabilities.
 
     Args:
         path: what `distill-sampler teacher-logprobs` wrote.
-        min_coverage: share of a response's bytes that the teacher's tokens must cover, from 0 to 1. A response
-            that is covered less has no numbers.
+        min_coverage: share of a response's bytes that the teacher's tokens must cover, from 0 to 1; None: as when the
+            store was made. A response that is covered less has no numbers.
 
     Raises:
         ValueError: the file is no store, is damaged or of another version, or `min_coverage` is no share.
     """
 
-    def __init__(self, path: str | Path, *, min_coverage: float = 0.9) -> None:
-        if not 0 <= min_coverage <= 1:
+    def __init__(self, path: str | Path, *, min_coverage: float | None = None) -> None:
+        if min_coverage is not None and not 0 <= min_coverage <= 1:
             raise ValueError(f"min_coverage={min_coverage}: give a share from 0 to 1, such as 0.9.")
         self.path = Path(path)
-        self.min_coverage = min_coverage
         self._file = _opened(self.path)
         self.facts: Mapping[str, Any] = decode_facts(self._file.schema.metadata)
         """What the numbers belong to: `model`, `revision`, `numerics`, `temperature`, `processed`, `template`, …"""
@@ -52,6 +64,7 @@ class StoredTeacher:
                 f"{path} is a store of version {self.facts.get('schema')}, and this is version {VERSION}: make it anew "
                 "with distill-sampler teacher-logprobs, or use the release of distill_sampler that wrote it."
             )
+        self.min_coverage = float(self.facts.get("min_coverage", 0.9) if min_coverage is None else min_coverage)
         self.top_k = int(self.facts["top_k"])
         """How many of the likeliest tokens are stored for each place; 0: none."""
         self.key_column: str | None = self.facts.get("key_column")
@@ -69,12 +82,11 @@ class StoredTeacher:
     @cached_property
     def identity(self) -> str:
         """What the numbers depend on, the numbers themselves included. Not where the file lies."""
-        told = {name: value for name, value in self.facts.items() if name != "paths"}
+        told = {name: self.facts.get(name) for name in _IDENTITY}
         return f"stored {self.facts.get('model', 'teacher')} {digest(told)}"
 
     def __repr__(self) -> str:
-        more = "" if self.min_coverage == 0.9 else f", min_coverage={self.min_coverage}"
-        return f"<{self.identity}{more}>"
+        return f"<{self.identity}, min_coverage={self.min_coverage}>"
 
     def __reduce__(self) -> Any:
         return _again, (self.path, self.min_coverage)
@@ -109,7 +121,7 @@ class StoredTeacher:
             )
             return None
         found = self._aligned(row, text)
-        if found.coverage < self.min_coverage:
+        if found.coverage < self.min_coverage or not len(found.begins):
             self._say(
                 "coverage",
                 "%s covers %.1f %% of a response's text (%.60r), less than min_coverage=%s: it has no numbers. If the "
@@ -140,7 +152,7 @@ class StoredTeacher:
 
     def _rows(self, column: Literal["key_hash", "text_hash"], value: int) -> list[int]:
         if column not in self._index:
-            every = np.concatenate([np.zeros(0, np.uint64), *(batch[column].to_numpy() for batch in self._batches)])
+            every = np.concatenate([np.zeros(0, np.uint64), *(_numpy(batch[column]) for batch in self._batches)])
             order = np.argsort(every, kind="stable")
             self._index[column] = every[order], order
         hashes, order = self._index[column]
@@ -157,7 +169,7 @@ class StoredTeacher:
         return self._batches[batch][column][row - int(self._starts[batch])]
 
     def _numbers(self, row: int, column: str) -> Any:
-        return self._value(row, column).values.to_numpy()
+        return _numpy(self._value(row, column).values)
 
     def _by_key(self, key: str) -> int | None:
         if self.key_column is None:
@@ -214,6 +226,13 @@ class StoredTeacher:
         if what not in self._said:
             self._said.add(what)
             logger.warning(message, *told)
+
+
+def _numpy(array: pa.Array) -> Any:
+    """An array of numbers where it lies. (Arrow's own conversion loads pandas first.)"""
+    if not len(array):
+        return np.zeros(0, array.type.to_pandas_dtype())
+    return np.frombuffer(array.buffers()[1], array.type.to_pandas_dtype())[array.offset : array.offset + len(array)]
 
 
 def _again(path: Path, min_coverage: float) -> StoredTeacher:

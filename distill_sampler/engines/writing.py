@@ -143,11 +143,51 @@ def write_store(
         top_k: likeliest tokens that the rows hold in each place.
     """
     table = table_of(list(rows), top_k=top_k)
-    content = hash_of(*(buffer for column in table.columns for chunk in column.chunks for buffer in _bytes(chunk)))
-    told = {"kind": KIND, "schema": VERSION, "top_k": top_k, "content": content, **(facts or {})}
-    with pa.ipc.new_file(str(path), table.schema.with_metadata(encode_facts(told))) as writer:
-        writer.write_table(table.replace_schema_metadata(encode_facts(told)))
+    told = encode_facts(store_facts([table], top_k=top_k, **(facts or {})))
+    join_store(path, table.schema.with_metadata(told), [table])
 
 
-def _bytes(array: pa.Array) -> list[bytes]:
-    return [b"" if buffer is None else buffer.to_pybytes() for buffer in array.buffers()]
+def store_facts(tables: Iterable[pa.Table], *, top_k: int, **more: Any) -> dict[str, Any]:
+    """What a store says about itself: among it a hash of its content, the same however its rows are split into tables.
+
+    Args:
+        tables: all rows, in order.
+        top_k: likeliest tokens that the rows hold in each place.
+        more: what the numbers belong to.
+    """
+    hashes = {name: hashlib.blake2b(digest_size=8) for name in schema(top_k).names}
+    for table in tables:
+        for name, found in hashes.items():
+            column = table[name]
+            if pa.types.is_list(column.type):
+                found.update(column.combine_chunks().value_lengths().to_numpy().tobytes())
+                column = pa.chunked_array([chunk.flatten() for chunk in column.chunks], column.type.value_type)
+            if pa.types.is_string(column.type):
+                found.update("\0".join("" if text is None else text for text in column.to_pylist()).encode())
+            else:
+                found.update(column.to_numpy().tobytes())
+    content = hash_of(*(found.digest() for found in hashes.values()))
+    return {"kind": KIND, "schema": VERSION, "top_k": top_k, "content": content, **more}
+
+
+def join_store(path: Path, described: pa.Schema, tables: Iterable[pa.Table]) -> None:
+    """Write a store from tables, in record batches of a useful size.
+
+    Args:
+        path: the file.
+        described: the columns, with the facts as metadata.
+        tables: the rows, in order; one batch of them is held in memory.
+    """
+    with pa.ipc.new_file(str(path), described) as writer:
+        waiting: list[pa.Table] = []
+        for table in tables:
+            waiting.append(table)
+            if sum(each.nbytes for each in waiting) >= BATCH_BYTES:
+                writer.write_table(_one(waiting, described))
+                waiting = []
+        if waiting:
+            writer.write_table(_one(waiting, described))
+
+
+def _one(tables: Sequence[pa.Table], described: pa.Schema) -> pa.Table:
+    return pa.concat_tables(tables).combine_chunks().replace_schema_metadata(described.metadata)

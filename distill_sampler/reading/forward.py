@@ -40,6 +40,7 @@ from distill_sampler.reading.token_stats import (
     operand_copy,
     token_stats,
 )
+from distill_sampler.reading.top_k import TopK
 from distill_sampler.types import IntArray, TokenStats, View
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,9 @@ _EXACT_LOW_PRECISION = 0.02
 class Forward:
     """Reads views with a student whose output head is replaced by one that computes statistics. Made by `reading`."""
 
-    def __init__(self, model: nn.Module, *, extras: Collection[str], impl: Impl, mid_ranks: bool) -> None:
+    def __init__(
+        self, model: nn.Module, *, extras: Collection[str], impl: Impl, mid_ranks: bool, top_k: int = 0
+    ) -> None:
         student = unwrap(model)
         self._model = model
         self._head: nn.Module = student.get_output_embeddings()
@@ -61,6 +64,7 @@ class Forward:
         self._extras = frozenset(extras) - NEAR
         self._impl: Impl = impl
         self._mid_ranks = mid_ranks
+        self._top_k = top_k
         self._chunk = chunk_for(student.config.get_text_config().vocab_size)
         self._room = Room()
         self.positions = positions(student)
@@ -184,14 +188,16 @@ class Forward:
         def stats(states: Tensor, project: Project) -> dict[str, Tensor]:
             if states.shape[:2] != (len(tokens), self.lead + tokens.shape[1]):
                 raise ValueError(f"{tuple(states.shape[:2])} states for {tuple(tokens.shape)} tokens.")
-            return token_stats(
+            top = TopK(project, self._top_k) if self._top_k else None
+            found = token_stats(
                 states[:, self.lead :].flatten(0, 1)[flat - 1],
                 tokens.flatten()[flat],
-                project,
+                top or project,
                 extras=self._extras,
                 chunk=self._chunk,
                 impl=self._impl,
             )
+            return found | top.stats() if top else found
 
         if self.transform is None:  # use the model's own logits, through its original head
             return stats(self._model(input_ids=tokens, **inputs).logits, _own_logits)
@@ -327,7 +333,12 @@ def _fitted(shown: Tensor, seen: Tensor) -> LogitTransform | None:
 
 @contextmanager
 def reading(
-    model: nn.Module, *, extras: Collection[str] = (), impl: Impl = "chunked", mid_ranks: bool = False
+    model: nn.Module,
+    *,
+    extras: Collection[str] = (),
+    impl: Impl = "chunked",
+    mid_ranks: bool = False,
+    top_k: int = 0,
 ) -> Iterator[Forward]:
     """The student, ready to read views: in evaluation mode and without gradients. Its state is restored afterwards.
 
@@ -337,6 +348,7 @@ def reading(
         model: the student as the host calls it.
         extras: statistics to compute besides surprisal, rank and ties.
         impl: the implementation of `token_stats`.
+        top_k: how many of the likeliest tokens are given for each place.
         mid_ranks: add half of the ties to each rank.
 
     Raises:
@@ -354,7 +366,7 @@ def reading(
             torch.random.fork_rng(devices=forked),
             torch.no_grad(),
         ):
-            yield Forward(model, extras=extras, impl=impl, mid_ranks=mid_ranks)
+            yield Forward(model, extras=extras, impl=impl, mid_ranks=mid_ranks, top_k=top_k)
     finally:
         for part, training in modes:
             part.training = training

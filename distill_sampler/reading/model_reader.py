@@ -59,6 +59,7 @@ class ModelReader(Reader):
         ties: how tokens with exactly the same logit count in ranks, `"strict"` or `"mid"` (see `Scorer`).
         share_prompts: read a prompt that several views begin with only once.
         impl: how logits become statistics (see `token_stats`).
+        top_k: how many of the likeliest tokens are given for each place (`TokenStats.top_ids`).
 
     Raises:
         ValueError: the model is not a causal language model of transformers, or has no output head.
@@ -74,6 +75,7 @@ class ModelReader(Reader):
         ties: Literal["strict", "mid"] = "strict",
         share_prompts: bool = True,
         impl: Literal["auto"] | Impl = "auto",
+        top_k: int = 0,
     ) -> None:
         unwrap(model)
         self.model = model
@@ -84,6 +86,7 @@ class ModelReader(Reader):
         self._batch_tokens = batch_tokens
         self._ties = ties
         self._impl = impl
+        self._top_k = top_k
         self._share_prompts = share_prompts
         self._sharing: bool | None = None if share_prompts else False
         """Whether this model can share prompts; None: not tried yet."""
@@ -167,7 +170,9 @@ class ModelReader(Reader):
         """Open the model in evaluation mode and without gradients. Its state is restored afterwards."""
         logits = info.tokens * self.vocabulary
         impl = fastest(self.device, logits) if self._impl == "auto" else available(self._impl, self.device)
-        with reading(self.model, extras=info.statistics, impl=impl, mid_ranks=self._ties == "mid") as forward:
+        with reading(
+            self.model, extras=info.statistics, impl=impl, mid_ranks=self._ties == "mid", top_k=self._top_k
+        ) as forward:
             session = _Session(forward, info, self.ranks, budget=self.budget, sharing=self._sharing)
             try:
                 yield session.read

@@ -1,0 +1,196 @@
+"""A teacher that is loaded gives the rows of a store; what every source of a teacher's log-probabilities has to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from distill_sampler import Scorer
+from distill_sampler.dataset import ScoredDataset, response_mask
+from distill_sampler.engines.alignment import place
+from distill_sampler.engines.token_bytes import token_bytes
+from distill_sampler.engines.writing import StoredRow
+from distill_sampler.reading.model_reader import ModelReader
+from distill_sampler.sources.candidates import Candidate
+from distill_sampler.sources.encoding import Encoded, Encoder
+from distill_sampler.types import BoolArray, FloatArray, IntArray, TokenStats
+
+
+class TeacherSource(Protocol):
+    """Gives the rows of a store for candidates."""
+
+    def rows(self, candidates: Sequence[Candidate], advance: Callable[[float], None]) -> list[StoredRow | str]:
+        """A row for each candidate, or why it cannot have one.
+
+        Args:
+            candidates: what to look up or read.
+            advance: to be told the share of them that is done.
+        """
+        ...
+
+    def notes(self) -> list[tuple[int, str]]:
+        """What to tell at the end: a number, and of what."""
+        ...
+
+
+class FromModel:
+    """Lets the teacher read the candidates, as `distill-sampler score` lets the student.
+
+    Args:
+        reader: the teacher, with its `top_k`.
+        scorer: how it reads.
+        encoder: turns candidates into its tokens.
+        end_token_ids: end-of-turn markers, which are not part of the response.
+        tokenizer: the teacher's.
+        system_prompt: put before conversations that have none; None: nothing.
+        key: the column that tells samples apart.
+    """
+
+    def __init__(
+        self,
+        *,
+        reader: ModelReader,
+        scorer: Scorer,
+        encoder: Encoder,
+        end_token_ids: Sequence[int],
+        tokenizer: Any,
+        system_prompt: str | None,
+        key: str | None,
+    ) -> None:
+        self._reader = reader
+        self._scorer = scorer
+        self._encoder = encoder
+        self._end_token_ids = end_token_ids
+        self._bytes = token_bytes(tokenizer)
+        self._system_prompt = system_prompt
+        self._key = key
+        self._empty = self._too_long = self._non_finite = 0
+
+    def rows(self, candidates: Sequence[Candidate], advance: Callable[[float], None]) -> list[StoredRow | str]:
+        asked = [_with_system(candidate, self._system_prompt) for candidate in candidates]
+        encoded = self._encoder(asked, self._end_token_ids)
+        masks = [self._mask(row) for row in encoded]
+        usable = np.array([number for number, mask in enumerate(masks) if mask.any()], np.int64)
+        fits = np.array([len(encoded[number].input_ids) <= self._reader.positions for number in usable], bool)
+        self._empty += len(encoded) - len(usable)
+        self._too_long += int((~fits).sum())
+        usable = usable[fits]
+        found: dict[int, StoredRow] = {}
+        if len(usable):
+            read = [{"input_ids": encoded[n].input_ids, "labels": encoded[n].labels} for n in usable.tolist()]
+            dataset = ScoredDataset(read, end_token_ids=self._end_token_ids)
+            total, done = int(dataset.lengths.sum()), 0
+            every = np.arange(len(usable))
+            for block in self._scorer.score(self._reader, dataset, [], every, traces=every.tolist()):
+                for number, stats in block.traces.items():
+                    at = int(usable[number])
+                    found[at] = self._row(candidates[at], encoded[at], masks[at], stats)
+                done += int(dataset.lengths[block.indices].sum())
+                advance(done / total)
+        return [
+            found.get(number) or without_numbers(candidates[number], self._key) for number in range(len(candidates))
+        ]
+
+    def notes(self) -> list[tuple[int, str]]:
+        return [
+            (self._empty, "responses without numbers, because --max-length cut off all of them"),
+            (self._too_long, "responses without numbers, because the teacher has too few positions for them"),
+            (self._non_finite, "responses without numbers, because the teacher's logits for them are NaN or infinite"),
+            (self._encoder.lost_turns, "earlier turns left out, because the template rewrites them"),
+        ]
+
+    def _mask(self, row: Encoded) -> BoolArray:
+        ids, labels = np.array(row.input_ids, np.int64), np.array(row.labels, np.int64)
+        return response_mask(ids, labels, np.array([0, len(ids)]), self._end_token_ids)
+
+    def _row(self, candidate: Candidate, encoded: Encoded, mask: BoolArray, stats: TokenStats) -> StoredRow:
+        if not np.isfinite(stats.surprisal).all():
+            self._non_finite += 1
+            return without_numbers(candidate, self._key)
+        ids = np.array(encoded.input_ids, np.int64)[mask]
+        return aligned_row(
+            candidate,
+            _text_of(encoded, mask),
+            ids,
+            self._bytes(ids),
+            self._bytes.apart(ids),
+            stats.surprisal,
+            key=self._key,
+            top_ids=stats.top_ids,
+            top_logprobs=stats.top_logprobs,
+        )
+
+
+def _with_system(candidate: Candidate, system: str | None) -> Candidate:
+    if system is None or not candidate.messages or candidate.messages[0]["role"] == "system":
+        return candidate
+    messages = [{"role": "system", "content": system}, *candidate.messages]
+    return replace(candidate, messages=messages, first=candidate.first + 1, as_text=False)
+
+
+def _text_of(encoded: Encoded, mask: BoolArray) -> str:
+    """The text of the response: what its stretches of tokens add to the text, end to end."""
+    ends = np.maximum.accumulate(np.array(encoded.ends, np.int64))
+    edges = np.flatnonzero(np.diff(np.r_[False, mask, False])).reshape(-1, 2)
+    return "".join(encoded.text[ends[start - 1] : ends[stop - 1]] for start, stop in edges.tolist())
+
+
+def without_numbers(candidate: Candidate, key: str | None) -> StoredRow:
+    """A row without numbers: nobody finds it."""
+    return StoredRow(
+        text="",
+        key=key_of(candidate, key),
+        surprisal=np.zeros(0),
+        begins=np.zeros(0, np.int64),
+        coverage=0.0,
+        content_hash=candidate.content_hash,
+    )
+
+
+def key_of(candidate: Candidate, key: str | None) -> str | None:
+    """The value of the key column, as text; None without one."""
+    return None if key is None else str(candidate.read[key])
+
+
+def aligned_row(
+    candidate: Candidate,
+    text: str,
+    token_ids: IntArray | None,
+    pieces: Sequence[bytes],
+    apart: BoolArray,
+    surprisal: FloatArray,
+    *,
+    key: str | None,
+    top_ids: IntArray | None = None,
+    top_logprobs: FloatArray | None = None,
+) -> StoredRow:
+    """A row of the store from a teacher's tokens on a response's text.
+
+    Args:
+        candidate: whose response it is.
+        text: the response.
+        token_ids: `[tokens]`; None if they are not known.
+        pieces: `[tokens]` their bytes.
+        apart: `[tokens]` True for special tokens.
+        surprisal: `[tokens]` in nats.
+        key: the column that tells samples apart.
+        top_ids: `[tokens, k]` the likeliest tokens in each place.
+        top_logprobs: `[tokens, k]` their log-probabilities.
+    """
+    begins, coverage = place(pieces, text.encode(), apart=apart)
+    kept = begins >= 0
+    return StoredRow(
+        text=text,
+        key=key_of(candidate, key),
+        surprisal=surprisal[kept],
+        begins=begins[kept],
+        token_ids=None if token_ids is None else token_ids[kept],
+        coverage=coverage,
+        absent=int((~kept).sum()),
+        content_hash=candidate.content_hash,
+        top_ids=None if top_ids is None else top_ids[kept],
+        top_logprobs=None if top_logprobs is None else top_logprobs[kept],
+    )
