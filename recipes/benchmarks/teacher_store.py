@@ -1,9 +1,9 @@
 """What a stored teacher costs: `python recipes/benchmarks/teacher_store.py [--samples N] [--tokens N]`.
 
 1. A synthetic store is written, then opened and asked in random order in a process of its own. A million samples of
-   2,000 tokens would take 32 GB, so there are two: a million samples of `--tokens` tokens (what opening costs depends on the
-   number of samples) and fewer samples of 2,000 tokens (what a lookup costs depends on their length). Beside it a row
-   group of the same rows in a Parquet file is read.
+   2,000 tokens would take 40 GB, so there are two: a million samples of `--tokens` tokens (opening depends on the
+   number of samples) and fewer samples of 2,000 tokens (a lookup depends on their length). Beside them, a row group of
+   such rows is read from a Parquet file.
 2. A scoring pass of a student alone is compared with one that also looks every sample up in a store.
 """
 
