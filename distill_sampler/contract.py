@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -126,9 +126,19 @@ def require_field_types(item: Any) -> None:
     Raises:
         ValueError: naming the argument and what it takes.
     """
-    for each in fields(item) if is_dataclass(item) and not isinstance(item, type) else ():
-        if all(kind.strip() in _PLAIN_TYPES for kind in str(each.type).split("|")):
-            require_arguments(type(item).__name__, **{each.name: (getattr(item, each.name), str(each.type))})
+    if is_dataclass(item) and not isinstance(item, type):
+        require_fields(type(item), {each.name: getattr(item, each.name) for each in fields(item)})
+
+
+def require_fields(kind: type, values: Mapping[str, Any]) -> None:
+    """Refuse values that the whole-number, number, switch and text fields of a dataclass do not take.
+
+    Raises:
+        ValueError: naming the argument and what it takes.
+    """
+    for each in fields(kind):
+        if each.name in values and all(name.strip() in _PLAIN_TYPES for name in str(each.type).split("|")):
+            require_arguments(kind.__name__, **{each.name: (values[each.name], str(each.type))})
 
 
 def require_arguments(owner: str, **arguments: tuple[Any, str | type]) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 from distill_sampler import metrics as metrics_package
 from distill_sampler import policies as policies_package
-from distill_sampler.contract import lacking
+from distill_sampler.contract import lacking, require_fields
 from distill_sampler.planning.rescore import Rescore
 from distill_sampler.plugins import Plugin, imported, plugins
 from distill_sampler.protocols import Metric, Policy
@@ -268,6 +268,8 @@ class _Names:
                 f"{self.where}: {called} is of type {type(item).__name__}, which cannot make a {self.what}."
             )
         try:
+            if is_dataclass(item) and isinstance(item, type):
+                require_fields(item, inspect.signature(item).bind_partial(*positional, **named).arguments)
             return item(*positional, **named)
         except TypeError as error:
             reason = str(error).removeprefix(f"{called}.__init__() ").removeprefix("__init__() ")
