@@ -97,7 +97,7 @@ class Job:
                     self.end_token_ids,
                     tokens=BATCHES_PER_CHUNK * self.batch_tokens * self.ranks.world_size,
                     skip=output.rows,
-                    misfit=self.tables.misfit,
+                    misfit=lambda candidate: self.tables.misfit(candidate) or self.encoder.misfit(candidate),
                 ):
                     output.add(self._table(chunk, lambda share: self._advance(progress, task, share)))
         except KeyboardInterrupt:

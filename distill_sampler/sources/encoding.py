@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from distill_sampler.dataset import IGNORED_LABEL
 from distill_sampler.sources.candidates import Candidate
@@ -119,11 +120,11 @@ class Encoder:
         """The tokens of some candidates.
 
         Args:
-            candidates: what to encode.
+            candidates: what to encode, for which `misfit` is None.
             end_token_ids: end-of-turn markers; template text after such a marker does not count as cut off.
 
         Raises:
-            ValueError: nothing in a row shows which part of it is the response, or a token is not the student's.
+            ValueError: the chat template refuses a conversation.
         """
         written = [None if candidate.input_ids is not None else self._write(candidate) for candidate in candidates]
         read = iter(tokenised([row for row in written if row is not None], self._tokenizer))
@@ -146,12 +147,6 @@ class Encoder:
     def _tokens(self, candidate: Candidate) -> tuple[str, Tokens]:
         """The text and the response of a row of tokens."""
         input_ids = list(candidate.input_ids or ())
-        strange = [token for token in input_ids if not 0 <= token < len(self._tokenizer)]
-        if strange:
-            raise ValueError(
-                f"{candidate.where}: the token {strange[0]} is not one of the {len(self._tokenizer)} of the student's "
-                "tokenizer, so another tokenizer made these rows. Tokenise them with the student's, or give the text."
-            )
         text, _, ends = text_of(input_ids, self._tokenizer)
         labels = candidate.labels
         if labels is not None and IGNORED_LABEL in labels:
@@ -159,33 +154,48 @@ class Encoder:
         else:
             is_response = responses_of(input_ids, self._tokenizer, self._markers)
             if not is_response.any():
-                self._whole(candidate)
+                self._count_whole()
                 is_response = np.ones(len(input_ids), bool)
         return text, Tokens(input_ids=input_ids, is_response=is_response, ends=ends.tolist())
 
-    def _whole(self, candidate: Candidate) -> None:
-        """Count a row that is scored whole because no response is found in it, or refuse it.
-
-        Raises:
-            ValueError: `whole_text` is False.
-        """
-        if not self._whole_text:
-            what, cure = "text", "give the template that the text is written in with --chat-template FILE"
-            if candidate.input_ids is not None:
-                what, cure = "row is all trained on and", "give labels that are -100 outside of the response"
-            raise ValueError(
-                f"{candidate.where}: the {what} holds no assistant turn in the model's chat template, so nothing "
-                "shows which part of it is the response. Give prompt and response as two columns, or as messages; "
-                f"{cure}; or score all of it, with its prompt, with --whole-text."
-            )
+    def _count_whole(self) -> None:
+        assert self._whole_text, "misfit refuses it otherwise"
         self.whole_texts += 1
+
+    def misfit(self, candidate: Candidate) -> str | None:
+        """Why a candidate cannot be encoded: nothing in it shows which part is the response, or a token is not the
+        student's. None if it can be."""
+        if candidate.input_ids is not None:
+            size = len(self._tokenizer)
+            strange = next((token for token in candidate.input_ids if not 0 <= token < size), None)
+            if strange is not None:
+                return (
+                    f"the token {strange} is not one of the {size} of the student's tokenizer, so another tokenizer "
+                    "made these rows. Tokenise them with the student's, or give the text"
+                )
+        if self._whole_text or self._shows_its_response(candidate):
+            return None
+        what, cure = "text", "give the template that the text is written in with --chat-template FILE"
+        if candidate.input_ids is not None:
+            what, cure = "row is all trained on and", "give labels that are -100 outside of the response"
+        return (
+            f"the {what} holds no assistant turn in the model's chat template, so nothing shows which part of it is "
+            f"the response. Give prompt and response as two columns, or as messages; {cure}; or score all of it, with "
+            "its prompt, with --whole-text"
+        )
+
+    def _shows_its_response(self, candidate: Candidate) -> bool:
+        if candidate.input_ids is not None:
+            labelled = candidate.labels is not None and IGNORED_LABEL in candidate.labels
+            return labelled or bool(responses_of(list(candidate.input_ids), self._tokenizer, self._markers).any())
+        return candidate.text is None or bool(plain_text(candidate.text, self._markers).responses)
 
     def _write(self, candidate: Candidate) -> Written:
         if candidate.text is not None:
             written = plain_text(candidate.text, self._markers)
             if written.responses:
                 return written
-            self._whole(candidate)
+            self._count_whole()
             return all_of(written)
         if not self.template:
             prompt, response = (str(message["content"]) for message in candidate.messages)
@@ -194,6 +204,12 @@ class Encoder:
             prompt, response = (str(message["content"]) for message in candidate.messages)
             self.wrapped_twice += is_in_template(prompt, response, self._markers)
         options = {"tools": candidate.tools} if candidate.tools else {}
-        written = conversation(candidate.messages, candidate.first, self._tokenizer, self._markers, **options)
+        try:
+            written = conversation(candidate.messages, candidate.first, self._tokenizer, self._markers, **options)
+        except TemplateError as error:
+            raise ValueError(
+                f"{candidate.where}: the chat template refuses this conversation ({error}). Correct the row, or give "
+                "a template that takes it with --chat-template FILE."
+            ) from None
         self.lost_turns += written.lost_turns
         return written

@@ -88,6 +88,33 @@ def test_tokens_of_another_student_and_labels_that_do_not_fit_are_refused(studen
     assert pq.read_table(tmp_path / "s.parquet")["num_tokens"].to_pylist()[-1] == 2
 
 
+def test_rows_that_show_no_response_can_be_left_out(student_path: Path, tmp_path: Path) -> None:
+    turns = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes{}<|im_end|>\n"
+    texts = [{"text": turns.format(number)} for number in range(3)]
+    for good, bad in ((texts, {"text": "no turn"}), (tokens(), {"input_ids": [5, 6, 99999]})):
+        data = write_lines(tmp_path / "d.jsonl", [*good[:2], bad, *good[2:]])
+        output = tmp_path / "s.parquet"
+        ended = call("score", data, "--model", student_path, "--output", output, "--on-error", "skip", "--overwrite")
+        assert ended.code == 0, ended.said
+        assert "left out: d.jsonl, line 3: the t" in ended.said
+        assert pq.read_metadata(output).num_rows == len(good)
+
+
+def test_a_conversation_that_the_template_refuses_is_named(student_path: Path, tmp_path: Path) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x")
+    data = write_lines(
+        tmp_path / "d.jsonl", [{"messages": [{"role": r, "content": "a"} for r in ("system", "assistant")]}]
+    )
+    ended = call(
+        "score", data, "--model", student_path, "--output", tmp_path / "s.parquet", "--chat-template", template
+    )
+    assert (ended.code, "line 1: the chat template refuses this conversation (no system role)" in ended.said) == (
+        1,
+        True,
+    )
+
+
 def test_what_is_chosen_of_tokens_is_written_as_tokens(student_path: Path, tmp_path: Path) -> None:
     given = tokens()
     output, chosen = tmp_path / "s.parquet", tmp_path / "chosen.jsonl"

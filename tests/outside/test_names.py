@@ -51,7 +51,8 @@ def test_an_import_path_is_used_like_a_name(tmp_path: Path, monkeypatch: pytest.
         RewardPerNat(column="a:b"),
         Random(),
     ]
-    assert parse_metrics("bigram_tutor.metrics:RewardPerNat(column={a:b})")[0].column == {"a": "b"}  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"RewardPerNat\(column=\{'a': 'b'\}\): column takes text"):
+        parse_metrics("bigram_tutor.metrics:RewardPerNat(column={a:b})")
     assert parse_policies(["bigram_tutor.policies:KeepMiddle(random, share=0.2)"]) == [KeepMiddle("random", share=0.2)]
     assert parse_metrics("LocalNaturalness(splitter=distill_sampler.metrics.steps:lines)") == [
         LocalNaturalness(splitter=lines)
