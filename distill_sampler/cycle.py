@@ -219,9 +219,11 @@ class Cycle:
         for name, number in scoring.not_applicable.items():
             all_notes.insert(0, f"{name} does not apply to {number} samples, so they have no score by it.")
         if len(scoring.non_finite):
+            weights = scoring.non_finite_weights
             all_notes.insert(
                 0,
-                f"the student's logits are NaN or infinite for {len(scoring.non_finite)} samples (first: sample "
+                (f"the student's weights are NaN or infinite ({weights}). " if weights else "")
+                + f"the student's logits are NaN or infinite for {len(scoring.non_finite)} samples (first: sample "
                 f"{scoring.non_finite[0]}), so they have no score.",
             )
         if not self.summaries:

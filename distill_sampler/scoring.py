@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from distill_sampler.artifacts.kept_readings import load_readings, save_readings
 from distill_sampler.artifacts.passes import score_with_parts
@@ -145,7 +146,16 @@ class PassRunner:
             scoring_pass = self.store.end()
             seconds = self.clock.tick() - started
             self.clock.add_pass(seconds, int(self.dataset.lengths[indices].sum()) if tokens else 0, first=first)
-        return self._summary(len(indices), observed, tokens, tokens_of, seconds, step), scoring_pass
+        summary = self._summary(len(indices), observed, tokens, tokens_of, seconds, step)
+        if scoring_pass is not None and len(summary.non_finite):
+            weights = non_finite_weights(model, reader.ranks)
+            if weights and len(summary.non_finite) == len(self.candidates):
+                raise ValueError(
+                    f"The student's weights are NaN or infinite ({weights}), so no sample has a score at step {step}. "
+                    "Resume from an earlier checkpoint with a lower learning rate or max_grad_norm."
+                )
+            summary = dataclasses.replace(summary, non_finite_weights=weights)
+        return summary, scoring_pass
 
     def _summary(
         self, samples: int, observed: int, tokens: int, tokens_of: Mapping[str, int], seconds: float, step: int
@@ -223,3 +233,18 @@ class PassRunner:
             )  # the smallest number of all processes
             indices = indices[np.cumsum(self.dataset.lengths[indices]) <= affordable]
         return np.sort(indices)
+
+
+def non_finite_weights(model: nn.Module, ranks: Ranks) -> str:
+    """The parameters that have NaN or infinite values, in words; empty if there are none. All processes take part."""
+    found = []
+    for name, parameter in model.named_parameters():
+        local = parameter.detach()
+        if isinstance(local, DTensor):
+            local = local.to_local()
+        elif not local.numel():
+            local = getattr(parameter, "ds_tensor", local)  # where ZeRO-3 keeps this process's share
+        if local.is_floating_point() and not bool(torch.isfinite(local).all()):
+            found.append(name.removeprefix("module."))
+    names = list(dict.fromkeys(name for of_rank in ranks.gather(found) for name in of_rank))
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else "".join(names)

@@ -564,7 +564,20 @@ def test_a_sample_with_nan_logits_is_never_chosen_and_said(
     trainer.train()
     assert all(4 not in plan.indices and len(plan) == 6 for plan in attached.plans)
     assert [len(summary.scoring.non_finite) for summary in attached.summaries] == [1, 1]
-    assert "NaN or infinite for 1 samples (first: sample 4)" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert "NaN or infinite for 1 samples (first: sample 4)" in said
+    assert "weights are NaN or infinite (model.embed_tokens.weight" in said
+    assert attached.summaries[0].scoring.non_finite_weights.startswith("model.embed_tokens.weight")
+
+
+def test_nan_weights_are_called_nan_weights(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = tiny.model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 3] = float("nan")
+    trainer = sft_trainer(tmp_path, tokenizer, model=model)
+    attach(trainer, curriculum())
+    with pytest.raises(ValueError, match=r"weights are NaN or infinite \(model\.layers\.0\.mlp\.up_proj\.weight\)"):
+        trainer.train()
 
 
 def test_the_extension_points_of_the_trainer_are_where_we_expect_them() -> None:

@@ -62,6 +62,8 @@ class ScoringSummary:
     """Candidates without a score because they have more tokens than the student has positions for."""
     not_applicable: Mapping[str, int] = field(default_factory=dict)
     """By metric, how many candidates it does not apply to."""
+    non_finite_weights: str = ""
+    """The student's parameters that are NaN or infinite, in words; empty if none is. Looked at only if logits are."""
 
 
 @dataclass(frozen=True, kw_only=True)
