@@ -268,7 +268,7 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
             table = self.rows.select_columns([name]).with_format("arrow")[:]  # type: ignore[attr-defined]
             values: pa.Array = table.column(name).combine_chunks()
         else:
-            values = pa.array([self.rows[row][name] for row in range(len(self))])
+            values = _as_arrow([self.rows[row][name] for row in range(len(self))])
         if complete and values.null_count:
             first = int(np.flatnonzero(np.asarray(values.is_null()))[0])
             raise ValueError(
@@ -342,6 +342,14 @@ def _row_hashes(input_ids: IntArray, scored: BoolArray, offsets: IntArray) -> Ha
     if filled.any():
         totals[filled] = np.add.reduceat(mixed, offsets[:-1][filled])
     return splitmix64(totals ^ row_lengths.astype(np.uint64))
+
+
+def _as_arrow(values: list[Any]) -> pa.Array:
+    """Values of any kind. Those that Arrow has no common type for, such as integers beyond 64 bits, become text."""
+    try:
+        return pa.array(values)
+    except (OverflowError, pa.ArrowException):
+        return pa.array([None if value is None else json.dumps(value, sort_keys=True, default=str) for value in values])
 
 
 def _is_arrow(rows: object) -> bool:

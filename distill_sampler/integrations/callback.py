@@ -62,6 +62,7 @@ class CurriculumCallback(TrainerCallback):
         self._open_taps = ExitStack()
         """The contexts of the open taps, with their hooks and files."""
         self._epoch = 0
+        self._output = output_of(trainer.args)
         self._num_epochs: int | None = None
         self._steps_per_epoch = 0
         self._resumed = Place()
@@ -74,13 +75,14 @@ class CurriculumCallback(TrainerCallback):
         """Number of plans made before this epoch."""
 
     def begin(
-        self, state: TrainerState, checkpoint: Path | None, *, max_steps: int, steps_per_epoch: int
+        self, state: TrainerState, checkpoint: Path | None, output: Path, *, max_steps: int, steps_per_epoch: int
     ) -> tuple[int, int]:
         """Start a new run, or continue the checkpoint's.
 
         Args:
             state: the trainer's state. On a resume it holds the curriculum's entry from the checkpoint.
             checkpoint: the folder to resume from.
+            output: where checkpoints and the record go: the trainer's output folder, or the one of a search's trial.
             max_steps: optimizer steps of the whole run, as the trainer computes them now.
             steps_per_epoch: optimizer steps of an epoch, as the trainer computes them now.
 
@@ -93,7 +95,8 @@ class CurriculumCallback(TrainerCallback):
         args = self.trainer.args
         self._steps_per_epoch = steps_per_epoch
         self._resumed = Place()
-        self.curriculum.keep(output_of(args), run=self.run, write=state.is_world_process_zero)
+        self._output = output
+        self.curriculum.keep(output, run=self.run, write=state.is_world_process_zero)
         if state.global_step == 0:
             self.curriculum.reset()
         else:
@@ -197,7 +200,7 @@ class CurriculumCallback(TrainerCallback):
             return
         self.curriculum.cycle.done()
         try:
-            self.curriculum.save_run(output_of(args))
+            self.curriculum.save_run(self._output)
         except OSError as error:
             logger.warning("scores.parquet and plans.parquet cannot be written: %s", error)
 

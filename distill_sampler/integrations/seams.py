@@ -51,7 +51,7 @@ class Follower(Protocol):
 
     def finish(self) -> None: ...
     def begin(
-        self, state: TrainerState, checkpoint: Path | None, *, max_steps: int, steps_per_epoch: int
+        self, state: TrainerState, checkpoint: Path | None, output: Path, *, max_steps: int, steps_per_epoch: int
     ) -> tuple[int, int]: ...
     def saving(self, checkpoint: Path) -> None: ...
     def saved(self, checkpoint: Path) -> None: ...
@@ -101,7 +101,8 @@ def train_through(trainer: Trainer, callback: Follower) -> None:
         resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         try:
-            if trial is not None:  # a hyperparameter search gives each trial its own folder
+            if trial is not None:  # of a hyperparameter search: a run of its own, in a folder of its own
+                callback.run = new_run()
                 return train(resume_from_checkpoint, trial, *args, **kwargs)
             output = output_of(trainer.args)
             unloadable: dict[Path, str] = {}
@@ -190,8 +191,9 @@ def begin_through(trainer: Trainer, callback: Follower) -> None:
     ) -> tuple[int, int]:
         init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial)
         checkpoint = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
+        output = Path(trainer._get_output_dir(trial))
         return callback.begin(
-            trainer.state, checkpoint, max_steps=max_steps, steps_per_epoch=num_update_steps_per_epoch
+            trainer.state, checkpoint, output, max_steps=max_steps, steps_per_epoch=num_update_steps_per_epoch
         )
 
     trainer._init_training_state = init_at_the_plans_place  # type: ignore[method-assign]
