@@ -36,12 +36,14 @@ _THREADS = 4
 _ATTEMPTS = 3
 
 
-def write_manifest(checkpoint: Path, *, threads: int | None = None) -> None:
+def write_manifest(checkpoint: Path, *, threads: int | None = None, beside: bool = True) -> None:
     """Write the manifest of a folder whose files are complete.
 
     Args:
         checkpoint: the folder, with all files in it and below it.
         threads: that hash at a time; None: one more than there are cores.
+        beside: make it beside the folder, which may be being uploaded, under a name that a trainer never uploads, and
+            move it in when it is complete. False: make it in the folder.
 
     Raises:
         OSError: a file cannot be read, or the manifest cannot be written.
@@ -57,9 +59,12 @@ def write_manifest(checkpoint: Path, *, threads: int | None = None) -> None:
     files = {name: {"size": before[name][0], "hash": found} for name, found in zip(before, hashes, strict=True)}
     manifest: dict[str, Any] = {"format": FORMAT, "files": files}
     manifest["digest"] = digest(manifest)
-    # Until it is complete it lies beside the checkpoint, which may be being uploaded, under a name that never is.
-    unfinished = checkpoint.parent / f"_{checkpoint.name}-{MANIFEST}"
-    write_atomically(unfinished, json.dumps(manifest, indent=1).encode())
+    content = json.dumps(manifest, indent=1).encode()
+    if not beside:
+        write_atomically(checkpoint / MANIFEST, content)
+        return
+    unfinished = checkpoint.parent / f"_{MANIFEST}"
+    write_atomically(unfinished, content)
     try:
         unfinished.rename(checkpoint / MANIFEST)
     except OSError:
@@ -120,8 +125,7 @@ def _stamps(checkpoint: Path) -> dict[str, tuple[int, int]]:
         for path in (Path(folder, name) for name in names):
             state = path.stat()
             found[path.relative_to(checkpoint).as_posix()] = (state.st_size, state.st_mtime_ns)
-    found.pop(MANIFEST, None)
-    return dict(sorted(found.items()))
+    return {name: found[name] for name in sorted(found) if not name.startswith(MANIFEST)}
 
 
 class Manifests:
@@ -131,10 +135,12 @@ class Manifests:
 
     Args:
         write: whether this process is the one that writes.
+        beside: see `write_manifest`.
     """
 
-    def __init__(self, *, write: bool) -> None:
+    def __init__(self, *, write: bool, beside: bool = True) -> None:
         self._write = write
+        self._beside = beside
         self._saved: Path | None = None
         """The last checkpoint, until its manifest is begun."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="manifest")
@@ -162,7 +168,7 @@ class Manifests:
         checkpoint, self._saved = self._saved, None
         ranks.max_over_ranks(0)  # all processes have written their files
         if self._write:
-            self._writing = self._thread.submit(_write_or_say, checkpoint)
+            self._writing = self._thread.submit(_write_or_say, checkpoint, self._beside)
 
     def wait(self) -> None:
         """Wait until the manifests that were begun are written."""
@@ -171,9 +177,9 @@ class Manifests:
             self._writing = None
 
 
-def _write_or_say(checkpoint: Path) -> None:
+def _write_or_say(checkpoint: Path, beside: bool) -> None:
     try:
-        write_manifest(checkpoint, threads=_THREADS)
+        write_manifest(checkpoint, threads=_THREADS, beside=beside)
     except (OSError, ValueError) as error:
         if checkpoint.is_dir():  # else it was deleted meanwhile
             logger.warning(

@@ -28,12 +28,13 @@ import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch import nn
 
+from distill_sampler.artifacts.manifest import Manifests
 from distill_sampler.contract import checked_objectives
 from distill_sampler.curriculum import Curriculum
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.distributed import Ranks
 from distill_sampler.integrations.batches import batch_of
-from distill_sampler.integrations.checkpoints import FOLDER, new_run
+from distill_sampler.integrations.checkpoints import FOLDER, Readers, new_run, why_damaged
 from distill_sampler.integrations.loss_weights import LossWeights
 from distill_sampler.integrations.observed_scores import ObservedScores
 from distill_sampler.integrations.refusals import refuse_parallelism, refuse_second_host
@@ -74,6 +75,8 @@ class CurriculumLoop:
         objective: what training minimises beside the loop's own loss, such as `SoftTargets(teacher)`; one or several.
             Call `prepare(model)` before you make the optimizer, and train on `loss(loss)`.
         tokenizer: the student's, for objectives that find a response by its text.
+        manifests: write the hashes of its files into each checkpoint of `accelerator.save_state`, in a thread beside
+            training, and compare a checkpoint with them in `accelerator.load_state`. False: do neither.
 
     Raises:
         ValueError: the accelerator's settings rule out a curriculum, the data set lacks a column, or the curriculum
@@ -91,6 +94,7 @@ class CurriculumLoop:
         taps: Sequence[Tap] = (),
         objective: Objective | Sequence[Objective] = (),
         tokenizer: Any = None,
+        manifests: bool = True,
     ) -> None:
         refuse_parallelism(accelerator)
         refuse_second_host(curriculum)
@@ -123,6 +127,10 @@ class CurriculumLoop:
         self._prepared: nn.Module | None = None
         self._scale: torch.Tensor | None = None
         """1 / (number of counted tokens in the batch that the loop body is training on); None: its loss is complete."""
+        self._readers = Readers(ranks=Ranks.current(accelerator.device), compare=manifests)
+        self._manifests = Manifests(write=accelerator.is_main_process, beside=False)
+        accelerator.register_save_state_pre_hook(self._saving)
+        accelerator.register_load_state_pre_hook(self._loading)
         curriculum.driven_by = type(self).__name__
         self._run = ""
         self._epoch: int | None = None
@@ -210,6 +218,7 @@ class CurriculumLoop:
             self._begin(new_run())
         if self._objectives and self._prepared is None:
             raise ValueError("objective=: call loop.prepare(model) before you make the optimizer.")
+        self._manifests.begin(self._readers.ranks)
         planned = len(self.curriculum.summaries)
         samples_per_batch = loader.total_batch_size
         per_step = samples_per_batch * self.accelerator.gradient_accumulation_steps
@@ -237,11 +246,17 @@ class CurriculumLoop:
                     self._expect(inputs)
                 self._in_training = batch, model, samples_per_batch
                 yield inputs
+                self._manifests.begin(self._readers.ranks)
                 self._finish_batch()
         self._begin_epoch(self._epoch + 1)
 
     def finish(self) -> None:
-        """Write `scores.parquet` and `plans.parquet` into the output folder. Call it after training."""
+        """Write `scores.parquet` and `plans.parquet` into the output folder, and wait for the last manifest.
+
+        All processes call it after training.
+        """
+        self._manifests.begin(self._readers.ranks)
+        self._manifests.wait()
         if self._prepared is not None:
             for objective in self._objectives:
                 objective.withdraw(self._prepared)
@@ -259,8 +274,8 @@ class CurriculumLoop:
         if self._into_step:
             logger.warning(
                 "This checkpoint is written between two batches of one optimizer step. accelerate does not save the "
-                "accumulated gradients, so training resumed from it will differ. Save where accelerator.sync_gradients "
-                "is True."
+                "accumulated gradients, so a run resumed from it trains this step again from its first batch, and "
+                "dropout differs. Save where accelerator.sync_gradients is True."
             )
         self.curriculum.store.observed.merge(Ranks.current(self.accelerator.device))
         arrays: dict[str, npt.NDArray[Any]] = {}
@@ -289,19 +304,35 @@ class CurriculumLoop:
         arrays = {name: tensor.numpy() for name, tensor in state["arrays"].items()}
         self.curriculum.load_state_dict(state["curriculum"], arrays, epoch_over=state["position"] == 0)
         self.step, self._epoch = state["step"], state["epoch"]
-        self._into_epoch, self._position = state["into_epoch"], state["position"]
-        self._into_step, self._per_step = state["into_step"], state["per_step"]
+        self._into_epoch, self._per_step = state["into_epoch"], state["per_step"]
+        # The gradients of a begun step are lost, so it is trained again, from its first batch.
+        self._position, self._into_step = state["position"] - state["into_step"], 0
+        self.accelerator.step = 0  # accelerate's count of batches for accumulation
+
+    def _saving(self, models: list[nn.Module], weights: list[Any], checkpoint: str) -> None:
+        """accelerate is about to write a checkpoint. Its manifest follows when the loop goes on."""
+        self._manifests.saving(Path(checkpoint), self._readers.ranks)
+        if self._readers.compare:
+            self._manifests.saved(Path(checkpoint))
+
+    def _loading(self, models: list[nn.Module], checkpoint: str) -> None:
+        """accelerate is about to load a checkpoint.
+
+        Raises:
+            ValueError: it is not what was saved.
+        """
+        self._manifests.begin(self._readers.ranks)
+        self._manifests.wait()
+        if reason := why_damaged(Path(checkpoint), self._readers):
+            raise ValueError(f"{checkpoint} cannot be loaded: {reason}. Load another checkpoint.")
 
     def _begin_epoch(self, epoch: int) -> None:
         self._epoch, self._into_epoch, self._position, self._into_step = epoch, 0, 0, 0
 
     def _continued(self, loader: Any, per_step: int) -> Any:
         """The loader without the batches that were trained on before the checkpoint."""
-        into_step = self._into_step // loader.total_batch_size  # batches of a begun step; their gradients are lost
-        skip = self.sampler.resume_at(self._position - self._into_step) // loader.total_batch_size + into_step
+        skip = self.sampler.resume_at(self._position) // loader.total_batch_size
         self._position = self.sampler.shift + skip * loader.total_batch_size
-        self._into_step = into_step * loader.total_batch_size
-        self.accelerator.step = into_step  # accelerate's count of batches for accumulation
         if self._per_step != per_step:
             logger.warning(
                 "An optimizer step had %d samples until this checkpoint and has %d now. Training continues at sample "

@@ -1,5 +1,6 @@
 """A loop of one's own: weights, observed scores and re-planning as in a trainer, and an exact resume at any step."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from distill_sampler import (
     Shuffle,
     WeightBySoftmax,
 )
+from distill_sampler.artifacts.manifest import MANIFEST, damage
 from distill_sampler.artifacts.scorefile import Scores
 from distill_sampler.integrations.sample_log import compare, read_log
 from tests import tiny
@@ -39,6 +41,8 @@ def make(
     accumulation: int = 1,
     batch_size: int = 2,
     drop_last: bool = False,
+    model: Any = None,
+    manifests: bool = True,
     **changes: Any,
 ) -> tuple[CurriculumLoop, Any, Any, Any]:
     rows = tiny.tokenised(tiny.candidates(6), tokenizer)
@@ -55,8 +59,9 @@ def make(
         accelerator,
         output_dir=folder,
         sample_log=folder is not None,
+        manifests=manifests,
     )
-    model = tiny.model(attention_dropout=0.1)
+    model = model or tiny.model(attention_dropout=0.1)
     loader = DataLoader(
         rows.select_columns(["input_ids", "labels"]),  # type: ignore[arg-type]
         batch_size=batch_size,
@@ -99,6 +104,57 @@ def test_a_checkpoint_within_an_accumulation_is_said_to_lack_its_gradients(
 ) -> None:
     train(make(tokenizer, None, accumulation=2), save=tmp_path, stop=2)
     assert caplog.text.count("accelerator.sync_gradients is True") == 1
+
+
+@pytest.mark.parametrize("place", [1, 5, 11])
+def test_a_step_that_was_begun_before_a_checkpoint_is_trained_again(
+    place: int, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    def made(folder: Path) -> tuple[CurriculumLoop, Any, Any, Any]:
+        return make(tokenizer, folder, accumulation=2, model=tiny.model())  # without dropout
+
+    torch.manual_seed(1)
+    whole = made(tmp_path / "whole")
+    train(whole, save=tmp_path / "saved")
+    rest = made(Path(shutil.copytree(tmp_path / "whole", tmp_path / "rest")))
+    rest[0].accelerator.load_state(str(tmp_path / "saved" / str(place)))
+    train(rest)
+    assert torch.equal(parameters(whole[1]), parameters(rest[1]))
+    assert rest[0].step == whole[0].step
+    assert rest[0].curriculum.times_trained().tolist() == whole[0].curriculum.times_trained().tolist()
+    assert read_log(tmp_path / "rest" / "distill_sampler") == read_log(tmp_path / "whole" / "distill_sampler")
+
+
+@pytest.mark.parametrize("manifests", [True, False])
+def test_a_loop_does_not_load_a_checkpoint_that_was_damaged(
+    manifests: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    train(make(tokenizer, None, manifests=manifests), save=tmp_path)
+    assert all((tmp_path / str(step) / MANIFEST).exists() == manifests for step in range(1, 13))
+    rest = make(tokenizer, None, manifests=manifests)
+    rest[0].accelerator.load_state(str(tmp_path / "11"))
+    weights = tmp_path / "11" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    if manifests:
+        with pytest.raises(ValueError, match=r"11 cannot be loaded: .*model.safetensors"):
+            rest[0].accelerator.load_state(str(tmp_path / "11"))
+    else:
+        rest[0].accelerator.load_state(str(tmp_path / "11"))
+
+
+def test_a_checkpoint_that_is_written_again_gets_a_new_manifest(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    parts = make(tokenizer, None)
+    for _ in parts[0].epochs(2):
+        for _ in trained_batches(parts):
+            parts[0].accelerator.save_state(str(tmp_path / "last"))
+            assert not (tmp_path / "last" / MANIFEST).exists()
+    parts[0].finish()
+    assert damage(tmp_path / "last") == ""
+    assert (tmp_path / "last" / MANIFEST).exists()
 
 
 def parameters(model: Any) -> torch.Tensor:

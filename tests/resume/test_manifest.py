@@ -143,8 +143,7 @@ def test_a_manifest_appears_in_the_checkpoint_complete(checkpoint: Path, monkeyp
     monkeypatch.setattr(manifest, "write_atomically", write_and_look)
     write_manifest(checkpoint)
     (unfinished,) = seen
-    assert unfinished.parent == checkpoint.parent
-    assert unfinished.name.startswith("_")
+    assert unfinished == checkpoint.parent / f"_{MANIFEST}"
     assert not unfinished.exists()
     assert damage(checkpoint) == ""
 
