@@ -298,8 +298,11 @@ class CurriculumLoop:
         length. The learning-rate schedule belongs to the loop and is not changed.
 
         Raises:
-            ValueError: the state belongs to another data set or configuration.
+            ValueError: the state belongs to another data set or configuration, or lacks something.
         """
+        needed = {"run", "arrays", "curriculum", "position", "step", "epoch", "into_epoch", "into_step", "per_step"}
+        if lacking := sorted(needed - state.keys()):
+            raise ValueError(f"The loop's state lacks {', '.join(lacking)}. Load another checkpoint.")
         self._begin(str(state["run"]))
         arrays = {name: tensor.numpy() for name, tensor in state["arrays"].items()}
         self.curriculum.load_state_dict(state["curriculum"], arrays, epoch_over=state["position"] == 0)

@@ -44,6 +44,10 @@ FOLDER = "distill_sampler"
 
 TRAINER_STATE = "trainer_state.json"
 
+_ENTRY = {"run", "world_size", "samples_per_step", "files", "curriculum", "progress"}
+_PROGRESS = {"step", "epoch", "places", "over"}
+"""What a resume reads of the curriculum's entry. Whatever else is in it is ignored."""
+
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """A checkpoint's `trainer_state.json`.
@@ -129,6 +133,8 @@ def _at_first_sight(checkpoint: Path) -> str:
     entry = entry_of(state)
     if entry is not None:
         curriculum, progress = entry.get("curriculum", {}), entry.get("progress", {})
+        if lacking := sorted((_ENTRY - entry.keys()) | (_PROGRESS - progress.keys())):
+            return f"the curriculum's entry in its {TRAINER_STATE} lacks {', '.join(lacking)}"
         if curriculum.get("digest") != digest(curriculum):
             return f"the curriculum's entry in its {TRAINER_STATE} is damaged"
         try:

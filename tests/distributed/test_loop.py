@@ -144,6 +144,12 @@ def test_a_loop_does_not_load_a_checkpoint_that_was_damaged(
         rest[0].accelerator.load_state(str(tmp_path / "11"))
 
 
+def test_a_loops_state_that_lacks_something_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    loop = make(tokenizer, None)[0]
+    with pytest.raises(ValueError, match=r"lacks arrays, curriculum.*Load another checkpoint"):
+        loop.load_state_dict({"run": "x", "step": 1})
+
+
 def test_a_checkpoint_that_is_written_again_gets_a_new_manifest(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:

@@ -15,6 +15,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Traine
 from typer.testing import CliRunner
 
 from distill_sampler import BestOf, Shuffle, attach
+from distill_sampler.artifacts.manifest import MANIFEST
 from distill_sampler.artifacts.state import ARRAYS
 from distill_sampler.cli import app
 from distill_sampler.integrations.checkpoints import STATE_ENTRY, last_whole, why_broken
@@ -131,6 +132,22 @@ def test_a_damaged_checkpoint_is_recognised_and_the_one_before_is_whole(name: st
     assert reason in passed_over[0]
 
 
+@pytest.mark.parametrize("name", ["places", "samples_per_step", "run"])
+def test_an_entry_that_lacks_something_is_recognised_and_what_it_has_beyond_is_ignored(name: str, output: Path) -> None:
+    checkpoint = output / "checkpoint-5"
+    (checkpoint / MANIFEST).unlink()
+    rewrite(checkpoint, lambda state: state["stateful_callbacks"][STATE_ENTRY].update(beyond=1))
+    assert why_broken(checkpoint) == ""
+
+    def leave_out(state: dict[str, Any]) -> None:
+        entry = state["stateful_callbacks"][STATE_ENTRY]
+        entry["progress"].pop(name, None)
+        entry.pop(name, None)
+
+    rewrite(checkpoint, leave_out)
+    assert why_broken(checkpoint).endswith(f"lacks {name}")
+
+
 def test_a_resume_skips_broken_checkpoints_with_a_warning(
     output: Path,
     whole_run: tuple[Path, list[int]],
@@ -214,6 +231,8 @@ def test_two_runs_cannot_write_to_one_folder_until_one_is_dead(
 ) -> None:
     with pytest.raises(ValueError, match=rf"Another run \(process {other_run.pid} on .*output_dir of its own"):
         resumed(output, tokenizer, None, max_steps=1)
+    with pytest.raises(ValueError, match="Another run"):  # scores and plans are written there too
+        resumed(output, tokenizer, None, max_steps=1, save_strategy="no")
     other_run.kill()
     other_run.wait()
     assert len(resumed(output, tokenizer, None, max_steps=1)) == 2
@@ -246,7 +265,7 @@ def test_a_run_whose_epochs_were_ended_early_is_resumed_at_its_place(
 
     whole, order = run(tmp_path / "whole")
     assert len(order) == 4 + 6 + 6
-    for step in (1, 3, 5, 6) if saving is SAVING else (2, 5):
+    for step in (1, 2, 3, 5, 6) if saving is SAVING else (2, 5):
         rest, rest_order = run(tmp_path / f"rest-{step}", tmp_path / "whole" / f"checkpoint-{step}")
         assert rest_order == order[2 * step :]
         for left, right in zip(whole.model.parameters(), rest.model.parameters(), strict=True):
