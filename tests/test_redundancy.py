@@ -17,11 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distill_sampler import (
     BestOf,
     CompressionRatio,
-    Curriculum,
     DropDegenerate,
+    GlobalNaturalness,
     MinHash,
     RankSurprisalRatio,
     ScoredDataset,
+    Scorer,
 )
 from distill_sampler.integrations.transformers import end_token_ids
 from distill_sampler.planning.why import ExplainedPlan
@@ -170,32 +171,44 @@ def test_of_real_responses_no_loop_is_left_for_a_score_that_loves_repetition(sha
 
 
 @pytest.mark.slow
-def test_rsr_of_the_real_student_chooses_no_loop_after_it(
+def test_no_score_of_the_real_student_chooses_a_loop_after_it(
     student: tuple[PreTrainedModel, PreTrainedTokenizerBase], shared: Path
 ) -> None:
-    """Eight prompts with a loop among their responses, of which the last 300 tokens are read."""
+    """Prompts with a response that ends in a tight loop, of whose responses the last 300 tokens are read."""
     model, tokenizer = student
-    traces = math500(shared)
-    ratio = {id(t): len(zlib.compress(t["response"].encode())) / len(t["response"].encode()) for t in traces}
-    prompts = list(dict.fromkeys(t["prompt_id"] for t in traces if ratio[id(t)] < 0.08))[:8]
-    rows: list[dict[str, Any]] = []
-    for trace in traces:
-        if trace["prompt_id"] in prompts:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for trace in math500(shared):
+        groups.setdefault(trace["prompt_id"], []).append(trace)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for prompt, traces in groups.items():
+        content = [trace["response"].encode() for trace in traces]
+        if min(len(zlib.compress(each)) / len(each) for each in content) > 0.05 or len(rows) == 8:
+            continue
+        for trace in traces:
             row = conversation(tokenizer, trace["prompt"], trace["response"])
             first = next(place for place, label in enumerate(row["labels"]) if label != -100)
             end = row["input_ids"][first:][-300:]
-            ids, labels = row["input_ids"][:first] + end, [-100] * first + end
-            loops = ratio[id(trace)] < 0.08
-            rows.append({"input_ids": ids, "labels": labels, "prompt_id": trace["prompt_id"], "loops": loops})
-    dataset = ScoredDataset(rows, end_token_ids=end_token_ids(tokenizer, model))
-    metrics: list[Metric] = [RankSurprisalRatio(), CompressionRatio(tokenizer=tokenizer)]
-    best = BestOf("rank_surprisal_ratio", per="prompt_id")
-    chosen = []
-    # a loop of 300 tokens compresses less than the whole response
-    for policies in ([best], [DropDegenerate(per="prompt_id", duplicates=None, min_ratio=0.2), best]):
-        curriculum = Curriculum(metrics=metrics, policies=policies)
-        curriculum.bind(dataset)
-        plan = curriculum.start_epoch(0, model)
-        chosen.append(sum(rows[row]["loops"] for row in plan.indices.tolist()))
-    assert chosen[0] > 0, "the trap is one"
-    assert chosen[1] == 0
+            text = tokenizer.decode(end).encode()
+            read = {"input_ids": row["input_ids"][:first] + end, "labels": [-100] * first + end}
+            loops = len(zlib.compress(text)) / len(text) < 0.12
+            rows.setdefault(prompt, []).append({**read, "prompt_id": prompt, "loops": loops})
+    looping = [group for group in rows.values() if any(row["loops"] for row in group)][:4]
+    candidates = [row for group in looping for row in group]
+    assert sum(row["loops"] for row in candidates) >= len(looping) > 1
+    dataset = ScoredDataset(candidates, end_token_ids=end_token_ids(tokenizer, model))
+    metrics: list[Metric] = [RankSurprisalRatio(), GlobalNaturalness(), CompressionRatio(tokenizer=tokenizer)]
+    chosen: dict[tuple[str, bool], int] = {}
+    columns: dict[str, np.ndarray[Any, Any]] = {}
+    for scored in Scorer(progress=False).score(model, dataset, metrics, np.arange(len(dataset))):
+        for name, values in scored.columns.items():
+            columns.setdefault(name, np.full(len(dataset), np.nan))[scored.indices] = values
+    dropped = DropDegenerate(per="prompt_id", duplicates=None, min_ratio=0.12)
+    pool_of = pool(columns, metrics, prompt_id=[row["prompt_id"] for row in candidates])
+    for name in ("rank_surprisal_ratio", "global_naturalness"):
+        best = BestOf(name, per="prompt_id")
+        for drops in (False, True):
+            policies = [dropped, best] if drops else [best]
+            plan = ExplainedPlan.from_policies(policies, np.arange(len(candidates)), pool_of, 0).plan
+            chosen[name, drops] = sum(candidates[row]["loops"] for row in plan.indices.tolist())
+    assert chosen["global_naturalness", False] > 0, "loops are a trap"
+    assert chosen["global_naturalness", True] == chosen["rank_surprisal_ratio", True] == 0
