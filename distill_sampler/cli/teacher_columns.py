@@ -56,6 +56,11 @@ class FromColumns:
         self._tokenizer = tokenizer
         self._beside = beside
 
+    def misfit(self, candidate: Candidate) -> str | None:
+        if candidate.messages:
+            return None
+        return "nothing says which part of it is the response. Give prompt and response as columns, or as messages"
+
     def rows(self, candidates: Sequence[Candidate], advance: Callable[[float], None]) -> list[StoredRow | str]:
         found: list[StoredRow | str] = []
         for number, candidate in enumerate(candidates, 1):
@@ -99,13 +104,7 @@ class FromColumns:
 
 
 def response_of(candidate: Candidate) -> str:
-    """The text of a response as it stands in the data: what the assistant says, end to end.
-
-    Raises:
-        ValueError: the data does not say which part is the response.
-    """
-    if not candidate.messages:
-        raise ValueError("nothing says which part of it is the response; give prompt and response as columns")
+    """The text of a response as it stands in the data: what the assistant says, end to end."""
     said = candidate.messages[candidate.first :]
     return "".join(str(message["content"]) for message in said if message["role"] == "assistant")
 

@@ -48,6 +48,9 @@ def teacher_logprobs(
     plain: Annotated[
         bool, typer.Option("--plain", help="Read prompt and response as plain text, without a chat template.")
     ] = False,
+    whole_text: Annotated[
+        bool, typer.Option("--whole-text", help="Read all of a text, prompt included, if no response is found in it.")
+    ] = False,
     chat_template: Annotated[
         Path | None, typer.Option(help="File with a chat template to use instead of the model's.")
     ] = None,
@@ -96,6 +99,7 @@ def teacher_logprobs(
                 split=split,
                 subset=subset,
                 plain=plain,
+                whole_text=whole_text,
                 chat_template=chat_template,
                 max_length=max_length,
                 batch_tokens=batch_tokens,

@@ -109,7 +109,7 @@ class TeacherJob:
         """The candidates that are not done, in pieces that depend on the data alone."""
         waiting: list[Candidate] = []
         size = 0
-        for candidate in itertools.islice(self._intake.candidates(), skip, None):
+        for candidate in itertools.islice(self._intake.candidates(self._source.misfit), skip, None):
             waiting.append(candidate)
             size += len(candidate.text or "") + sum(len(str(message["content"])) for message in candidate.messages)
             if size >= CHUNK_CHARACTERS or len(waiting) >= CHUNK_ROWS:

@@ -80,6 +80,8 @@ class Options:
     """File with a chat template to use instead of the model's."""
     plain: bool = False
     """Read prompt and response as plain text, without a chat template."""
+    whole_text: bool = False
+    """Read all of a text in which no response can be found."""
     dtype: str = "auto"
     """The dtype of the model's weights, or `"auto"`."""
     device: str = "auto"
@@ -254,6 +256,7 @@ def _from_model(options: Options, intake: Intake, say: Console) -> Made:
         "template": hash_of(tokenizer.chat_template.encode()) if template else "plain",
         "system_prompt": options.system_prompt,
         "max_length": options.max_length,
+        "whole_text": options.whole_text,
         "top_k": options.top_k,
         "key_column": options.key_column,
     }
@@ -266,7 +269,7 @@ def _from_model(options: Options, intake: Intake, say: Console) -> Made:
     source = FromModel(
         reader=reader,
         scorer=Scorer(batch_tokens=batch_tokens, progress=False, impl=impl),
-        encoder=Encoder(tokenizer, template=template, max_length=options.max_length),
+        encoder=Encoder(tokenizer, template=template, max_length=options.max_length, whole_text=options.whole_text),
         end_token_ids=end_token_ids(tokenizer, model),
         tokenizer=tokenizer,
         system_prompt=options.system_prompt,

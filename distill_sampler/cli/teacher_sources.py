@@ -22,6 +22,10 @@ from distill_sampler.types import BoolArray, FloatArray, IntArray, TokenStats
 class TeacherSource(Protocol):
     """Gives the rows of a store for candidates."""
 
+    def misfit(self, candidate: Candidate) -> str | None:
+        """Why a candidate is not to be asked for; None if it is."""
+        ...
+
     def rows(self, candidates: Sequence[Candidate], advance: Callable[[float], None]) -> list[StoredRow | str]:
         """A row for each candidate, or why it cannot have one.
 
@@ -69,6 +73,9 @@ class FromModel:
         self._key = key
         self._empty = self._too_long = self._non_finite = 0
 
+    def misfit(self, candidate: Candidate) -> str | None:
+        return self._encoder.misfit(candidate)
+
     def rows(self, candidates: Sequence[Candidate], advance: Callable[[float], None]) -> list[StoredRow | str]:
         asked = [_with_system(candidate, self._system_prompt) for candidate in candidates]
         encoded = self._encoder(asked, self._end_token_ids)
@@ -100,6 +107,7 @@ class FromModel:
             (self._too_long, "responses without numbers, because the teacher has too few positions for them"),
             (self._non_finite, "responses without numbers, because the teacher's logits for them are NaN or infinite"),
             (self._encoder.lost_turns, "earlier turns left out, because the template rewrites them"),
+            (self._encoder.whole_texts, "texts read whole, prompt included, because of --whole-text"),
         ]
 
     def _mask(self, row: Encoded) -> BoolArray:

@@ -140,6 +140,20 @@ def test_responses_that_are_too_long_have_no_numbers(candidates: Path, tmp_path:
     assert any(each is not None for each in found)
 
 
+def test_a_text_that_shows_no_response_is_passed_over_or_read_whole(tmp_path: Path, student_path: Path) -> None:
+    prompt = tiny.tokenizer().apply_chat_template(tiny.candidates()[0]["prompt"], tokenize=False)
+    turn = prompt + "<|im_start|>assistant"
+    data = write_lines(tmp_path / "d.jsonl", [{"text": turn + "\nfour<|im_end|>\n"}, {"text": "no turn"}])
+    ended = made(data, tmp_path / "t.arrow", "--model", student_path)
+    assert (ended.code, "--whole-text" in ended.said) == (1, True)
+    assert made(data, tmp_path / "t.arrow", "--model", student_path, "--on-error", "skip").code == 0
+    store = StoredTeacher(tmp_path / "t.arrow")
+    assert len(store) == 1
+    assert store.find("four") is not None
+    assert made(data, tmp_path / "whole.arrow", "--model", student_path, "--whole-text").code == 0
+    assert StoredTeacher(tmp_path / "whole.arrow").find("o turn") is not None  # nothing predicts the first token
+
+
 # ---- Columns ----
 
 ANSWERS = ["The answer is 4.", "the \U0001f389 is the end é.", "is the answer analysis? yes."]
