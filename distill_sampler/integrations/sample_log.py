@@ -11,6 +11,7 @@ plan, and its samples, identified by their tokens.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from distill_sampler.protocols import Tap
 from distill_sampler.serialize import write_atomically
 from distill_sampler.types import Batch, EpochPlan
 
+logger = logging.getLogger(__name__)
+
 
 class SampleLog(Tap):
     """Writes the log of one process.
@@ -34,6 +37,7 @@ class SampleLog(Tap):
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = -1
+        self._writable = True
 
     @contextmanager
     def open(self, model: Any, *, step: int) -> Iterator[None]:
@@ -41,6 +45,7 @@ class SampleLog(Tap):
         kept = [line for line in _lines(self._path) if line["step"] <= step] if step else []
         write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+        self._writable = True
         try:
             yield
         finally:
@@ -54,7 +59,19 @@ class SampleLog(Tap):
             "start": batch.place,
             "samples": batch.samples.tolist(),
         }
-        os.write(self._file, (json.dumps(line) + "\n").encode())
+        if not self._writable:
+            return
+        try:
+            os.write(self._file, (json.dumps(line) + "\n").encode())
+        except OSError as error:  # a full disk
+            self._writable = False
+            logger.warning(
+                "%s can no longer be written (%s). Training continues without it; distill-sampler verify will miss the "
+                "batches from step %d on.",
+                self._path,
+                error,
+                batch.step + 1,
+            )
 
     def after(self, batch: Batch) -> None:
         pass

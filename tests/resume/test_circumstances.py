@@ -18,7 +18,9 @@ from transformers.trainer_utils import HPSearchBackend, IntervalStrategy
 from distill_sampler import ScoredDataset, attach
 from distill_sampler.artifacts import parts
 from distill_sampler.artifacts import state as states
+from distill_sampler.integrations.callback import CurriculumCallback
 from distill_sampler.integrations.checkpoints import STATE_ENTRY
+from distill_sampler.integrations.sample_log import SampleLog, read_log
 from tests import tiny
 from tests.test_attach import RecordedTrainer, curriculum, plain_trainer, trained
 
@@ -200,3 +202,28 @@ def test_a_checkpoint_that_a_full_disk_cut_off_is_passed_over(
     resumed.train(resume_from_checkpoint=True)
     assert trained(resumed) == trained(whole)[-len(trained(resumed)) :]
     assert np.isclose(resumed.state.global_step, 6)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_training_goes_on_without_a_sample_log_where_it_can_no_longer_be_written(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Full(TrainerCallback):
+        """From step 2 on, every write of the log fails as on a full disk."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                (log,) = (tap for tap in attached_to.taps if isinstance(tap, SampleLog))
+                full = os.open("/dev/full", os.O_WRONLY)
+                os.dup2(full, log._file)
+                os.close(full)
+
+    trainer = plain_trainer(tmp_path / "run", tokenizer, save_strategy="no")
+    attach(trainer, curriculum(), sample_log=True)
+    (attached_to,) = (one for one in trainer.callback_handler.callbacks if isinstance(one, CurriculumCallback))
+    trainer.add_callback(Full())
+    with caplog.at_level(logging.WARNING, "distill_sampler"):
+        trainer.train()
+    assert len({line["step"] for line in read_log(tmp_path / "run" / "distill_sampler")}) == 2
+    assert caplog.text.count("samples-0.jsonl can no longer be written") == 1
+    assert trainer.state.global_step == 6
