@@ -1,6 +1,7 @@
 """Kill a training run at random moments and restart it until it ends; it must train the same as without kills.
 
     python recipes/benchmarks/kill_storm.py [--kills 200] [--processes 1 or 2] [--workers 0] [--elastic] [--online]
+                                              [--packs]
 
 A real `SFTTrainer` trains a tiny student with a curriculum (dropout on, gradient accumulation 2, a checkpoint every
 second step) in its own process. The process gets SIGKILL while it scores, trains or saves, and restarts from the last
@@ -10,6 +11,8 @@ run that was not killed. Imports take longer than a run, so they are done once: 
 
 With `--elastic` every start has one or two processes, with the same global batch. Then only the samples of each
 optimizer step are compared, because sums over processes differ in their last digits.
+
+With `--packs` each epoch's plan is packed, and a batch is one pack.
 
 With `--online` scores are observed in training, half of the candidates are scored again every third step, and the rest
 of the epoch is replanned.
@@ -44,6 +47,7 @@ import torch.distributed
 from trl import SFTConfig, SFTTrainer
 
 from distill_sampler import BestOf, Curriculum, RankSurprisalRatio, Rescore, Scorer, Shuffle, attach
+from distill_sampler.integrations.batches import rows_of
 from distill_sampler.integrations.checkpoints import last_whole
 from distill_sampler.serialize import hash_of
 from tests import tiny
@@ -98,14 +102,16 @@ def train(folder: Path, phase: Phase, rank: int, processes: int, options: argpar
 
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             phase.enter(TRAINING)
-            kept = inputs["attention_mask"].bool()
-            rows = [tuple(row[mask].tolist()) for row, mask in zip(inputs["input_ids"], kept, strict=True)]
+            rows = [tuple(row.tolist()) for row in rows_of(inputs)]
             step = self.state.global_step + 1
             self.batches = {step: self.batches.get(step, -1) + 1}
             # accelerate distributes the batches to the processes one by one
             start = (self.batches[step] * processes + rank) * self.args.per_device_train_batch_size
-            for place, row in enumerate(rows, start):
-                note(what=f"step {step:02}, place {place}", value=index[row])
+            if options.packs:  # one pack a batch
+                note(what=f"step {step:02}, pack {start}", value=[index[row] for row in rows])
+            else:
+                for place, row in enumerate(rows, start):
+                    note(what=f"step {step:02}, place {place}", value=index[row])
             return super().compute_loss(model, inputs, *args, **kwargs)
 
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
@@ -121,8 +127,8 @@ def train(folder: Path, phase: Phase, rank: int, processes: int, options: argpar
         args=SFTConfig(
             output_dir=str(folder / "output"),
             num_train_epochs=3,
-            per_device_train_batch_size=4 // processes,
-            gradient_accumulation_steps=2,
+            per_device_train_batch_size=1 if options.packs else 4 // processes,
+            gradient_accumulation_steps=4 // processes if options.packs else 2,
             dataloader_num_workers=options.workers,
             dataloader_persistent_workers=options.workers > 0,
             learning_rate=1e-2,
@@ -145,7 +151,7 @@ def train(folder: Path, phase: Phase, rank: int, processes: int, options: argpar
         observe=options.online,
         rescore=Rescore(every_steps=3, fraction=0.5, lag=6) if options.online else None,
     )
-    attach(trainer, curriculum)
+    attach(trainer, curriculum, pack_to=150 if options.packs else None)
     score = curriculum.cycle.score
 
     def score_and_note(*args: Any, **kwargs: Any) -> Any:
@@ -279,6 +285,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200, help="continue until there were this many")
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1)
     parser.add_argument("--elastic", action="store_true", help="one or two processes, drawn at each start")
+    parser.add_argument("--packs", action="store_true", help="pack each epoch's plan")
     parser.add_argument("--workers", type=int, default=0, help="data loader workers")
     parser.add_argument("--online", action="store_true", help="observe, score again inside epochs, and replan")
     parser.add_argument("--prompts", type=int, default=20, help="with three candidates each")

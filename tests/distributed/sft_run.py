@@ -31,6 +31,7 @@ from distill_sampler import (
     WeightBySoftmax,
     attach,
 )
+from distill_sampler.integrations.batches import rows_of
 from distill_sampler.specs import parse_metrics
 
 parser = argparse.ArgumentParser()
@@ -40,6 +41,7 @@ parser.add_argument("output", type=Path)
 parser.add_argument("--resume")
 parser.add_argument("--batch-size", type=int, default=2)
 parser.add_argument("--batch-tokens", type=int, default=150)
+parser.add_argument("--pack-to", type=int)
 parser.add_argument("--rows", type=int, help="Only the first rows.")
 parser.add_argument("--metrics", default="RankSurprisalRatio")
 parser.add_argument("--lora", action="store_true")
@@ -66,8 +68,7 @@ class Recorded(SFTTrainer):
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self.model.training:
-            kept = inputs["attention_mask"].bool()
-            self.batches.append([row[mask].tolist() for row, mask in zip(inputs["input_ids"], kept, strict=True)])
+            self.batches.append([row.tolist() for row in rows_of(inputs)])
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
@@ -134,7 +135,7 @@ curriculum = Curriculum(
     rescore=Rescore(every_steps=1, lag=2, fraction=0.3) if options.online else None,
     scorer=Scorer(batch_tokens=options.batch_tokens, progress=False),
 )
-attach(trainer, curriculum, objective=objectives)
+attach(trainer, curriculum, objective=objectives, pack_to=options.pack_to)
 trainer.train(resume_from_checkpoint=options.resume)
 
 report = {

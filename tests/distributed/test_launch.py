@@ -112,6 +112,15 @@ def test_two_processes_train_the_same_whole_steps_as_one(stage: Path) -> None:
     np.testing.assert_allclose(both[0]["losses"], one["losses"], rtol=1e-3)
 
 
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+def test_two_processes_train_the_same_packs_as_one(way: str, stage: Path) -> None:
+    both = reports(stage, f"packs-{way}", WAYS[way][0], "--pack-to", "160", "--batch-size", "1")
+    (one,) = reports(stage, f"packs-{way}-alone", None, "--pack-to", "160", "--batch-size", "2")
+    assert both[0]["plans"] == both[1]["plans"] == one["plans"]
+    assert trained(both) == trained([one])
+    np.testing.assert_allclose(both[0]["losses"], one["losses"], rtol=1e-3)
+
+
 @pytest.mark.parametrize(("size", "steps"), [(1, (2, 4)), (3, (1, 2))])
 def test_two_processes_continue_with_other_batches_what_one_began(
     size: int, steps: tuple[int, int], stage: Path

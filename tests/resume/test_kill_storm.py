@@ -22,8 +22,13 @@ STORM = Path(__file__).parents[2] / "recipes" / "benchmarks" / "kill_storm.py"
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kills", "options"),
-    [(12, ["--seed", "1"]), (6, ["--processes", "2", "--seed", "2"]), (6, ["--elastic", "--seed", "3"])],
-    ids=["one process", "two processes", "one or two by turns"],
+    [
+        (12, ["--seed", "1"]),
+        (6, ["--processes", "2", "--seed", "2"]),
+        (6, ["--elastic", "--seed", "3"]),
+        (6, ["--packs", "--elastic", "--seed", "4"]),
+    ],
+    ids=["one process", "two processes", "one or two by turns", "packs, one or two by turns"],
 )
 def test_a_run_that_is_killed_many_times_trains_the_same_as_without_kills(
     kills: int, options: list[str], tmp_path: Path
