@@ -5,8 +5,8 @@
     python recipes/benchmarks/packs.py throughput FILE [--samples 192] [--pack-to 2048]
 
 `fill` tokenises real traces (files of candidates, `prompt` and `response`) and packs two plans of each: every trace,
-and one of each prompt, both shuffled. Beside it is what batches of eight pad to. `scale` packs a plan of random lengths.
-`throughput` trains a small random Llama with TRL's `SFTTrainer` on the same traces four ways in turn: padded batches,
+and one of each prompt, both shuffled. Beside it is what batches of eight pad to. `scale` packs a plan of random
+lengths. `throughput` trains a small random Llama with TRL's `SFTTrainer` on the same traces four ways in turn: padded batches,
 `padding_free=True`, TRL's `packing=True`, and `attach(pack_to=)`; the table has the tokens of samples per second, and
 the ratio to padded batches, as medians over the rounds.
 """
