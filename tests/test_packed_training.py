@@ -32,7 +32,7 @@ from distill_sampler import (
     attach,
 )
 from distill_sampler.integrations.packs import refuse_crossing
-from tests import tiny, zoo
+from tests import test_attach, tiny, zoo
 from tests.online.test_observing import COLUMNS, ScoresBefore, observing
 from tests.resume.test_checkpoints import verified
 from tests.test_attach import RSR, RecordedTrainer, arguments, curriculum, sft_trainer, trained
@@ -93,6 +93,37 @@ def test_the_packs_trained_are_the_packs_planned(
     assert max(lengths[list(pack)].sum() for pack in packs) <= PACK
     assert len(packs) < 12 * trainer.args.num_train_epochs
     assert "curriculum/pack_fill" in trainer.state.log_history[0]
+
+
+@pytest.mark.parametrize("kind", ["Trainer", "SFTTrainer"])
+def test_padded_batches_of_so_many_tokens_are_trained_as_planned(
+    kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    trainer = test_attach.TRAINERS[kind](
+        tmp_path, tokenizer, per_device_train_batch_size=1, gradient_accumulation_steps=2
+    )
+    attached = curriculum(policies=[Shuffle(), WeightBySoftmax(RSR, temperature=2.0)])
+    attach(trainer, attached, batch_tokens=PACK, sample_log=True)
+    trainer.train()
+    batches = packs_planned(attached)
+    assert trained(trainer) == [sample for batch in batches for sample in batch]
+    assert [len(batch) for batch in trainer.batches] == [len(batch) for batch in batches]
+    lengths = attached.dataset.lengths
+    assert max(len(batch) * lengths[list(batch)].max() for batch in batches) <= PACK
+    assert "padding" in " ".join(attached.summaries[0].notes)
+
+
+def test_batch_tokens_with_settings_that_contradict_it_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        ({}, {}, r"per_device_train_batch_size=2. Set it to 1"),
+        ({"per_device_train_batch_size": 1}, {}, r"Use pack_to= instead"),
+        ({}, {"pack_to": PACK}, r"pack_to=.*batch_tokens=.*one of the two"),
+    ]
+    for changes, options, sentence in cases:
+        with pytest.raises(ValueError, match=sentence):
+            attach(plain_trainer(tmp_path, tokenizer, **changes), curriculum(), batch_tokens=PACK, **options)
 
 
 class FirstGradients(TrainerCallback):

@@ -123,3 +123,27 @@ def test_what_packs_cannot_be_is_refused_with_the_argument() -> None:
     for argument, given_ in (("pack_to", {"capacity": 0}), ("pack_window", {"capacity": 9, "window": 0})):
         with pytest.raises(ValueError, match=argument):
             Packing(**given_)
+
+
+@settings(deadline=None)
+@given(lengths=LENGTHS, budget=st.integers(40, 300), window=st.sampled_from([1, 4, 64, 1000]))
+def test_padded_batches_hold_every_sample_once_within_their_tokens(lengths: IntArray, budget: int, window: int) -> None:
+    packing = Packing(capacity=budget, window=window, padded=True)
+    batches = packs_of(lengths, packing)
+    assert sorted(place for batch in batches for place in batch) == list(range(len(lengths)))
+    assert all(len(batch) * lengths[batch].max() <= budget for batch in batches)
+    assert [min(batch) for batch in batches] == sorted(min(batch) for batch in batches)
+    assert all(batch == sorted(batch) for batch in batches)
+    assert max(max(batch) - min(batch) for batch in batches) < 2 * window + budget
+    _, counts = pack_plan(EpochPlan(indices=np.arange(len(lengths))), lengths, packing)
+    padded = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
+    assert counts.padding == padded - lengths.sum()
+
+
+def test_padding_stays_under_three_percent() -> None:
+    lengths = np.clip(np.random.default_rng(0).lognormal(np.log(800), 0.8, 10_000), 8, 8192).astype(np.int64)
+    plan = EpochPlan(indices=np.arange(len(lengths)))
+    _, counts = pack_plan(plan, lengths, Packing(capacity=16_384, window=1024, padded=True))
+    assert counts.padding is not None
+    assert counts.padding < 0.03 * counts.tokens
+    assert "padding" in counts.sentence()

@@ -28,6 +28,10 @@ from distill_sampler.types import Batch, IntArray
 
 Overlong = Literal["refuse", "truncate", "split"]
 
+PACK_WINDOW = 64
+PADDED_WINDOW = 1024
+"""The windows of packs and of padded batches, where the user gives none."""
+
 _SAME = 1e-3
 """Largest difference between logits that count as equal, relative to the largest logit, in float32."""
 _SAME_LOW_PRECISION = 0.05
@@ -53,13 +57,13 @@ class PackedRows(torch.utils.data.Dataset[Any]):
         return [self._rows[sample] for sample in samples]
 
 
-def pack_through(trainer: Trainer) -> None:
+def pack_through(trainer: Trainer, packing: Packing) -> None:
     """Make the trainer's training data loader read packs. Evaluation does not change.
 
     Raises:
         ValueError: the trainer's collator does not lay samples end to end.
     """
-    collator = _laid_end_to_end(trainer.data_collator)
+    collator = trainer.data_collator if packing.padded else _laid_end_to_end(trainer.data_collator)
     get_dataloader: Any = trainer._get_dataloader
 
     def get_dataloader_of_packs(dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
@@ -76,12 +80,31 @@ def pack_through(trainer: Trainer) -> None:
     trainer._get_dataloader = get_dataloader_of_packs  # type: ignore[method-assign]
 
 
-def packing_of(trainer: Trainer, pack_to: int | str, window: int) -> Packing:
-    """The packing of `attach(pack_to=, pack_window=)`.
+def packing_of(
+    trainer: Trainer, pack_to: int | str | None, batch_tokens: int | None, window: int | None
+) -> Packing | None:
+    """The packing of `attach(pack_to=, batch_tokens=, pack_window=)`; None if nothing is packed.
 
     Raises:
-        ValueError: `pack_to` is not a number of tokens.
+        ValueError: an argument is not a number of tokens, or the trainer's settings contradict it.
     """
+    if batch_tokens is not None:
+        if pack_to is not None:
+            raise ValueError("pack_to= lays samples end to end, and batch_tokens= pads them. Give one of the two.")
+        size = trainer.args.per_device_train_batch_size
+        if size != 1:
+            raise ValueError(
+                f"batch_tokens={batch_tokens} makes batches of as many samples as fit, but "
+                f"per_device_train_batch_size={size}. Set it to 1: it counts such batches."
+            )
+        if lays_end_to_end(trainer.data_collator):
+            raise ValueError(
+                "batch_tokens= is for collators that pad, but this one lays samples end to end (padding_free=True?). "
+                "Use pack_to= instead."
+            )
+        return Packing(capacity=batch_tokens, window=PADDED_WINDOW if window is None else window, padded=True)
+    if pack_to is None:
+        return None
     capacity: Any = pack_to
     if pack_to == "max_length":
         capacity = trainer.args.max_length if is_sft_trainer(trainer) else None  # type: ignore[attr-defined]
@@ -91,7 +114,7 @@ def packing_of(trainer: Trainer, pack_to: int | str, window: int) -> Packing:
             )
     if not isinstance(capacity, int) or isinstance(capacity, bool):
         raise ValueError(f'pack_to={pack_to!r}: give a number of tokens, or "max_length".')
-    return Packing(capacity=capacity, window=window)
+    return Packing(capacity=capacity, window=PACK_WINDOW if window is None else window)
 
 
 def refuse_packed(rows: Any) -> None:
@@ -224,16 +247,25 @@ def refuse_crossing(model: nn.Module, collator: Any) -> None:
         )
 
 
+def lays_end_to_end(collator: Any) -> bool:
+    """Whether a collator is known to lay the samples of a batch end to end."""
+    return isinstance(collator, DataCollatorWithFlattening) or (_is_trls(collator) and collator.padding_free)
+
+
+def _is_trls(collator: Any) -> bool:
+    trl = sys.modules.get("trl.trainer.sft_trainer")
+    return trl is not None and type(collator) is trl.DataCollatorForLanguageModeling
+
+
 def _laid_end_to_end(collator: Any) -> Any:
     """The collator, if it lays samples end to end, or TRL's own, set to that mode.
 
     Raises:
         ValueError: it is another collator.
     """
-    if isinstance(collator, DataCollatorWithFlattening):
+    if lays_end_to_end(collator):
         return collator
-    trl = sys.modules.get("trl.trainer.sft_trainer")
-    if trl is not None and type(collator) is trl.DataCollatorForLanguageModeling:
+    if _is_trls(collator):
         return dataclasses.replace(collator, padding_free=True)
     raise ValueError(
         "pack_to= needs a collator that lays samples end to end, with position ids that restart, but the trainer has "

@@ -80,7 +80,8 @@ def attach(
     objective: Objective | Sequence[Objective] = (),
     manifests: bool = True,
     pack_to: int | Literal["max_length"] | None = None,
-    pack_window: int = 64,
+    batch_tokens: int | None = None,
+    pack_window: int | None = None,
     pack_overlong: Overlong = "refuse",
 ) -> None:
     """Let a curriculum decide what each epoch of this trainer trains on. Call it once, before `trainer.train()`.
@@ -130,7 +131,10 @@ def attach(
             constant number of packs: a plan that fills more is cut behind the last one, and one that fills fewer goes
             on with its first packs. The table of each plan says how full they are, and what was cut. None: every sample
             has a row of its own.
+        batch_tokens: for trainers that pad: make each batch of as many samples of like length as have at most so many
+            tokens with their padding. `per_device_train_batch_size` must be 1. Epochs are as with `pack_to`.
         pack_window: a pack is filled from so many samples that wait, in the plan's order. 1: strictly in its order.
+            None: 64, and with `batch_tokens` 1024, as batches need more samples to find like lengths among.
         pack_overlong: what to do with samples that have more tokens than a pack: `"refuse"`; `"truncate"` keeps their
             first tokens; `"split"` makes several samples of each, which are scored and chosen on their own.
 
@@ -143,11 +147,12 @@ def attach(
     args = trainer.args
     trained_rows: Any = trainer.train_dataset
     refuse_packed(trained_rows)
-    packing = None if pack_to is None else packing_of(trainer, pack_to, pack_window)
+    packing = packing_of(trainer, pack_to, batch_tokens, pack_window)
     source = source_rows(trained_rows)
     taps: list[Tap] = []
     if packing is not None:
-        taps.append(SeparateSamples(trainer))
+        if not packing.padded:
+            taps.append(SeparateSamples(trainer))
         trained_rows, source = fitted(trained_rows, packing.capacity, pack_overlong)
     end_tokens = end_token_ids(trainer.processing_class, trainer.model)
     rows, labels, tokens_cut = with_response_labels(
@@ -190,7 +195,7 @@ def attach(
     callback = CurriculumCallback(trainer, curriculum, taps=taps, accept_changes=accept_changes, manifests=manifests)
     sample_through(trainer, sampler)
     if packing is not None:
-        pack_through(trainer)
+        pack_through(trainer, packing)
     trainer.add_callback(callback)
     log_through(trainer, callback)
     train_through(trainer, callback)

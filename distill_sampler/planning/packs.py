@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from distill_sampler.field_docs import documents_fields
+from distill_sampler.planning.token_batches import lay_out_padded
 from distill_sampler.types import EpochPlan, IntArray
 
 _STRETCH_PACKS = 256
@@ -44,6 +45,14 @@ class Packing:
     """From how many waiting samples a pack is filled. 1: strictly in the plan's order."""
     num_packs: int | None = None
     """How many packs every epoch has. None: as many as the first plan fills."""
+    padded: bool = False
+    """Whether a pack is a batch whose samples are padded to the longest of them, instead of a row of samples laid end
+    to end. Its padding counts as tokens."""
+
+    @property
+    def argument(self) -> str:
+        """The argument of `attach` that asks for it."""
+        return "batch_tokens" if self.padded else "pack_to"
 
     @property
     def described(self) -> dict[str, int | None]:
@@ -51,7 +60,7 @@ class Packing:
         return asdict(self)
 
     def __post_init__(self) -> None:
-        for name, argument in (("capacity", "pack_to"), ("window", "pack_window")):
+        for name, argument in (("capacity", self.argument), ("window", "pack_window")):
             if getattr(self, name) < 1:
                 raise ValueError(f"{argument}={getattr(self, name)}: give a positive whole number.")
         if self.window > 2**15:
@@ -74,17 +83,22 @@ class PackCounts:
     """How many tokens are repeated from the plan's start to fill all packs."""
     moved: int
     """How many places a sample is moved at most."""
+    padding: int | None = None
+    """How many tokens of padding the epoch has; None: samples are laid end to end."""
 
     @property
     def fill(self) -> float:
-        """Which part of the packs' capacity is used."""
-        return self.tokens / (self.packs * self.capacity)
+        """Which part of the packs' capacity is used, padding included."""
+        return (self.tokens + (self.padding or 0)) / (self.packs * self.capacity)
 
     def sentence(self) -> str:
         """The numbers in words."""
+        what, padding = "packs", ""
+        if self.padding is not None:
+            what, padding = "batches", f" and {self.padding / self.tokens:.1%} padding"
         text = (
-            f"{self.packs} packs of up to {self.capacity} tokens, {self.fill:.1%} full: {self.tokens:,} tokens. "
-            f"Samples are up to {self.moved} places from where they were planned."
+            f"{self.packs} {what} of up to {self.capacity} tokens, {self.fill:.1%} full: {self.tokens:,} tokens"
+            f"{padding}. Samples are up to {self.moved} places from where they were planned."
         )
         if self.cut:
             text += f" The last {self.cut:,} tokens of the plan are left out."
@@ -118,7 +132,9 @@ def pack_plan(plan: EpochPlan, lengths: IntArray, packing: Packing) -> tuple[Epo
     bounds = np.concatenate([whole_rounds.ravel(), len(plan) * rounds + bounds[: more + 1]])
     places = np.arange(bounds[-1])
     chosen = plan.take(order[places % len(plan)])
-    tokens = int(lengths[chosen.indices].sum())
+    trained = lengths[chosen.indices]
+    tokens = int(trained.sum())
+    padded = int((np.maximum.reduceat(trained, bounds[:-1]) * np.diff(bounds)).sum())
     counts = PackCounts(
         packs=num_packs,
         capacity=packing.capacity,
@@ -126,6 +142,7 @@ def pack_plan(plan: EpochPlan, lengths: IntArray, packing: Packing) -> tuple[Epo
         cut=max(0, int(own.sum()) - tokens),
         repeated=max(0, tokens - int(own.sum())),
         moved=int(np.abs(order - np.arange(len(order))).max()),
+        padding=padded - tokens if packing.padded else None,
     )
     return EpochPlan(indices=chosen.indices, weights=chosen.weights, packs=bounds), counts
 
@@ -143,6 +160,8 @@ def lay_out(lengths: IntArray, packing: Packing) -> tuple[IntArray, IntArray]:
     assert len(lengths) == 0 or 1 <= lengths.min() <= lengths.max() <= packing.capacity
     if len(lengths) == 0:
         return np.zeros(0, np.int64), np.zeros(1, np.int64)
+    if packing.padded:
+        return lay_out_padded(lengths, packing.capacity, packing.window)
     if packing.window == 1:
         return np.arange(len(lengths)), _next_fit(lengths, packing.capacity)
     return _best_fit(lengths, packing.capacity, packing.window)
@@ -244,13 +263,13 @@ def require_same_packing(saved: Mapping[str, Any] | None, here: Packing | None) 
         return
     if saved is None:
         raise ValueError(
-            "The curriculum's state has no packs, but here plans are packed. Resume without pack_to=, or start a new "
-            "run from the checkpoint's weights."
+            "The curriculum's state has no packs, but here plans are packed. Resume without pack_to= and "
+            "batch_tokens=, or start a new run from the checkpoint's weights."
         )
     own = "none" if here is None else f"{here.num_packs} of {here.capacity} tokens (pack_window={here.window})"
     raise ValueError(
         f"The curriculum's state has epochs of {saved['num_packs']} packs of {saved['capacity']} tokens "
-        f"(pack_window={saved['window']}), but here they have {own}. Resume with pack_to={saved['capacity']}, "
-        f"pack_window={saved['window']}, and Curriculum(num_tokens={saved['num_packs'] * saved['capacity']}) if the "
-        "policies have changed."
+        f"(pack_window={saved['window']}), but here they have {own}. Resume with "
+        f"{Packing(**saved).argument}={saved['capacity']}, pack_window={saved['window']}, and "
+        f"Curriculum(num_tokens={saved['num_packs'] * saved['capacity']}) if the policies have changed."
     )

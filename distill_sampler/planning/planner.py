@@ -265,7 +265,7 @@ def _refuse_longer(lengths: IntArray, candidates: IntArray, packing: Packing) ->
     longer = candidates[lengths[candidates] > packing.capacity]
     if len(longer):
         raise ValueError(
-            f"pack_to={packing.capacity}: {len(longer)} of {len(candidates)} samples have more tokens, the longest "
-            f"{lengths[longer].max()} (first: row {longer[0]}). Make the packs larger, leave these samples out of the "
-            'data set, or say what to do with them: attach(…, pack_overlong="truncate") or "split".'
+            f"{packing.argument}={packing.capacity}: {len(longer)} of {len(candidates)} samples have more tokens, the "
+            f"longest {lengths[longer].max()} (first: row {longer[0]}). Make the packs larger, leave these samples out "
+            'of the data set, or say what to do with them: attach(…, pack_overlong="truncate") or "split".'
         )

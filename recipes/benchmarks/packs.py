@@ -6,9 +6,9 @@
 
 `fill` tokenises real traces (files of candidates, `prompt` and `response`) and packs two plans of each: every trace,
 and one of each prompt, both shuffled. Beside it is what batches of eight pad to. `scale` packs a plan of random
-lengths. `throughput` trains a small random Llama with TRL's `SFTTrainer` on the same traces four ways in turn: padded batches,
-`padding_free=True`, TRL's `packing=True`, and `attach(pack_to=)`; the table has the tokens of samples per second, and
-the ratio to padded batches, as medians over the rounds.
+lengths. `throughput` trains a small random Llama with TRL's `SFTTrainer` on the same traces in turn: padded batches,
+`padding_free=True`, TRL's `packing=True`, `attach(batch_tokens=)` and `attach(pack_to=)`; the table has the tokens of
+samples per second, and the ratio to padded batches, as medians over the rounds.
 """
 
 from __future__ import annotations
@@ -60,17 +60,8 @@ def lengths_of(path: Path, student: Path | None) -> tuple[IntArray, list[str]]:
 
 def fill(options: argparse.Namespace) -> None:
     table = Table(box=None)
-    for heading in (
-        "traces",
-        "plan",
-        "samples",
-        "tokens",
-        "pack_to",
-        "window 1",
-        "window 64",
-        "moved",
-        "padded batches",
-    ):
+    headings = ["traces", "plan", "samples", "tokens", "pack_to", "window 1", "window 64", "moved", "batches of 8"]
+    for heading in [*headings, "batch_tokens"]:
         table.add_column(heading, justify="left" if heading in ("traces", "plan") else "right")
     for path in options.files:
         lengths, prompts = lengths_of(path, options.student)
@@ -81,8 +72,13 @@ def fill(options: argparse.Namespace) -> None:
             fits = lengths <= capacity
             for name, indices in (("all", shuffled), ("one a prompt", rng.permutation(first))):
                 plan = EpochPlan(indices=indices[fits[indices]])
-                (_, strict), (_, packed) = (
-                    pack_plan(plan, lengths, Packing(capacity=capacity, window=window)) for window in (1, 64)
+                (_, strict), (_, packed), (_, batches) = (
+                    pack_plan(plan, lengths, packing)
+                    for packing in (
+                        Packing(capacity=capacity, window=1),
+                        Packing(capacity=capacity),
+                        Packing(capacity=capacity, window=1024, padded=True),
+                    )
                 )
                 own = lengths[plan.indices]
                 padded = sum(len(own[at : at + 8]) * own[at : at + 8].max() for at in range(0, len(own), 8))
@@ -96,6 +92,7 @@ def fill(options: argparse.Namespace) -> None:
                     f"{packed.fill:.1%}",
                     str(packed.moved),
                     f"{padded / own.sum():.2f}",
+                    f"{1 + (batches.padding or 0) / batches.tokens:.3f}",
                 )
     Console(width=140).print(table)
 
@@ -141,7 +138,7 @@ def throughput(options: argparse.Namespace) -> None:
         settings: dict[str, Any] = {"max_length": options.pack_to, "per_device_train_batch_size": options.batch_size}
         if way == "padding_free=True":
             settings.update(padding_free=True, max_length=None)
-        if way in ("packing=True", "attach(pack_to=)"):
+        if way in ("packing=True", "attach(pack_to=)", "attach(batch_tokens=)"):
             settings["per_device_train_batch_size"] = 1
         with tempfile.TemporaryDirectory() as folder:
             trainer = SFTTrainer(
@@ -162,13 +159,15 @@ def throughput(options: argparse.Namespace) -> None:
                     **settings,
                 ),
             )
-            if way == "attach(pack_to=)":
-                attach(trainer, Curriculum(metrics=[], policies=[Shuffle()]), pack_to=options.pack_to)
+            name = way.removeprefix("attach(").removesuffix("=)")
+            if name != way:
+                limit: dict[str, Any] = {name: options.pack_to}
+                attach(trainer, Curriculum(metrics=[], policies=[Shuffle()]), **limit)
             started = time.process_time()
             trainer.train()
             return float(lengths.sum() / (time.process_time() - started))
 
-    ways = ["packing=False", "padding_free=True", "packing=True", "attach(pack_to=)"]
+    ways = ["packing=False", "padding_free=True", "packing=True", "attach(batch_tokens=)", "attach(pack_to=)"]
     found: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(options.rounds):
         for way in ways if number % 2 == 0 else ways[::-1]:
