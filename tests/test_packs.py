@@ -31,7 +31,8 @@ def one_by_one(lengths: IntArray, packing: Packing) -> list[list[int]]:
     while waiting:
         fitting = [place for place in waiting if lengths[place] <= room]
         if fitting and packs:
-            place = min(fitting, key=lambda place: (-lengths[place], place))
+            oldest = min(waiting)
+            place = oldest if oldest in fitting else min(fitting, key=lambda place: (-lengths[place], place))
         else:
             place, room = min(waiting), packing.capacity
             packs.append([])
@@ -45,7 +46,7 @@ def one_by_one(lengths: IntArray, packing: Packing) -> list[list[int]]:
 
 @settings(deadline=None)
 @given(lengths=LENGTHS, packing=PACKINGS)
-def test_packs_are_filled_from_the_window_the_oldest_first_then_the_longest_that_fits(
+def test_packs_are_filled_with_the_oldest_of_the_window_and_once_it_does_not_fit_with_the_longest_that_does(
     lengths: IntArray, packing: Packing
 ) -> None:
     assert packs_of(lengths, packing) == one_by_one(lengths, packing)
@@ -77,6 +78,7 @@ def test_a_long_plan_is_packed_in_stretches_each_as_if_alone(capacity: int) -> N
         for start in range(0, len(lengths), 4096)
         for pack in packs_of(lengths[start : start + 4096], packing)
     ]
+    assert max(abs(place - now) for now, place in enumerate(place for pack in packs for place in pack)) < 64
     assert lengths.sum() / (len(packs) * capacity) > 0.98
 
 

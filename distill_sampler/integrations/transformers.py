@@ -133,7 +133,8 @@ def attach(
             has a row of its own.
         batch_tokens: for trainers that pad: make each batch of as many samples of like length as have at most so many
             tokens with their padding. `per_device_train_batch_size` must be 1. Epochs are as with `pack_to`.
-        pack_window: a pack is filled from so many samples that wait, in the plan's order. 1: strictly in its order.
+        pack_window: from how many samples of the plan a pack is filled; no sample is trained more places than that from
+            where it was planned. 1: strictly in the plan's order.
             None: 64, and with `batch_tokens` 1024, as batches need more samples to find like lengths among.
         pack_overlong: what to do with samples that have more tokens than a pack: `"refuse"`; `"truncate"` keeps their
             first tokens; `"split"` makes several samples of each, which are scored and chosen on their own.

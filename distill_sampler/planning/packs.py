@@ -1,9 +1,9 @@
 """Packs: the samples of a plan laid end to end in rows of a fixed number of tokens, after the plan was made.
 
-A window holds the next samples of the plan that are not packed yet. A pack takes the oldest sample of the window first,
-and then, again and again, the longest one that still fits. When none fits, the next pack begins. So a sample is trained
-at most a window of samples earlier than planned, and every new pack begins with the sample that has waited longest.
-(This is best fit with a bounded look-ahead; with a window of 1 it is next fit.)
+A window holds the next samples of the plan that are not packed yet. A pack takes the oldest sample of the window, again
+and again, as long as that fits. When it does not fit, the pack takes the longest sample of the window that does, and
+when none fits, the next pack begins, with the oldest. So packs keep the plan's order, and only what fills their ends is
+trained early, by at most a window of samples. (With a window of 1 this is next fit.)
 
 Packs depend on lengths alone, so equal arguments give equal packs on every process. A long plan is divided into
 stretches, which are packed independently and at the same time.
@@ -228,13 +228,15 @@ def _fill(lengths: IntArray, capacity: int, window: int, bits: int) -> IntArray:
     placed = np.empty((stretch, num_stretches), np.int64)
     distance = np.empty_like(waiting)
     for turn in range(stretch):
-        np.subtract(room, waiting, out=distance)
-        nearest = distance.min(0) if turn else np.full(num_stretches, upper_half)
-        chosen = room - nearest
-        begins = np.flatnonzero(nearest >= upper_half)
-        if len(begins):
-            oldest = (waiting[:, begins] & ages).argmax(0)
-            chosen[begins] = waiting[oldest, begins]
+        age = (waiting & ages).max(0)
+        chosen = waiting[slots[(ages - age).astype(np.int64), columns], columns]  # the oldest
+        crowded = np.flatnonzero(chosen > room)
+        if len(crowded):
+            np.subtract(room[crowded], waiting[:, crowded], out=distance[:, : len(crowded)])
+            nearest = distance[:, : len(crowded)].min(0)
+            fits = nearest < upper_half
+            chosen[crowded[fits]] = (room[crowded] - nearest)[fits]
+            begins = crowded[~fits]
             room[begins] = whole_room
             pack[begins] += 1
         room -= chosen & ~ages
