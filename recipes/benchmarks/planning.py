@@ -206,8 +206,8 @@ def measure_run(size: int) -> dict[str, float]:
                 policies=POLICIES,
                 num_samples=size // 4,
                 rescore=Rescore(fraction=0.1),
-                scorer=scorer,  # type: ignore[arg-type]
             )
+            curriculum.scorer = scorer  # type: ignore[assignment]
             curriculum.bind(dataset)
             curriculum.keep(folder, run="planning")
             return curriculum
