@@ -192,7 +192,7 @@ def main() -> None:
         work = {"ask": ask, "parquet": ask_parquet, "student": student}[what]
         print("\n" + json.dumps(work(Path(path), *map(int, more))))  # type: ignore[operator]
         return
-    print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+    print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", flush=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for samples, tokens in ((options.samples, options.tokens), (options.long, 2000)):
             path = Path(folder) / "t.arrow"
