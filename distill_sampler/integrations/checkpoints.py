@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_sampler.artifacts.manifest import damage
-from distill_sampler.artifacts.state import read_arrays
+from distill_sampler.artifacts.state import ARRAYS, read_arrays
 from distill_sampler.distributed import Ranks
 from distill_sampler.serialize import digest, unpacked
 
@@ -140,7 +140,7 @@ def _at_first_sight(checkpoint: Path) -> str:
         try:
             unpacked(curriculum, read_arrays(checkpoint))
         except ValueError as error:
-            return f"the curriculum's arrays in it are not whole: {str(error).rstrip('.')}"
+            return f"the curriculum's arrays in its {ARRAYS} are not whole: {str(error).rstrip('.')}"
         if progress.get("step") != state["global_step"]:
             return (
                 f"its {TRAINER_STATE} contradicts itself: the trainer is at step {state['global_step']}, the "

@@ -29,6 +29,7 @@ SAMPLE = [
     ("scheduler.pt", "zeros"),
     ("trainer_state.json", "flipped"),
     ("tokenizer.json", "cut"),
+    ("distill_sampler.safetensors", "deleted"),
     ("distill_sampler_manifest.json", "zeros"),
     ("distill_sampler_manifest.json", "deleted"),
 ]
