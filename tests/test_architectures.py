@@ -331,6 +331,10 @@ def test_a_learned_prompt_is_read_before_every_sequence(peft: Any, model: PreTra
         assert all(np.abs(a.surprisal - b.surprisal).max() > 0.1 for a, b in zip(plain, read(VIEWS), strict=True))
 
 
+def test_a_learned_prompt_counts_where_rotations_change(peft: Any) -> None:
+    assert switches_at(with_learned_prompt(peft, longrope(), "prompt tuning")) == 60 - 7
+
+
 def test_a_learned_prompt_is_not_observed(peft: Any, model: PreTrainedModel, dataset: ScoredDataset) -> None:
     Observer(model, dataset, METRICS)
     with pytest.raises(ValueError, match=r"observe=True"):

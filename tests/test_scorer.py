@@ -13,6 +13,7 @@ from transformers import AutoModel, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from distill_sampler import GlobalNaturalness, RankSurprisalRatio, ScoredDataset, Scorer
 from distill_sampler.protocols import Metric
 from distill_sampler.reading.batching import token_batches
+from distill_sampler.reading.blocks import units_of
 from distill_sampler.reading.forward import reading, unwrap
 from distill_sampler.types import Sample, TokenStats, View
 from tests import tiny
@@ -156,8 +157,18 @@ def test_a_sample_of_exactly_the_students_positions_is_read_and_one_token_more_i
         dataset = rows((40, 24), (40, 23), (40, 25))
         (scored,) = Scorer(progress=False).score(student, dataset, METRICS, np.arange(3))
         assert scored.too_long.tolist() == [2]
+        (traced,) = Scorer(progress=False).score(student, dataset, METRICS, np.arange(3), traces=[0, 2])
+        assert set(traced.traces) == {0}
         expected = reference(student, rows((40, 24), (40, 23)))
         assert_same({name: values[scored.indices.argsort()][:2] for name, values in scored.columns.items()}, expected)
+
+
+def test_samples_of_one_prompt_are_read_together_in_pieces_of_so_many_tokens() -> None:
+    prompt = list(range(1, 41))
+    data = [{"input_ids": [*prompt, *[90 + n] * 10], "labels": [-100] * 40 + [90 + n] * 10} for n in range(6)]
+    for unit_tokens, sizes in ((1000, [6]), (100, [2, 2, 2]), (50, [1] * 6)):
+        units = units_of(ScoredDataset(data), np.arange(6), unit_tokens)
+        assert np.bincount(units).tolist() == sizes
 
 
 def test_running_out_of_memory_halves_the_batches_and_loses_nothing(

@@ -196,6 +196,21 @@ def test_both_factors_are_rounded_before_they_are_multiplied(copied: str, monkey
     assert (stats["surprisal"] - unrounded["surprisal"]).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize(
+    ("states", "operands", "expected"),
+    [(torch.float32, None, False), (torch.bfloat16, None, True), (torch.float32, torch.bfloat16, True)],
+)
+def test_factors_are_multiplied_as_bfloat16_only_if_both_are(
+    states: torch.dtype, operands: torch.dtype | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, targets, weight = random_head(1, 20, 97, 16)
+    calls: list[bool] = []
+    plain = kernel._multiply_in_bfloat16
+    monkeypatch.setattr(kernel, "_multiply_in_bfloat16", lambda: calls.append(True) or plain())
+    token_stats(hidden.to(states), targets, linear(weight.to(states), None, AS_IT_IS, operands=operands))
+    assert bool(calls) is expected
+
+
 def test_one_room_serves_every_chunk_and_every_forward() -> None:
     room = kernel.Room()
     first = room(5, 7, torch.device("cpu"))
