@@ -258,7 +258,9 @@ def test_columns_that_do_not_give_the_rows_tokens_are_not_believed(
     data = laid_out(rows(), as_tokens_alone, merging)
     for row in data:
         row["messages"] = [{"role": "user", "content": "Other"}, {"role": "assistant", "content": "words"}]
-    assert scored(attached(sft_trainer(tmp_path, model, merging, data))) == expected_tokens(rows(), merging)
+    curriculum = attached(sft_trainer(tmp_path, model, merging, data))
+    assert scored(curriculum) == expected_tokens(rows(), merging)
+    assert not curriculum.dataset.cut.any()
 
 
 @pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated")
