@@ -49,7 +49,7 @@ def described(value: Any) -> str:
 def as_typed(value: Any) -> str:
     """A policy or metric as one would type it, without defaults: `BestOf('rank_surprisal_ratio', per='prompt_id')`.
 
-    A reader among its fields is written by its identity.
+    A reader among its fields is written by its identity, and what has no text that can be typed, in quotes.
     """
     if not is_dataclass(value) or isinstance(value, type):
         return f"{type(value).__name__}()"
@@ -61,6 +61,8 @@ def as_typed(value: Any) -> str:
             text = getattr(content, "__qualname__", None) or repr(content)
             if isinstance(content, Reader):
                 text = repr(content.identity)
+            elif text.startswith("<"):
+                text = repr(text)
             given.append(text if place == 0 and not each.kw_only else f"{each.name}={text}")
     return f"{type(value).__name__}({', '.join(given)})"
 

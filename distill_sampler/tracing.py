@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from distill_sampler.engines.token_bytes import tokens_of
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.metrics.provenance import (
     CLASSES,
@@ -30,7 +31,6 @@ from distill_sampler.metrics.spans import (
     common_sentences,
     log_probs_of_sentences,
     sentence_starts,
-    tokens_and_begins,
 )
 from distill_sampler.metrics.steps import Splitter, sentences
 from distill_sampler.protocols import PassInfo, Reader
@@ -88,7 +88,7 @@ def read_responses(
     begins: dict[int, IntArray] = {}
     for place, response in enumerate(responses):
         context = _context(response, tokenizer, plain=plain)
-        tokens, at = tokens_and_begins(response.text, tokenizer)
+        tokens, at = tokens_of(response.text, tokenizer)
         scored = np.arange(len(context) + len(tokens)) >= max(len(context), 1)  # nothing predicts a first token
         if len(scored) > reader.positions:
             found[place] = Missing.TOO_LONG

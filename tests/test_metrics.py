@@ -4,7 +4,6 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,21 +14,8 @@ import distill_sampler.metrics
 from distill_sampler import AslecDrop, GlobalNaturalness, RankSurprisalRatio
 from distill_sampler.protocols import Metric, PassInfo, Read, Reader
 from distill_sampler.testing import check_metric
-from distill_sampler.testing.metric import Characters
 from distill_sampler.types import Sample, TokenStats
-
-
-class PairsOfCharacters(Characters):
-    """A tokenizer with one token for two characters."""
-
-    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
-        ids = super().__call__(text)["input_ids"]
-        ids += [0x110000] * (len(ids) % 2)  # no character
-        return {"input_ids": [one * 0x110001 + other for one, other in zip(ids[::2], ids[1::2], strict=True)]}
-
-    def decode(self, ids: Iterable[int], **options: Any) -> str:
-        pairs = (divmod(pair, 0x110001) for pair in ids)
-        return "".join(chr(each) for pair in pairs for each in pair if each < 0x110000)
+from tests import tiny
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +26,7 @@ class Tutor(Reader):
 
     @property
     def tokenizer(self) -> Any:
-        return PairsOfCharacters()
+        return OWN_TOKENIZER
 
     def open(self, info: PassInfo) -> AbstractContextManager[Read]:
         raise NotImplementedError
@@ -55,6 +41,7 @@ class Sibling(Tutor):
         return None
 
 
+OWN_TOKENIZER = tiny.tokenizer(("t", "h"), ("e", "Ġ"))
 NEEDED = {"teacher": Tutor(), "reference": Tutor()}
 """What metrics must be given."""
 

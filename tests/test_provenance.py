@@ -25,6 +25,7 @@ from distill_sampler import (
     TeacherStudentGap,
     attach,
 )
+from distill_sampler.engines.token_bytes import tokens_of
 from distill_sampler.metrics.provenance import CLASSES, area_between, class_curves, class_shares, sensitivity
 from distill_sampler.metrics.spans import (
     SentenceLogProbs,
@@ -32,7 +33,6 @@ from distill_sampler.metrics.spans import (
     log_probs_of_sentences,
     sentence_starts,
     text_and_begins,
-    tokens_and_begins,
 )
 from distill_sampler.metrics.steps import sentences
 from distill_sampler.protocols import PassInfo
@@ -139,8 +139,8 @@ def test_a_sentence_whose_text_lies_in_the_token_before_it_is_joined(tokenizer: 
     starts = sentence_starts(text, sentences)
     assert [text[start:] for start in starts] == ["Is it A. B. See"]  # initials do not end a sentence
     starts = np.array([0, 8, 11])
-    _, begins = tokens_and_begins(text, theirs)
-    _, own = tokens_and_begins(text, tokenizer)
+    _, begins = tokens_of(text, theirs)
+    _, own = tokens_of(text, tokenizer)
     assert common_sentences(starts, own).tolist() == [0, 8, 11]
     assert common_sentences(starts, own, begins).tolist() == [0, 11]
     assert common_sentences(starts, begins[begins > 7]).tolist() == [0]  # the first sentences, with the one after them
@@ -158,11 +158,13 @@ def test_bytes_are_counted_not_characters() -> None:
 def test_tokens_begin_where_their_text_does_in_every_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     for text in ANSWERS:
         for own in (tokenizer, teacher_tokenizer()):
-            input_ids, begins = tokens_and_begins(text, own)
+            input_ids, begins = tokens_of(text, own)
             assert text_and_begins(input_ids, own)[0] == text
             exact = np.cumsum([0, *(len(bytes_of(token, own)) for token in input_ids.tolist())])[:-1]
             characters = np.cumsum([0, *(len(each.encode()) for each in text)])
-            assert begins.tolist() == [int(characters[characters <= byte].max()) for byte in exact]
+            assert begins.tolist() == exact.tolist()
+            of_characters = [int(characters[characters <= byte].max()) for byte in exact]
+            assert text_and_begins(input_ids, own)[1].tolist() == of_characters
 
 
 def log_probs(total: Sequence[float], tokens: Sequence[int], num_bytes: Sequence[int]) -> SentenceLogProbs:

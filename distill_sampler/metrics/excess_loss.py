@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from distill_sampler.field_docs import documents_fields
-from distill_sampler.metrics.second_model import SecondModelMetric
-from distill_sampler.protocols import Reader
+from distill_sampler.metrics.second_model import SecondModel, SecondModelMetric
 from distill_sampler.types import Sample, TokenStats
 
 
@@ -30,14 +29,15 @@ class ExcessLoss(SecondModelMetric):
     Weak spot: for a reference that was trained on the samples, all of them are easy. This is then the student's loss.
     """
 
-    reference: Reader
-    """The reference model: a `ModelReader`, with `tokenizer=` if that is not the student's."""
+    reference: SecondModel
+    """The reference model: the path of a store of its log-probabilities (`.arrow`), or a `ModelReader`, with
+    `tokenizer=` if that is not the student's."""
     name: str = "excess_loss"
     """Its name in policies, and the column of the score."""
 
     @property
-    def readers(self) -> Mapping[str, Reader]:
-        return {"reference": self.reference}
+    def second(self) -> tuple[str, SecondModel]:
+        return "reference", self.reference
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -45,6 +45,7 @@ class ExcessLoss(SecondModelMetric):
         return (f"{prefix}reference_loss", self.name)
 
     def reduce(self, sample: Sample, stats: Sequence[TokenStats]) -> Mapping[str, float]:
-        student, reference = (float(each.surprisal.sum(dtype=np.float64)) for each in stats)
+        _, of_reference = self.read_by_second(sample, stats)
+        student, reference = (float(each.sum(dtype=np.float64)) for each in (stats[0].surprisal, of_reference))
         tokens = len(stats[0].surprisal)
         return dict(zip(self.columns, (reference / tokens, (student - reference) / tokens), strict=True))

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from distill_sampler.field_docs import documents_fields
-from distill_sampler.metrics.second_model import OwnTokens, SecondModelMetric
-from distill_sampler.protocols import Reader
-from distill_sampler.types import Sample, TokenStats
+from distill_sampler.metrics.second_model import SecondModel, SecondModelMetric
+from distill_sampler.types import Sample, TokenStats, View
 
 
 @documents_fields
@@ -30,35 +29,36 @@ class Rho1Share(SecondModelMetric):
     half that means nothing.
     """
 
-    reference: Reader
-    """The reference model. It must have the student's tokenizer, because tokens are compared one by one."""
+    reference: SecondModel
+    """The reference model: a `ModelReader`, or the path of a store of its log-probabilities (`.arrow`). It must have
+    the student's tokenizer, because tokens are compared one by one."""
     threshold: float = 0.0
     """A token counts if its excess loss, in nats, is above this."""
     name: str = "rho1_share"
     """Its name in policies, and the column of the score."""
 
     @property
-    def readers(self) -> Mapping[str, Reader]:
-        return {"reference": self.reference}
+    def second(self) -> tuple[str, SecondModel]:
+        return "reference", self.reference
 
     @property
     def columns(self) -> tuple[str, ...]:
         prefix = "rho1" if self.name == "rho1_share" else self.name
         return (f"{prefix}_excess", self.name)
 
-    def own_tokens(self, sample: Sample) -> OwnTokens | None:
-        own = super().own_tokens(sample)
-        if own is not None and own.begins is not None:
+    def views(self, sample: Sample) -> Sequence[View] | None:
+        views = super().views(sample)
+        if views is not None and not self.second_reads_same_tokens(sample):
             raise ValueError(
                 "Rho1Share(reference=): the reference model has another tokenizer than the student, so their tokens "
                 "cannot be compared one by one. Give a reference of the student's family, or use ExcessLoss, which "
                 "compares whole responses."
             )
-        return own
+        return views
 
     def reduce(self, sample: Sample, stats: Sequence[TokenStats]) -> Mapping[str, float]:
-        student, reference = (each.surprisal.astype(np.float64) for each in stats)
-        excess = student - reference
+        _, of_reference = self.read_by_second(sample, stats)
+        excess = stats[0].surprisal.astype(np.float64) - of_reference.astype(np.float64)
         counts = excess > self.threshold
         mean = float(excess[counts].mean()) if counts.any() else 0.0
         return dict(zip(self.columns, (mean, float(counts.mean())), strict=True))

@@ -16,7 +16,11 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from distill_sampler.engines.alignment import Aligned
+from distill_sampler.engines.stored_teacher import StoredTeacher
+from distill_sampler.engines.token_bytes import tokens_of
 from distill_sampler.field_docs import documents_fields
+from distill_sampler.metrics.provenance import Provenance
 from distill_sampler.metrics.response import response_view
 from distill_sampler.metrics.spans import (
     SentenceLogProbs,
@@ -25,12 +29,11 @@ from distill_sampler.metrics.spans import (
     sentence_starts,
     stretches,
     text_and_begins,
-    tokens_and_begins,
 )
 from distill_sampler.metrics.steps import Splitter, sentences
 from distill_sampler.protocols import Metric, Reader
 from distill_sampler.serialize import described
-from distill_sampler.types import IntArray, Sample, TokenStats, View
+from distill_sampler.types import FloatArray, IntArray, Sample, TokenStats, View
 
 _TEXTS: WeakKeyDictionary[Sample, dict[int, ResponseText]] = WeakKeyDictionary()
 _VIEWS: WeakKeyDictionary[Sample, dict[tuple[str, str, str | None], OwnTokens]] = WeakKeyDictionary()
@@ -112,7 +115,7 @@ def _own_tokens(sample: Sample, name: str, own: Any, tokenizer: Any, prompt: str
         else:
             written = tokenizer.decode(sample.input_ids[before:start].tolist(), clean_up_tokenization_spaces=False)
             context = own(written, add_special_tokens=before == 0)["input_ids"]
-        tokens, at = tokens_and_begins(turn, own)
+        tokens, at = tokens_of(turn, own)
         input_ids += [np.array(context, np.int64), tokens]
         scored += [np.zeros(len(context), bool), np.ones(len(tokens), bool)]
         begins.append(at + first_byte)
@@ -144,6 +147,10 @@ def _prompt_in_template(value: Any, tokenizer: Any, column: str) -> list[int]:
     return tokens
 
 
+SecondModel = Reader | StoredTeacher | str
+"""A model that reads, numbers that one has left on disk, or the path of such a store (`.arrow`)."""
+
+
 @documents_fields
 @dataclass(frozen=True, kw_only=True, repr=False)
 class SecondModelMetric(Metric):
@@ -157,42 +164,99 @@ class SecondModelMetric(Metric):
     tokenizer: Any = field(default=None, compare=False)
     """Decodes the student's tokens. `attach` and the command line fill it in; in your own loop, pass it yourself."""
 
+    def __post_init__(self) -> None:
+        name, model = self.second
+        if isinstance(model, str) and model.endswith(".arrow"):
+            object.__setattr__(self, name, StoredTeacher(model))
+        elif not isinstance(model, Reader | StoredTeacher | str):
+            raise ValueError(f"{type(self).__name__}({name}={model!r}): {_WHAT_IT_TAKES}")
+
     def __repr__(self) -> str:
         """The configuration as text, the same in every process."""
         return described(self)
 
     @property
     @abstractmethod
+    def second(self) -> tuple[str, SecondModel]:
+        """The name of the field with the second model, and its value."""
+
+    @property
     def readers(self) -> Mapping[str, Reader]:
-        """The second model, under the name of its field."""
+        name, model = self.second
+        return {name: model} if isinstance(model, Reader) else {}
 
     @property
     def uses_columns(self) -> tuple[str, ...]:
-        return () if self.prompt is None else (self.prompt,)
+        _, model = self.second
+        key = model.key_column if isinstance(model, StoredTeacher) else None
+        return tuple(dict.fromkeys(name for name in (self.prompt, key) if name is not None))
 
     def with_tokenizer(self, tokenizer: Any) -> Self:
         return replace(self, tokenizer=tokenizer) if self.tokenizer is None else self
 
     def views(self, sample: Sample) -> Sequence[View] | None:
-        own = self.own_tokens(sample)
+        name, model = self.second
+        if isinstance(model, str):  # as a file of scores names it
+            raise ValueError(f"{type(self).__name__}({name}={model!r}): {_WHAT_IT_TAKES}")
+        if isinstance(model, StoredTeacher):
+            return None if self._stored(sample, model) is None else (response_view(sample),)
+        own = self._own(sample, name, model)
         return None if own is None else (response_view(sample), own.view)
 
-    def own_tokens(self, sample: Sample) -> OwnTokens | None:
-        """The sample as the second model reads it; None if no token of the response can be scored.
+    def read_by_second(self, sample: Sample, stats: Sequence[TokenStats]) -> tuple[IntArray | None, FloatArray]:
+        """What the second model makes of the response.
+
+        Returns:
+            `[tokens]` the byte of the response's text at which each of its tokens begins, or None if they are the
+            student's; and `[tokens]` their surprisals in nats.
+        """
+        name, model = self.second
+        if isinstance(model, StoredTeacher):
+            stored = self._stored(sample, model)
+            assert stored is not None, "there was a view"
+            return stored.begins, stored.surprisal
+        assert isinstance(model, Reader), "there was a view"
+        own = self._own(sample, name, model)
+        assert own is not None, "there was a view"
+        return own.begins, stats[1].surprisal
+
+    def second_reads_same_tokens(self, sample: Sample) -> bool:
+        """Whether the second model's tokens of the response are the student's, one by one."""
+        _, model = self.second
+        if isinstance(model, StoredTeacher):
+            stored = self._stored(sample, model)
+            return stored is not None and np.array_equal(stored.token_ids, sample.input_ids[sample.scored])
+        return isinstance(model, Reader) and (model.tokenizer is None or model.tokenizer is self.tokenizer)
+
+    def text(self, sample: Sample) -> ResponseText:
+        """The text of the response.
 
         Raises:
-            ValueError: the second model has a tokenizer of its own, and there is none to decode the sample's tokens.
+            ValueError: there is no tokenizer to decode the sample's tokens.
         """
-        ((name, reader),) = self.readers.items()
-        if reader.tokenizer is None or reader.tokenizer is self.tokenizer:
-            return OwnTokens(view=replace(response_view(sample), reader=name), begins=None)
-        self._require_tokenizer()
-        return own_tokens(sample, name, reader, self.tokenizer, self.prompt)
-
-    def _require_tokenizer(self) -> None:
         if self.tokenizer is None:
             kind = type(self).__name__
             raise ValueError(f"{kind} reads text, so it needs a tokenizer: pass {kind}(tokenizer=…). attach does this.")
+        return response_text(sample, self.tokenizer)
+
+    def _own(self, sample: Sample, name: str, reader: Reader) -> OwnTokens | None:
+        """The sample as a second model reads it; None if it has no token to say something of."""
+        if self.second_reads_same_tokens(sample):
+            return OwnTokens(view=replace(response_view(sample), reader=name), begins=None)
+        self.text(sample)  # refuses without a tokenizer
+        return own_tokens(sample, name, reader, self.tokenizer, self.prompt)
+
+    def _stored(self, sample: Sample, store: StoredTeacher) -> Aligned | None:
+        """What a store has of the response; None if that is nothing, or too little of it."""
+        key = None if store.key_column is None else sample.columns[store.key_column]
+        found = store.find("".join(self.text(sample).turns), key)
+        return found if found is not None and len(found.begins) else None
+
+
+_WHAT_IT_TAKES = (
+    "give a store of log-probabilities (a file ending in .arrow, which distill-sampler teacher-logprobs writes) or a "
+    "reader, such as ModelReader(model, tokenizer=…)."
+)
 
 
 @documents_fields
@@ -200,17 +264,26 @@ class SecondModelMetric(Metric):
 class SentenceMetric(SecondModelMetric):
     """Abstract base of metrics that compare the teacher's and the student's log-probabilities of each sentence."""
 
-    teacher: Reader
-    """The teacher: a `ModelReader`, with `tokenizer=` if that is not the student's."""
+    teacher: SecondModel
+    """The teacher: the path of a store of its log-probabilities (`.arrow`), or a `ModelReader`, with `tokenizer=` if
+    that is not the student's."""
     splitter: Splitter = sentences
     """Function from text to the positions where sentences begin; see `distill_sampler.metrics.steps`."""
     bytes_per_token: float | None = None
     """How a sentence's log-probability is normalised. None: by the number of the model's own tokens, as in the paper. A
     number, such as 4: by the sentence's bytes divided by it, which does not favour tokenizers with many tokens."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Provenance(bytes_per_token=self.bytes_per_token)  # refuses what is no number of bytes
+
     @property
-    def readers(self) -> Mapping[str, Reader]:
-        return {"teacher": self.teacher}
+    def second(self) -> tuple[str, SecondModel]:
+        return "teacher", self.teacher
+
+    def views(self, sample: Sample) -> Sequence[View] | None:
+        self.text(sample)  # refuses without a tokenizer, before anything is read
+        return super().views(sample)
 
     def by_sentence(self, sample: Sample, stats: Sequence[TokenStats]) -> tuple[SentenceLogProbs, SentenceLogProbs]:
         """The log-probabilities of each sentence of the response by the teacher and by the student, in this order.
@@ -218,24 +291,17 @@ class SentenceMetric(SecondModelMetric):
         Raises:
             ValueError: there is no tokenizer, or the splitter does not return ascending positions in the text.
         """
-        self._require_tokenizer()
-        own = self.own_tokens(sample)
-        assert own is not None, "there was a view"
-        response = response_text(sample, self.tokenizer)
-        begins = response.begins if own.begins is None else own.begins
+        response = self.text(sample)
         *turn_starts, num_bytes = response.turn_starts
         try:
-            starts = np.concatenate(
-                [
-                    sentence_starts(turn, self.splitter) + first
-                    for turn, first in zip(response.turns, turn_starts, strict=True)
-                ]
-            )
+            of_turns = [sentence_starts(turn, self.splitter) for turn in response.turns]
         except ValueError as error:
             raise ValueError(f"{type(self).__name__}, sample {sample.index}: {error}") from error
+        starts = np.concatenate([own + first for own, first in zip(of_turns, turn_starts, strict=True)])
+        begins, surprisal = self.read_by_second(sample, stats)
+        begins = response.begins if begins is None else begins
         starts = common_sentences(starts, begins, response.begins)
-        student, teacher = stats
         return (
-            log_probs_of_sentences(starts, num_bytes, begins, teacher.surprisal),
-            log_probs_of_sentences(starts, num_bytes, response.begins, student.surprisal),
+            log_probs_of_sentences(starts, num_bytes, begins, surprisal),
+            log_probs_of_sentences(starts, num_bytes, response.begins, stats[0].surprisal),
         )

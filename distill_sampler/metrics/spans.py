@@ -2,7 +2,7 @@
 
 Every model reads the whole text in its own tokens. Two rules make the log-probability of a sentence unambiguous:
 
-- a token belongs to the sentence in which its text *begins* (the rule of `steps.token_steps`);
+- a token belongs to the sentence in which its text *begins* (the rule of `engines.alignment` and `steps`);
 - if no token of some model begins in a sentence, its text is part of a token of the sentence before it, so the two are
   joined, for all models. (The first sentence is joined with the one after it.)
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from distill_sampler.engines.alignment import byte_starts, per_span
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.metrics.steps import Splitter, step_positions, text_and_offsets
 from distill_sampler.types import FloatArray, IntArray
@@ -53,8 +54,7 @@ def sentence_starts(text: str, splitter: Splitter) -> IntArray:
     """
     positions = step_positions(text, splitter)
     inside = positions[(positions > 0) & (positions < len(text))]
-    starts: IntArray = byte_positions(text)[np.unique(np.r_[0, inside])]
-    return starts
+    return byte_starts(text, np.unique(np.r_[0, inside]))
 
 
 def common_sentences(starts: IntArray, *begins: IntArray) -> IntArray:
@@ -82,12 +82,8 @@ def log_probs_of_sentences(
         begins: `[tokens]` the byte at which each token of the model begins.
         surprisal: `[tokens]` the surprisal of each token, in nats.
     """
-    sentence = np.searchsorted(starts, begins, side="right") - 1
-    return SentenceLogProbs(
-        log_prob=np.bincount(sentence, weights=-surprisal.astype(np.float64), minlength=len(starts)).astype(np.float64),
-        tokens=np.bincount(sentence, minlength=len(starts)),
-        num_bytes=np.diff(np.r_[starts, num_bytes]),
-    )
+    sums, tokens = per_span(begins, surprisal, starts)
+    return SentenceLogProbs(log_prob=-sums, tokens=tokens, num_bytes=np.diff(np.r_[starts, num_bytes]))
 
 
 def text_and_begins(input_ids: IntArray, tokenizer: Any) -> tuple[str, IntArray]:
@@ -96,36 +92,7 @@ def text_and_begins(input_ids: IntArray, tokenizer: Any) -> tuple[str, IntArray]
     A token that is a later part of a character begins where the character does.
     """
     text, offsets = text_and_offsets(input_ids, tokenizer)
-    return text, byte_positions(text)[offsets]
-
-
-def tokens_and_begins(text: str, tokenizer: Any) -> tuple[IntArray, IntArray]:
-    """The tokens of a text, without special tokens, `[tokens]`, and the byte at which each begins, `[tokens]`.
-
-    Raises:
-        ValueError: the tokens do not decode to the text, and the tokenizer gives no offsets.
-    """
-    encoded = tokenizer(text, add_special_tokens=False)["input_ids"]
-    input_ids = np.array(encoded, np.int64)
-    decoded, offsets = text_and_offsets(input_ids, tokenizer)
-    if decoded.endswith(text):  # some write a space before the first word
-        offsets = np.maximum(offsets - (len(decoded) - len(text)), 0)
-    elif getattr(tokenizer, "is_fast", False):  # a tokenizer of transformers that gives the offsets of its tokens
-        spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        offsets = np.maximum.accumulate(np.array(spans, np.int64).reshape(-1, 2)[:, 0])
-    else:
-        raise ValueError(
-            f"{type(tokenizer).__name__} changes the text that it reads, and gives no offsets of its tokens. Use a "
-            "fast tokenizer, such as transformers.AutoTokenizer returns where there is one."
-        )
-    return input_ids, byte_positions(text)[offsets]
-
-
-def byte_positions(text: str) -> IntArray:
-    """`[characters + 1]` the byte at which each character begins in UTF-8, and the number of bytes: `"é!" -> 0 2 3`."""
-    points = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), np.uint32)
-    widths = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
-    return np.concatenate([[0], np.cumsum(widths, dtype=np.int64)])
+    return text, byte_starts(text, offsets)
 
 
 def stretches(scored: Sequence[bool] | np.ndarray[Any, np.dtype[np.bool_]]) -> list[tuple[int, int]]:

@@ -44,6 +44,7 @@ class TeacherSentences(SentenceMetric):
     """Its name in policies, and the column of the score."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.by not in ("count", "share"):
             raise ValueError(f"TeacherSentences(by={self.by!r}): choose 'count' or 'share'.")
         if self.first_bytes is not None and self.first_bytes < 1:
