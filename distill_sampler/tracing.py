@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from distill_sampler.engines.stored_teacher import StoredTeacher
 from distill_sampler.engines.token_bytes import tokens_of
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.metrics.provenance import (
@@ -51,6 +52,8 @@ class Response:
     """The messages before it."""
     text: str
     """The text that the models read."""
+    key: Any = None
+    """The value of a store's key column, if the teacher is one."""
     correct: bool | None = None
     """Whether its answer is correct; None: unknown."""
 
@@ -113,6 +116,18 @@ def read_responses(
                 found[place] = (
                     TokenLogProbs(begins=begins[place], surprisal=stats.surprisal) if finite else Missing.NON_FINITE
                 )
+    return found
+
+
+def read_store(store: StoredTeacher, responses: Sequence[Response]) -> list[TokenLogProbs | Missing]:
+    """The log-probabilities that a teacher has left on disk for each response; or why there are none."""
+    found: list[TokenLogProbs | Missing] = []
+    for response in responses:
+        aligned = store.find(response.text, response.key)
+        if aligned is None or not len(aligned.begins):
+            found.append(Missing.NOT_APPLICABLE)
+        else:
+            found.append(TokenLogProbs(begins=aligned.begins, surprisal=aligned.surprisal))
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -163,8 +164,12 @@ def test_tokens_begin_where_their_text_does_in_every_tokenizer(tokenizer: PreTra
             exact = np.cumsum([0, *(len(bytes_of(token, own)) for token in input_ids.tolist())])[:-1]
             characters = np.cumsum([0, *(len(each.encode()) for each in text)])
             assert begins.tolist() == exact.tolist()
+            assert text_and_begins(input_ids, own)[1].tolist() == exact.tolist()
+            unknown = SimpleNamespace(decode=own.decode, batch_decode=own.batch_decode)  # whose bytes are not known
             of_characters = [int(characters[characters <= byte].max()) for byte in exact]
-            assert text_and_begins(input_ids, own)[1].tolist() == of_characters
+            assert text_and_begins(input_ids, unknown)[1].tolist() == of_characters
+    cut = tokens_of("é!", tokenizer)[0][:1]
+    assert text_and_begins(cut, tokenizer)[0] == "\ufffd"
 
 
 def log_probs(total: Sequence[float], tokens: Sequence[int], num_bytes: Sequence[int]) -> SentenceLogProbs:

@@ -15,7 +15,9 @@ def trace(
         list[str],
         typer.Argument(help="Responses: files (JSONL, JSON, Parquet), folders of them, or a data set on the hub."),
     ],
-    teacher: Annotated[str, typer.Option(help="The teacher: a folder, or the name of a model on the hub.")],
+    teacher: Annotated[
+        str, typer.Option(help="The teacher: a folder, the name of a model on the hub, or a store (.arrow).")
+    ],
     student: Annotated[str, typer.Option(help="The student before distillation.")],
     distilled: Annotated[str, typer.Option(help="The student after distillation.")],
     output: Annotated[Path, typer.Option(help="HTML file; it needs no network and runs no script.")] = Path(

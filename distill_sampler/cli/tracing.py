@@ -26,13 +26,14 @@ from transformers.utils import logging as transformers_logging
 from distill_sampler import ModelReader, Provenance
 from distill_sampler.cli.loading import load_model, load_tokenizer, locate, model_files, pick_device, pick_dtype
 from distill_sampler.column_names import VERDICTS
+from distill_sampler.engines.stored_teacher import StoredTeacher
 from distill_sampler.metrics.provenance import CLASSES
 from distill_sampler.policies.keep_correct import is_correct
 from distill_sampler.report.trace_page import write_trace
 from distill_sampler.serialize import hash_of, require_writable, write_atomically
 from distill_sampler.sources.candidates import Candidate, Layout, read_candidates
 from distill_sampler.sources.files import Bad, Sources
-from distill_sampler.tracing import MODELS, Response, TokenLogProbs, Trace, read_responses, trace
+from distill_sampler.tracing import MODELS, Response, TokenLogProbs, Trace, read_responses, read_store, trace
 from distill_sampler.types import Missing
 
 
@@ -81,17 +82,21 @@ def run(options: Options) -> Trace:
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     names = {name: str(getattr(options, name)) for name in MODELS}
-    folders = {name: locate(model) for name, model in names.items()}
+    stored = StoredTeacher(names["teacher"]) if names["teacher"].endswith(".arrow") else None
+    loaded = {name: model for name, model in names.items() if stored is None or name != "teacher"}
+    folders = {name: locate(model) for name, model in loaded.items()}
     tokenizers = {
         name: load_tokenizer(
             model, revision=folders[name][1], chat_template=None, trust_remote_code=options.trust_remote_code
         )
-        for name, model in names.items()
+        for name, model in loaded.items()
     }
-    responses = _responses(options, say)
+    responses = _responses(options, say, key=None if stored is None else stored.key_column)
     kept = options.table.with_name(f"{options.table.stem}.readings")
     readings: dict[str, list[TokenLogProbs | Missing]] = {}
-    for name in MODELS:
+    if stored is not None:
+        readings["teacher"] = read_store(stored, responses)
+    for name in loaded:
         folder, commit = folders[name]
         identity = _identity(options, model_files(folder, None), responses, f"{dtype} {device.type}")
         earlier = _kept(kept / f"{name}.npz", identity, len(responses))
@@ -130,7 +135,7 @@ def run(options: Options) -> Trace:
     return found
 
 
-def _responses(options: Options, say: Console) -> list[Response]:
+def _responses(options: Options, say: Console, *, key: str | None = None) -> list[Response]:
     """The responses of the data.
 
     Raises:
@@ -149,7 +154,7 @@ def _responses(options: Options, say: Console) -> list[Response]:
                 raise ValueError(f"{item.where}: {item.reason}. Repair the row, or leave it out with --on-error skip.")
             bad += 1
             continue
-        responses.append(_response(item, options.correct))
+        responses.append(_response(item, options.correct, key))
     if not responses:
         raise ValueError(f"None of the {bad} rows could be used.")
     say.print(f"{len(responses):,} responses ({layouts[0].describe()}).", markup=False)
@@ -160,7 +165,7 @@ def _responses(options: Options, say: Console) -> list[Response]:
     return responses
 
 
-def _response(candidate: Candidate, correct: str | None) -> Response:
+def _response(candidate: Candidate, correct: str | None, key: str | None) -> Response:
     """A candidate's last turn of the assistant, after all messages before it."""
     last = max(place for place, message in enumerate(candidate.messages) if message["role"] == "assistant")
     name = correct or next((name for name in VERDICTS if name in candidate.extra), "")
@@ -170,6 +175,7 @@ def _response(candidate: Candidate, correct: str | None) -> Response:
         prompt=tuple(candidate.messages[:last]),
         text=str(candidate.messages[last]["content"]),
         correct=None if verdict is None or verdict != verdict else is_correct(verdict, name),
+        key=None if key is None else candidate.extra.get(key),
     )
 
 

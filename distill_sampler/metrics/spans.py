@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from distill_sampler.engines.alignment import byte_starts, per_span
+from distill_sampler.engines.token_bytes import token_bytes
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.metrics.steps import Splitter, step_positions, text_and_offsets
 from distill_sampler.types import FloatArray, IntArray
@@ -89,8 +90,17 @@ def log_probs_of_sentences(
 def text_and_begins(input_ids: IntArray, tokenizer: Any) -> tuple[str, IntArray]:
     """The text of some tokens, and `[tokens]` the byte of it at which each token begins.
 
-    A token that is a later part of a character begins where the character does.
+    Where the bytes of the tokens are known and are those of the text, positions are exact, and found ten times as fast.
+    Else a token that is a later part of a character begins where the character does.
     """
+    if getattr(tokenizer, "is_fast", False):
+        try:
+            pieces = token_bytes(tokenizer)(input_ids)
+            text = b"".join(pieces).decode()
+        except ValueError:  # cut within a character, or a token that the tokenizer does not have
+            pieces, text = [], ""
+        if pieces and text == tokenizer.decode(input_ids.tolist(), clean_up_tokenization_spaces=False):
+            return text, np.cumsum([0, *map(len, pieces[:-1])], dtype=np.int64)
     text, offsets = text_and_offsets(input_ids, tokenizer)
     return text, byte_starts(text, offsets)
 

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from transformers import AutoTokenizer
 
 from distill_sampler import ModelReader, Provenance
 from distill_sampler.cli import tracing as tracing_module
+from distill_sampler.engines.writing import StoredRow, write_store
 from distill_sampler.metrics.provenance import CLASSES, SHARED
 from distill_sampler.report.trace_page import render_trace
-from distill_sampler.tracing import MODELS, Response, read_responses, trace
+from distill_sampler.tracing import MODELS, Response, TokenLogProbs, read_responses, trace
 from distill_sampler.types import Missing
 from tests import tiny
 from tests.cli.conftest import Ended, call, write_lines
@@ -128,6 +130,35 @@ def test_what_models_have_read_is_kept_and_read_by_other_thresholds(
     texts.write_text(texts.read_text(encoding="utf-8").replace("sum", "SUM"), encoding="utf-8")
     assert tracing(texts, models).code == 0
     assert loaded[4:] == list(MODELS)
+
+
+@pytest.mark.parametrize("key", [None, "uuid"])
+def test_a_store_takes_the_place_of_the_teacher(
+    texts: Path, models: dict[str, Path], tmp_path: Path, key: str | None
+) -> None:
+    rows = [json.loads(line) for line in texts.read_text(encoding="utf-8").splitlines()]
+    write_lines(texts, [{**row, "uuid": f"u{number}"} for number, row in enumerate(rows)])
+    assert tracing(texts, models).code == 0
+    live = pq.read_table(texts.parent / "trace.parquet").to_pylist()
+    own = AutoTokenizer.from_pretrained(models["teacher"])
+    responses = [
+        Response(where="", prompt=({"role": "user", "content": row["prompt"]},), text=row["response"]) for row in rows
+    ]
+    read = read_responses(ModelReader(tiny.model(0, vocab_size=300)), responses, tokenizer=own)
+    stored = [
+        StoredRow(text=row["response"], key=f"u{number}", begins=each.begins, surprisal=each.surprisal)
+        for number, (row, each) in enumerate(zip(rows, read, strict=True))
+        if isinstance(each, TokenLogProbs) and number != 1
+    ]
+    path = tmp_path / "store.arrow"
+    write_store(path, stored, {"model": "tiny", **({"key_column": key} if key else {})})
+    ended = tracing(texts, models, teacher=path)
+    assert ended.code == 0, ended.said
+    assert "responses left out, for the teacher" in ended.said
+    found = pq.read_table(texts.parent / "trace.parquet").to_pylist()
+    expected = [row for row in live if row["response"] != 1]
+    assert [row["class"] for row in found] == [row["class"] for row in expected]
+    assert [row["p_teacher"] for row in found] == pytest.approx([row["p_teacher"] for row in expected], abs=1e-5)
 
 
 def test_a_model_against_itself_has_shared_sentences_only(texts: Path, models: dict[str, Path]) -> None:
