@@ -116,13 +116,14 @@ def test_each_sentence_has_the_log_probability_of_a_forward_of_its_own(
     answer: str, prompt: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     student, teacher, theirs = tiny.model(), tiny.model(1, vocab_size=300), teacher_tokenizer()
+    theirs.chat_template = "{% for message in messages %}[{{ message['content'] }}]{% endfor %} >> "
     metric = TeacherStudentGap(teacher=ModelReader(teacher, tokenizer=theirs), tokenizer=tokenizer, prompt=prompt)
     sample = sample_of(answer, tokenizer)
     found = metric.by_sentence(sample, read(metric, sample, student))
     starts = np.r_[0, np.cumsum(found[0].num_bytes)[:-1]].tolist()
 
     context = sample.input_ids[: int(sample.scored.argmax())].tolist()
-    written = theirs(tokenizer.decode(context))["input_ids"]  # the template is ChatML for both
+    written = theirs("[What is 1 + 2?] >> " if prompt else tokenizer.decode(context))["input_ids"]
     for of_model, model, own, before in (
         (found[0], teacher, theirs, written),
         (found[1], student, tokenizer, context),

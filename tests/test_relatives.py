@@ -32,6 +32,7 @@ from distill_sampler import (
     ScoredDataset,
     Scorer,
 )
+from distill_sampler.engines.writing import StoredRow, write_store
 from distill_sampler.integrations.transformers import end_token_ids
 from distill_sampler.metrics.steps import by_pattern
 from distill_sampler.planning.planner import Planner
@@ -247,7 +248,12 @@ def test_policies_by_a_pool_score_keep_their_contract(policy: Policy, metric: Me
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_configuration_names_metrics_and_policies_that_there_are(config: Path) -> None:
+def test_a_configuration_names_metrics_and_policies_that_there_are(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    row = StoredRow(text="Yes.", begins=np.array([0]), surprisal=np.array([1.0]))
+    write_store(Path("store.arrow"), [row], {"model": "tiny"})
     options = yaml.safe_load(config.read_text(encoding="utf-8"))
     if config.stem != "distill":
         metrics = {metric.name for metric in parse_metrics(options["metrics"])}
