@@ -28,6 +28,7 @@ def stage(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         "tokenised": tokenised,
         "collate": DataCollatorForSeq2Seq(tokenizer),
         "model": model,
+        "teacher_model": tiny.model(1),
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
     }
 
