@@ -78,11 +78,13 @@ class Curriculum:
         require_arguments(
             "Curriculum",
             num_samples=(num_samples, "int | None"),
+            num_tokens=(num_tokens, "int | None"),
             rescore=(rescore or Rescore(), Rescore),
             observe=(observe, "bool"),
             seed=(seed, "int"),
             scorer=(scorer or Scorer(), Scorer),
             teacher=(teacher, "str"),
+            domain=(domain, "str"),
         )
         self.metrics = checked_metrics(metrics)
         self.policies = checked_policies(policies, self.metrics)

@@ -185,14 +185,21 @@ def _cut(batch: Mapping[str, Sequence[Any]], *, capacity: int, split: bool) -> d
 
 
 class SeparateSamples(Tap):
-    """Checks that samples of a pack do not see each other. (With a tap, every batch is compared with the plan.)"""
+    """Checks that samples of a pack do not see each other. (With a tap, every batch is compared with the plan.)
 
-    def __init__(self, trainer: Trainer) -> None:
+    Args:
+        trainer: whose collator lays samples end to end.
+        teachers: models that read the packs too.
+    """
+
+    def __init__(self, trainer: Trainer, teachers: Sequence[nn.Module] = ()) -> None:
         self._collator = _laid_end_to_end(trainer.data_collator)
+        self._teachers = teachers
 
     @contextmanager
     def open(self, model: nn.Module, *, step: int) -> Iterator[None]:
-        refuse_crossing(model, self._collator)
+        for reads in (model, *self._teachers):
+            refuse_crossing(reads, self._collator)
         yield
 
     def before(self, batch: Batch) -> None:

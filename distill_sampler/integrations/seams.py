@@ -86,7 +86,8 @@ def log_through(trainer: Trainer, callback: Follower) -> None:
     log = trainer.log
 
     def log_with_curriculum(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if not any(name.startswith("eval_") for name in logs):
+        # the trainer's own entries, which every process makes: the numbers are gathered from all of them
+        if {"loss", "train_runtime"} & logs.keys():
             logs.update(callback.numbers())
         log(logs, *args, **kwargs)
 
@@ -250,7 +251,8 @@ def loss_through(trainer: Trainer, objectives: Sequence[ObjectiveTap]) -> None:
 def prepare_through(trainer: Trainer, objectives: Sequence[Objective]) -> None:
     """Let objectives add modules of their own to the student when training starts, and remove them when it ends.
 
-    When training starts, a trainer whose optimizer was created before, without these modules, raises a ValueError.
+    When training starts, a trainer whose optimizer was created before, without these modules, raises a ValueError; so
+    does one that creates its student later (`model_init`).
     """
     train = trainer.train
 
@@ -258,14 +260,20 @@ def prepare_through(trainer: Trainer, objectives: Sequence[Objective]) -> None:
         model = trainer.model
         assert model is not None
         before = len(list(model.parameters()))
-        for objective in objectives:
-            objective.prepare(model)
-        if trainer.optimizer is not None and len(list(model.parameters())) > before:
-            raise ValueError(
-                f"objective={objectives[0].name}: the trainer already has an optimizer (optimizers=, or it was trained "
-                "before), which lacks the projections. Let a new trainer create its own optimizer."
-            )
         try:
+            for objective in objectives:
+                objective.prepare(model)
+            added = len(list(model.parameters())) > before
+            if added and trainer.model_init is not None:
+                raise ValueError(
+                    f"objective={objectives[0].name}: model_init= creates another student when training starts, which "
+                    "lacks the projections. Give the trainer model= instead."
+                )
+            if added and trainer.optimizer is not None:
+                raise ValueError(
+                    f"objective={objectives[0].name}: the trainer already has an optimizer (optimizers=, or it was "
+                    "trained before), which lacks the projections. Let a new trainer create its own optimizer."
+                )
             return train(*args, **kwargs)
         finally:
             for objective in objectives:

@@ -152,8 +152,6 @@ def attach(
     source = source_rows(trained_rows)
     taps: list[Tap] = []
     if packing is not None:
-        if not packing.padded:
-            taps.append(SeparateSamples(trainer))
         trained_rows, source = fitted(trained_rows, packing.capacity, pack_overlong)
     end_tokens = end_token_ids(trainer.processing_class, trainer.model)
     rows, labels, tokens_cut = with_response_labels(
@@ -191,8 +189,9 @@ def attach(
     setting = Setting(dataset, trainer.processing_class)
     objective_taps = [each.tap(setting) for each in objectives]
     taps += objective_taps
+    if packing is not None and not packing.padded:
+        taps.append(SeparateSamples(trainer, setting.models))
     trainer.train_dataset = trained_rows
-    callback = CurriculumCallback(trainer, curriculum, taps=taps, accept_changes=accept_changes)
     callback = CurriculumCallback(trainer, curriculum, taps=taps, accept_changes=accept_changes, manifests=manifests)
     sample_through(trainer, sampler)
     if packing is not None:

@@ -91,6 +91,11 @@ class _AttentionTransferTap(FollowsTeacher):
         self.teacher.watch.ask(attention=self._layers.values())
 
     def compare(self, student: Seen, shown: Seen, counted: Tensor, weights: Tensor) -> Tensor:
+        if not any(student.attention[own].requires_grad for own in self._layers):
+            raise ValueError(
+                "AttentionTransfer: the student's attention maps have no gradients, as under reentrant gradient "
+                "checkpointing. Set gradient_checkpointing_kwargs={'use_reentrant': False}, or leave it out."
+            )
         total = weights.new_zeros(())
         for own, other in self._layers.items():
             maps = [

@@ -31,6 +31,8 @@ class FollowsStudent(ObjectiveTap):
         """The samples of the batch that is trained on."""
         self.factor = 0.0
         """The objective's weight in the loss of this batch. At 0, nothing is computed."""
+        self._expected = False
+        """Whether the next forward pass of the student is that of a training batch."""
         self._counted: Tensor | None = None
         self._shown: Any = None
         self._value: Tensor | None = None
@@ -82,9 +84,15 @@ class FollowsStudent(ObjectiveTap):
 
     def expect(self, inputs: Mapping[str, Any], *, progress: float) -> None:
         self._value = self._counted = self._shown = None
+        self._expected = True
         self.factor = self.factor_at(progress)
         if self.factor:
             self._counted, self._shown = self.look(inputs)
+
+    def idle(self) -> Tensor | None:
+        """Zero, with what the objective trains in its graph, for batches in which its factor is 0; None: it trains
+        nothing of its own. DDP waits for the gradient of every parameter."""
+        return None
 
     def added_to(self, loss: Tensor, *, scale: float | Tensor) -> Tensor:
         """The loss of the batch.
@@ -92,8 +100,10 @@ class FollowsStudent(ObjectiveTap):
         Raises:
             ValueError: the trainer did not run the student's decoder.
         """
+        self._expected = False
         if not self.factor:
-            return loss
+            value, self._value = self._value, None
+            return loss if value is None else loss + value
         if self._value is None:
             raise ValueError(
                 f"objective={self.name}: this trainer's forward pass did not run the decoder of "
@@ -113,8 +123,11 @@ class FollowsStudent(ObjectiveTap):
 
     def _see(self, seen: Seen) -> Tensor | None:
         counted = self._counted
-        if counted is None or self._value is not None or not torch.is_grad_enabled():
+        if not self._expected or self._value is not None or not torch.is_grad_enabled():
             return None  # evaluation, or a second forward of the same batch
+        if counted is None:
+            self._value = self.idle()
+            return None if self._value is None else _held(seen.last, self._value)
         if seen.last.shape[:2] != counted.shape:
             raise ValueError(
                 f"objective={self.name}: the student has states for {tuple(seen.last.shape[:2])} positions, but the "
@@ -124,8 +137,7 @@ class FollowsStudent(ObjectiveTap):
         chosen = weights.to(counted.device)[counted]
         self._value = self.compare(seen, self._shown, counted, chosen)
         self._sums += torch.stack([self._value.detach().double(), chosen.double().sum()]).cpu()
-        held: Tensor = _Holding.apply(seen.last, self._value)  # type: ignore[no-untyped-call]
-        return held
+        return _held(seen.last, self._value)
 
 
 class FollowsTeacher(FollowsStudent):
@@ -168,6 +180,11 @@ class _Holding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
+
+
+def _held(states: Tensor, value: Tensor) -> Tensor:
+    held: Tensor = _Holding.apply(states, value)  # type: ignore[no-untyped-call]
+    return held
 
 
 def scheduled(value: Any, progress: float, *, argument: str, highest: float = float("inf")) -> float:

@@ -108,6 +108,12 @@ class _HiddenHintsTap(FollowsTeacher):
         student.ask(layers=self._layers)
         self.teacher.watch.ask(layers=self._layers.values())
 
+    def idle(self) -> Tensor | None:
+        if MODULE not in self.student._modules:
+            return None
+        zero: Tensor = sum(parameter.sum() for parameter in self.student.get_submodule(MODULE).parameters()) * 0.0
+        return zero
+
     def compare(self, student: Seen, shown: Seen, counted: Tensor, weights: Tensor) -> Tensor:
         total = weights.new_zeros(())
         for own, other in self._layers.items():

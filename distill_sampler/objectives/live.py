@@ -97,7 +97,10 @@ class LiveTeacher:
 
     def __init__(self, model: nn.Module) -> None:
         self.watch = Watch(model.eval().requires_grad_(False))
-        self._takes = set(inspect.signature(self.watch.decoder.forward).parameters) - {"use_cache"}
+        parameters = inspect.signature(self.watch.decoder.forward).parameters
+        self._takes = set(parameters) - {"use_cache"}
+        if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
+            self._takes |= _LIMITS
         self._transform: Any = None
         self._seen: Seen | None = None
         self._read: Any = None
@@ -147,6 +150,10 @@ class LiveTeacher:
         return cells
 
 
+_LIMITS = {"seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+"""What tells a model where samples that lie end to end in a row begin, besides their position ids."""
+
+
 class Setting:
     """What objectives know of the run that they are part of.
 
@@ -159,6 +166,11 @@ class Setting:
         self.dataset = dataset
         self.tokenizer = tokenizer
         self._live: dict[int, LiveTeacher] = {}
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """The models of the live teachers."""
+        return [teacher.watch.model for teacher in self._live.values()]
 
     def live(self, model: nn.Module) -> LiveTeacher:
         """The teacher that reads with this model: one for all objectives that name it, which share its forward pass."""

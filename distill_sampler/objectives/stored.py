@@ -67,7 +67,13 @@ class StoredTargets:
         Raises:
             ValueError: some have no targets in the store.
         """
-        missing = [sample.index for sample in self._samples(candidates) if self._find(sample) is None]
+        missing, highest = [], -1
+        for sample in self._samples(candidates):
+            found = self._find(sample)
+            if found is None:
+                missing.append(sample.index)
+            else:
+                highest = max(highest, int(found[0].max(initial=-1)))
         if missing:
             raise ValueError(
                 f"SoftTargets(teacher='{self._store.path}'): {len(missing)} of {len(candidates)} samples (first: "
@@ -75,9 +81,7 @@ class StoredTargets:
                 "it than the student. Make the store from this data with a teacher that has the student's tokenizer, "
                 "or leave these samples out of the data set."
             )
-        first = self._find(self._samples(candidates[:1])[0])
-        assert first is not None
-        if int(first[0].max()) >= columns:
+        if highest >= columns:
             raise ValueError(
                 f"SoftTargets(teacher='{self._store.path}'): the teacher predicts tokens beyond the student's "
                 f"{columns}, so it has another vocabulary. Use a store of a teacher with the student's tokenizer."

@@ -226,16 +226,17 @@ class Planner:
 
     def _samples_to_score(self) -> IntArray:
         constant = {name: np.ones(len(self.dataset), np.float32) for name in columns_of(self.metrics.values())}
-        pool = self.pool(0, constant, dry_run=True)
-        plan = EpochPlan(indices=self.candidates)
         read = np.zeros(len(self.dataset), bool)
-        for policy, after in apply_one_by_one(self.policies, plan, pool, self.seed):
-            if policy.uses_metrics:
-                needed = policy.samples_to_score(plan, pool)
-                if needed is None:
-                    return self.candidates
-                read[needed] = True
-            plan = after
+        for epoch, step in ((0, 0), *turning_points(self.policies)):  # stages may read the scores of other samples
+            pool = self.pool(epoch, constant, step=step, dry_run=True)
+            plan = EpochPlan(indices=self.candidates)
+            for policy, after in apply_one_by_one(self.policies, plan, pool, self.seed):
+                if policy.uses_metrics:
+                    needed = policy.samples_to_score(plan, pool)
+                    if needed is None:
+                        return self.candidates
+                    read[needed] = True
+                plan = after
         return np.flatnonzero(read) if read.any() else self.candidates
 
     def _groups(self, plans_rest: bool) -> IntArray:

@@ -199,3 +199,48 @@ def test_layers_are_found_by_their_number() -> None:
 def test_layers_are_pairs(of: Any, layers: Any) -> None:
     with pytest.raises(ValueError, match=rf"{of.__name__}\(layers=.*-1: -1"):
         of(teacher(), layers=layers)
+
+
+def test_a_weight_of_zero_keeps_the_projections_in_the_graph(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """DDP waits for the gradient of every parameter, whatever the objective weighs at this point of the run."""
+    trainer = trainer_of("SFTTrainer", tmp_path, tokenizer, max_steps=2)
+    objective = HiddenHints(teacher(), weight=lambda progress: 0.0 if progress < 0.5 else 1.0)
+    attach(trainer, curriculum(), objective=objective)
+    gradients = []
+    step = trainer.training_step
+
+    def noted(model: nn.Module, *args: Any) -> Any:
+        loss = step(model, *args)
+        gradients.append(model.get_submodule(f"{MODULE}.1").weight.grad.clone())
+        return loss
+
+    trainer.training_step = noted
+    trainer.train()
+    assert not gradients[0].any()
+    assert gradients[1].any()
+
+
+def test_attention_without_gradients_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    trainer = trainer_of(
+        "SFTTrainer",
+        tmp_path,
+        tokenizer,
+        model=tiny.model(attn_implementation="eager"),
+        max_steps=1,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": True},
+    )
+    attach(trainer, curriculum(), objective=AttentionTransfer(teacher()))
+    with pytest.raises(ValueError, match=r"AttentionTransfer.*'use_reentrant': False"):
+        trainer.train()
+
+
+def test_a_refused_start_leaves_the_student_as_it_was(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    trainer = trainer_of("SFTTrainer", tmp_path, tokenizer, max_steps=1)
+    trainer.create_optimizer()
+    attach(trainer, curriculum(), objective=HiddenHints(teacher()))
+    with pytest.raises(ValueError, match=r"hidden_hints.*optimizer"):
+        trainer.train()
+    assert not hasattr(trainer.model, MODULE)
