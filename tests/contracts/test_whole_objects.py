@@ -39,6 +39,7 @@ BEFORE_BIND = {
     "seed",
     "scorer",
     "teacher",
+    "domain",
 }
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "start_epoch": (0, None),
