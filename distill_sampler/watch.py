@@ -1,9 +1,10 @@
 """Watches a scoring pass on several processes. If a process hangs or dies, the job ends with a message that names it.
 
-Processes that wait for another one in a collective say nothing, and some backends never stop waiting. So each process
-notes which block it has reached, and a thread publishes that, with the current line of its Python code, through the
-process group's store. If a process makes no progress for nearly the process group's timeout (`ddp_timeout` of a
-trainer), its thread compares all processes. The culprits are those that are behind and do not wait themselves.
+Processes that wait for another one in a collective report nothing, and some backends never stop waiting. So each
+process records which block it has reached, and a thread publishes this, with the current line of its Python code,
+through the process group's store. If a process makes no progress for 90% of the process group's timeout
+(`ddp_timeout` of a trainer), its thread compares all processes. The culprits are those that are behind and are not
+waiting themselves.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from distill_sampler.distributed import Ranks
 logger = logging.getLogger(__name__)
 
 _SHARE = 0.9
-"""The watch gives up after this share of the timeout. Collectives give up later, and cannot say who is missing."""
+"""The watch gives up after this share of the timeout, before the collectives, which cannot say who is missing."""
 _KEY = "distill_sampler/watch"
 
 
@@ -40,9 +41,9 @@ class Place(NamedTuple):
     block: int = 0
     """Counted from 1; 0: the pass has just begun."""
     is_read: bool = False
-    """Whether this process has read its share, and needs the others' numbers."""
+    """Whether this process has read its share and waits for the numbers of the others."""
     waits: bool = False
-    """Whether it is in the code of a collective."""
+    """Whether it is inside a collective."""
     where: str = ""
     """The current line of its main thread."""
 
@@ -57,8 +58,8 @@ class Watch:
     Args:
         ranks: the processes.
         store: the store through which they publish their places.
-        timeout: for how many seconds a process may make no progress.
-        give_up: called with the message. By default it ends the process.
+        timeout: the longest time in seconds that a process may make no progress.
+        give_up: called with the message, and whether this process is behind. By default it ends the process.
         scoring_pass: the number of the pass, the same on all processes.
     """
 
@@ -93,19 +94,19 @@ class Watch:
         self._thread.join()
 
     def begin_block(self) -> None:
-        """This process begins the next block."""
+        """Record that this process begins the next block."""
         self._come_to(self._place._replace(block=self._place.block + 1, is_read=False))
 
     def begin_forward(self) -> None:
-        """This process begins a forward pass."""
+        """Record that this process begins a forward pass."""
         self._come_to(self._place)
 
     def end_block(self) -> None:
-        """This process has read its share of the block."""
+        """Record that this process has read its share of the block."""
         self._come_to(self._place._replace(is_read=True))
 
     def silent(self) -> list[int]:
-        """The processes that no longer publish their place: they are dead, or stopped."""
+        """The processes that no longer publish their place, because they are dead or stopped."""
         before = self._published()
         for _ in range(4):
             time.sleep(self._every)
@@ -122,11 +123,11 @@ class Watch:
                 self._publish()
                 if time.monotonic() - self._since > _SHARE * self._timeout:
                     key = f"{_KEY}/verdict/{self._place.scoring_pass}"
-                    # the first verdict holds for all processes; later, processes are silent because they have ended
+                    # the first verdict counts for all processes; later, some are silent because they have ended
                     verdict = json.loads(self._store.compare_set(key, "", json.dumps(self._verdict())))
                     self._give_up(verdict[0], self._ranks.rank in verdict[1])
                     return
-            except Exception as error:  # the store died, with the process that holds it
+            except Exception as error:  # the store's process has died
                 if time.monotonic() - self._since > _SHARE * self._timeout:
                     self._give_up(f"Scoring has stopped: the process group's store does not answer ({error}).", True)
                     return
@@ -141,7 +142,7 @@ class Watch:
         return {rank: json.loads(self._store.get(key)) for rank, key in keys.items() if self._store.check([key])}
 
     def _verdict(self) -> tuple[str, list[int]]:
-        """The message, and the processes that are behind."""
+        """The message, and the ranks of the processes that are behind."""
         silent = set(self.silent())
         places = {rank: Place(*found[1:]) for rank, found in self._published().items()}
         first = min(place[:3] for place in places.values())
@@ -152,11 +153,10 @@ class Watch:
             for rank in sorted(behind)
         )
         if len(behind) == self._ranks.world_size:
-            names += ". It is not known which of them hangs"
+            names += ". Which of them hangs is unknown"
         return (
-            f"Scoring hangs: rank {self._ranks.rank} has made no progress for {_SHARE * self._timeout:.0f} s, and "
-            f"processes may wait for each other for {self._timeout:.0f} s (ddp_timeout). Behind are: {names}. The job "
-            "ends here.",
+            f"Scoring hangs: rank {self._ranks.rank} has made no progress for {_SHARE * self._timeout:.0f} s, and the "
+            f"timeout is {self._timeout:.0f} s (ddp_timeout). Behind are: {names}. The job ends now.",
             sorted(behind),
         )
 
@@ -167,9 +167,9 @@ _longest = math.inf
 
 
 def set_timeout(seconds: float) -> None:
-    """No process may come no further in scoring for so long, even if the process group's own timeout is longer.
+    """Set the longest time that a process may make no progress in scoring, if the process group's timeout is longer.
 
-    Hosts do not always pass the timeout that users set to the process group (transformers 5.23 does not on a CPU).
+    Hosts do not always give the process group the timeout that users set (transformers 5.23 does not on a CPU).
     """
     global _longest
     _longest = seconds
@@ -177,7 +177,7 @@ def set_timeout(seconds: float) -> None:
 
 @contextmanager
 def watch(ranks: Ranks) -> Iterator[Watch | None]:
-    """Watch a scoring pass, if it has several processes. All of them call it."""
+    """Watch a scoring pass, if there are several processes. All of them must call this."""
     global _current, _num_passes
     if ranks.world_size == 1:
         yield None
@@ -185,7 +185,7 @@ def watch(ranks: Ranks) -> Iterator[Watch | None]:
     _num_passes += 1
     of_group = distributed_c10d._get_default_group()._get_backend(ranks.device).options._timeout
     timeout = min(_longest, of_group.total_seconds())
-    # a connection of its own: the store's may be blocked by a collective that waits for its peers
+    # a separate connection, because a collective that waits for its peers may block the store's own
     store: Any = distributed_c10d._get_default_store()
     store = store.clone()
     with Watch(ranks, store, timeout=timeout, scoring_pass=_num_passes) as _current:
@@ -201,7 +201,7 @@ def watch(ranks: Ranks) -> Iterator[Watch | None]:
 
 
 def _line_of(thread: int) -> tuple[bool, str]:
-    """Whether a thread is in the code of a collective, and the line that it is at."""
+    """Whether a thread is inside a collective, and its current line."""
     frame = sys._current_frames().get(thread)
     if frame is None:
         return False, "its end"
@@ -218,7 +218,7 @@ def begin_forward() -> None:
 
 
 def _end_process(sentence: str, is_behind: bool) -> None:
-    """Say it and end this process at once: the main thread is stuck in a collective, or in whatever hangs."""
+    """Print the message and end this process at once, because its main thread is stuck."""
     sys.stderr.write(f"\n{sentence}\n")
     if is_behind:
         faulthandler.dump_traceback(all_threads=True)

@@ -1,6 +1,6 @@
-"""What frozen readers gave, as files in a run's folder, so that a resume in another process does not read it again.
+"""The statistics of frozen readers, saved in a run's folder, so that a resumed run need not compute them again.
 
-Each scoring pass adds one file with what it read. A row is one view, known by its content and by the reader's identity.
+Each scoring pass adds one file. Each row is one view, identified by its content and the reader's identity.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _STATISTICS = [each.name for each in fields(TokenStats) if each.name != "cost"]
 
 
 def load_readings(readings: Readings, folder: Path, identities: Collection[str]) -> None:
-    """Add what a folder has of these readers. A file that is damaged or cannot be read is passed over with a warning,
-    and its views are read again.
+    """Load the saved statistics of these readers. A file that is damaged or unreadable is skipped with a warning, and
+    its views are read again.
 
     Args:
-        readings: what is known in this process.
+        readings: the statistics of this process, to which the saved ones are added.
         folder: the folder. It need not exist.
         identities: the readers' identities.
     """
@@ -36,14 +36,16 @@ def load_readings(readings: Readings, folder: Path, identities: Collection[str])
         try:
             table = read_part(path)
         except (OSError, ValueError) as error:
-            logger.warning("What frozen readers gave cannot be taken from %s, so they read it again: %s", path, error)
+            logger.warning(
+                "Statistics of frozen readers in %s cannot be loaded, so they read it again: %s", path, error
+            )
             continue
         rows = [row for row in table.to_pylist() if row["reader"] in identities]
         readings.keep((((row["reader"], row["view"]), _statistics(row)) for row in rows), saved=True)
 
 
 def save_readings(readings: Readings, folder: Path) -> None:
-    """Write what readers gave since the last time, as one file. If that fails, training goes on with a warning."""
+    """Write the statistics that are new since the last call, as one file. If that fails, it logs a warning."""
     new = readings.take_unsaved()
     if not new:
         return
@@ -58,7 +60,9 @@ def save_readings(readings: Readings, folder: Path) -> None:
         write_part(pa.table(given), folder, f"{len(list(folder.glob('*.parquet'))):07d}")
     except OSError as error:
         logger.warning(
-            "What frozen readers gave cannot be kept in %s (%s). A resume will read it again.", folder, error
+            "The statistics of frozen readers cannot be saved in %s (%s). A resumed run will compute them again.",
+            folder,
+            error,
         )
 
 
@@ -68,6 +72,6 @@ def _statistics(row: Mapping[str, Any]) -> TokenStats:
 
 
 def _array(name: str, values: list[Any]) -> Any:
-    # ranks are halves with mid ranks
+    # mid ranks can be half-integers
     whole = name in ("rank", "ties") and all(value == int(value) for value in values)
     return np.array(values, np.int64 if whole else np.float32)

@@ -1,14 +1,14 @@
-"""A checkpoint's manifest: name, size and hash of every file in it, so that damage is found before anything is loaded.
+"""A checkpoint's manifest: the name, size and hash of every file, so that damage is found before anything is loaded.
 
     CHECKPOINT/distill_sampler_manifest.json
 
-Weights, optimizers and random states with a flipped bit load without a word, and training goes on with other numbers.
-So every file of a checkpoint is read once more after the save, in a thread beside training (XXH3, out of the memory
-that the operating system has it in still), and the manifest is written last. A checkpoint without one is an older one,
-or the run was killed before the thread had ended.
+Weights, optimizers and random states with a flipped bit load without an error, and training goes on with wrong numbers.
+So after each save, a thread reads every file of the checkpoint once more while training goes on. It hashes them with
+XXH3, usually from the operating system's page cache, and writes the manifest last. A checkpoint has no manifest if an
+older version saved it, or if the run was killed before the thread finished.
 
-Files that came later are not in the manifest, and are not looked at. A file that was changed on purpose does not match
-it any more: delete the manifest then.
+Files that are added later are not in the manifest and are not checked. If you change a file on purpose, it no longer
+matches: delete the manifest.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "distill_sampler_manifest.json"
 FORMAT = 1
 _THREADS = 4
-"""That hash beside training, which needs the other cores."""
+"""Number of threads that hash during training, which needs the other cores."""
 _ATTEMPTS = 3
 
 
@@ -41,9 +41,9 @@ def write_manifest(checkpoint: Path, *, threads: int | None = None, beside: bool
 
     Args:
         checkpoint: the folder, with all files in it and below it.
-        threads: that hash at a time; None: one more than there are cores.
-        beside: make it beside the folder, which may be being uploaded, under a name that a trainer never uploads, and
-            move it in when it is complete. False: make it in the folder.
+        threads: number of threads that hash files; None: one more than there are cores.
+        beside: write the manifest next to the folder, under a name that a trainer never uploads, and move it into the
+            folder when it is complete, because the folder may be uploaded meanwhile. False: write it in the folder.
 
     Raises:
         OSError: a file cannot be read, or the manifest cannot be written.
@@ -73,14 +73,15 @@ def write_manifest(checkpoint: Path, *, threads: int | None = None, beside: bool
 
 
 def damage(checkpoint: Path, readers: Ranks | None = None) -> str:
-    """What of a checkpoint does not match its manifest, as the rest of a sentence; empty if all does, or it has none.
+    """How a checkpoint differs from its manifest, as the end of a sentence. Empty if it matches or has no manifest.
 
     Args:
         checkpoint: the folder.
-        readers: the processes that read it together. Each looks at its share of the files. None: this one at all.
+        readers: the processes that read the checkpoint together. Each checks its share of the files. None: this process
+            checks all files.
 
     Raises:
-        OSError: a file is there and cannot be read.
+        OSError: a file exists but cannot be read.
     """
     try:
         files = _read(checkpoint / MANIFEST)
@@ -106,20 +107,20 @@ def _read(path: Path) -> Mapping[str, Any]:
     """The entries of a manifest.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged.
+        FileNotFoundError: there is no manifest.
+        ValueError: the manifest is damaged.
     """
     manifest = json.loads(path.read_bytes())
     if not isinstance(manifest, dict) or manifest.get("digest") != digest(manifest):
         raise ValueError("the content does not match the digest")
     if manifest["format"] != FORMAT:
-        logger.warning("%s was written by another version of distill_sampler. The files are not compared.", path)
+        logger.warning("%s was written by another version of distill_sampler, so the files are not checked.", path)
         return {}
     return dict(manifest["files"])
 
 
 def _stamps(checkpoint: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of the last change of all files in a folder and below it, by name, without the manifest."""
+    """Size and modification time of every file in a folder and its subfolders, except the manifest, by name."""
     found = {}
     for folder, _, names in os.walk(checkpoint):
         for path in (Path(folder, name) for name in names):
@@ -129,12 +130,12 @@ def _stamps(checkpoint: Path) -> dict[str, tuple[int, int]]:
 
 
 class Manifests:
-    """Writes the manifests of a run's checkpoints, each in a thread beside training.
+    """Writes the manifests of a run's checkpoints in a thread while training goes on.
 
-    All processes call the methods, at the same places of the run.
+    All processes call the methods at the same points of the run.
 
     Args:
-        write: whether this process is the one that writes.
+        write: whether this process writes the manifests.
         beside: see `write_manifest`.
     """
 
@@ -142,15 +143,15 @@ class Manifests:
         self._write = write
         self._beside = beside
         self._saved: Path | None = None
-        """The last checkpoint, until its manifest is begun."""
+        """The last checkpoint, until the writing of its manifest begins."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="manifest")
         self._writing: Future[None] | None = None
 
     def saving(self, checkpoint: Path, ranks: Ranks) -> None:
-        """Before a checkpoint is written: an old manifest in its folder is no longer true.
+        """Call before a checkpoint is written. Removes an old manifest from its folder.
 
-        The manifest of the one before is written first, because the trainer deletes the checkpoints whose folders
-        changed longest ago.
+        Waits until the manifest of the previous checkpoint is written, because writing it changes the folder's
+        modification time, and the trainer deletes the checkpoints with the oldest ones.
         """
         self.begin(ranks)
         self.wait()
@@ -158,11 +159,11 @@ class Manifests:
             (checkpoint / MANIFEST).unlink(missing_ok=True)
 
     def saved(self, checkpoint: Path) -> None:
-        """This process has written its files of a checkpoint. Callbacks of others may still add and remove some."""
+        """Call when this process has written its files of a checkpoint. Callbacks may still add or remove files."""
         self._saved = checkpoint
 
     def begin(self, ranks: Ranks) -> None:
-        """Begin the manifest of the checkpoint that was saved last, if there is one without."""
+        """Begin to write the manifest of the last saved checkpoint, if that has not begun yet."""
         if self._saved is None:
             return
         checkpoint, self._saved = self._saved, None
@@ -171,7 +172,7 @@ class Manifests:
             self._writing = self._thread.submit(_write_or_say, checkpoint, self._beside)
 
     def wait(self) -> None:
-        """Wait until the manifests that were begun are written."""
+        """Wait until the manifest that was begun is written."""
         if self._writing is not None:
             self._writing.result()
             self._writing = None
@@ -183,5 +184,5 @@ def _write_or_say(checkpoint: Path, beside: bool) -> None:
     except (OSError, ValueError) as error:
         if checkpoint.is_dir():  # else it was deleted meanwhile
             logger.warning(
-                "%s gets no manifest (%s). A resume from it will not notice damage of a few bytes.", checkpoint, error
+                "%s gets no manifest (%s). A resume from it will not notice a few damaged bytes.", checkpoint, error
             )

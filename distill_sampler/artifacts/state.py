@@ -1,7 +1,7 @@
-"""The curriculum's state in a checkpoint: JSON with a version and a hash, and its arrays in a file beside it.
+"""The curriculum's state in a checkpoint: JSON with a version and a hash, and a file beside it with the arrays.
 
-The JSON has a hash of each array. So JSON and file may be written one after the other: without the other, or with that
-of another checkpoint, neither is taken.
+The JSON has a hash of each array, so the two files need not be written at the same moment. If one of them is missing or
+belongs to another checkpoint, both are refused.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from distill_sampler.serialize import digest, packed, unpacked, write_atomically
 STATE_VERSION = 6
 
 ARRAYS = "distill_sampler.safetensors"
-"""The file in a checkpoint folder that has the arrays."""
+"""Name of the file in a checkpoint folder that holds the arrays."""
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
 def as_state(content: Mapping[str, Any], arrays: dict[str, npt.NDArray[Any]] | None = None) -> dict[str, Any]:
-    """A state as JSON, with version and hash.
+    """A state as JSON, with its version and hash.
 
     Args:
-        content: JSON values and arrays, in dictionaries.
-        arrays: where to put the arrays. None: into the JSON, compressed.
+        content: dictionaries of JSON values and arrays.
+        arrays: a dictionary that the arrays are added to. None: they are compressed into the JSON.
     """
     state = packed({"version": STATE_VERSION, **content}, arrays)
     return {**state, "digest": digest(state)}
 
 
 def content_of(state: Mapping[str, Any], arrays: Arrays | None = None) -> dict[str, Any]:
-    """What `as_state` was given, once it is known to be whole.
+    """The content that was given to `as_state`, after the hashes have been checked.
 
     Raises:
         ValueError: the state or an array is damaged, or the state has another version.
@@ -58,7 +58,7 @@ def content_of(state: Mapping[str, Any], arrays: Arrays | None = None) -> dict[s
 
 
 def write_arrays(arrays: dict[str, npt.NDArray[Any]], folder: Path) -> None:
-    """Write the arrays of a state beside it.
+    """Write the arrays of a state into the checkpoint folder.
 
     Raises:
         OSError: the folder cannot be written.
@@ -68,7 +68,7 @@ def write_arrays(arrays: dict[str, npt.NDArray[Any]], folder: Path) -> None:
 
 
 def read_arrays(folder: Path) -> dict[str, npt.NDArray[np.generic]]:
-    """The arrays beside a state; none if there is no file.
+    """The arrays of a state from the checkpoint folder; empty if there is no file.
 
     Raises:
         ValueError: the file cannot be read.
@@ -77,5 +77,5 @@ def read_arrays(folder: Path) -> dict[str, npt.NDArray[np.generic]]:
         return load((folder / ARRAYS).read_bytes())
     except FileNotFoundError:
         return {}
-    except (OSError, safetensors.SafetensorError, KeyError) as error:  # KeyError: a type that numpy does not have
+    except (OSError, safetensors.SafetensorError, KeyError) as error:  # KeyError: a dtype that NumPy lacks
         raise ValueError(f"{ARRAYS} cannot be read ({error}).") from None

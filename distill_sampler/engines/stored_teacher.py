@@ -1,7 +1,7 @@
-"""A teacher's log-probabilities from disk, found by key or by text and laid on the text that is asked about.
+"""Reads a teacher's log-probabilities from a store on disk, by key or by text, and aligns them with a response's text.
 
-The teacher's side is computed once (`distill-sampler teacher-logprobs`) and memory-mapped from then on: a process holds
-16 bytes for each row that can be found, and no numbers.
+The teacher reads the data once (`distill-sampler teacher-logprobs`). The store is then memory-mapped: a process keeps
+an index of 16 bytes a row in memory, and none of the log-probabilities.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ _IDENTITY = (
     "system_prompt",
     "top_k",
 )
-"""The facts that numbers depend on."""
+"""The facts that determine the log-probabilities."""
 
 
 class StoredTeacher:
     """A store of a teacher's log-probabilities.
 
     Args:
-        path: what `distill-sampler teacher-logprobs` wrote.
-        min_coverage: share of a response's bytes that the teacher's tokens must cover, from 0 to 1; None: as when the
-            store was made. A response that is covered less has no numbers.
+        path: a file that `distill-sampler teacher-logprobs` wrote.
+        min_coverage: the share of a response's bytes that the teacher's tokens must cover, from 0 to 1. `find` returns
+            None for a response with a smaller share. None: the value with which the store was made.
 
     Raises:
-        ValueError: the file is no store, is damaged or of another version, or `min_coverage` is no share.
+        ValueError: the file is not a store, is damaged or has another version, or `min_coverage` is not from 0 to 1.
     """
 
     def __init__(self, path: str | Path, *, min_coverage: float | None = None) -> None:
@@ -54,34 +54,36 @@ class StoredTeacher:
         self.path = Path(path)
         self._file = _opened(self.path)
         self.facts: Mapping[str, Any] = decode_facts(self._file.schema.metadata)
-        """What the numbers belong to: `model`, `revision`, `numerics`, `temperature`, `processed`, `template`, …"""
+        """How the numbers were made: `model`, `revision`, `numerics`, `temperature`, `processed`, `template`, …"""
         if self.facts.get("kind") != KIND:
             raise ValueError(
-                f"{path} holds no log-probabilities of a teacher; make a store with distill-sampler teacher-logprobs."
+                f"{path} is not a store of a teacher's log-probabilities. Make one with distill-sampler "
+                "teacher-logprobs."
             )
         if self.facts.get("schema") != VERSION:
             raise ValueError(
-                f"{path} is a store of version {self.facts.get('schema')}, and this is version {VERSION}: make it anew "
-                "with distill-sampler teacher-logprobs, or use the release of distill_sampler that wrote it."
+                f"{path} is a store of version {self.facts.get('schema')}, but this distill_sampler reads version "
+                f"{VERSION}. Make the store again with distill-sampler teacher-logprobs, or use the release of "
+                "distill_sampler that wrote it."
             )
         self.min_coverage = float(self.facts.get("min_coverage", 0.9) if min_coverage is None else min_coverage)
         self.top_k = int(self.facts["top_k"])
-        """How many of the likeliest tokens are stored for each place; 0: none."""
+        """How many of the most probable tokens are stored at each position; 0: none."""
         self.key_column: str | None = self.facts.get("key_column")
-        """The column of the data set by whose values rows are found; None: they are found by their text."""
+        """The column of the data set whose values are the keys of the rows; None: rows are found by their text."""
         self._said: set[str] = set()
         if self.facts.get("processed"):
             self._say(
                 "processed",
-                "The log-probabilities in %s are processed (temperature %s): they are not those of the model itself. "
-                "Compare them only with numbers that were made in the same way.",
+                "The log-probabilities in %s were recorded after processing (temperature %s), so they differ from the "
+                "model's own. Compare them only with numbers that were processed in the same way.",
                 path,
                 self.facts.get("temperature"),
             )
 
     @cached_property
     def identity(self) -> str:
-        """What the numbers depend on, the numbers themselves included. Not where the file lies."""
+        """The model's name, and a hash of the log-probabilities and of how they were made. The path has no effect."""
         told = {name: self.facts.get(name) for name in _IDENTITY}
         return f"stored {self.facts.get('model', 'teacher')} {digest(told)}"
 
@@ -95,24 +97,25 @@ class StoredTeacher:
         return int(self._starts[-1])
 
     def find(self, text: str, key: object = None) -> Aligned | None:
-        """The teacher's numbers on the text of a response.
+        """The teacher's log-probabilities for a response.
 
         Args:
-            text: the response's text. Found by key it may be cut off or trimmed.
-            key: the value of `key_column`. None: the row is found by its text, white space aside.
+            text: the response's text. With a key, the text may be truncated or trimmed.
+            key: the value of `key_column`. None: the row is found by its text, ignoring white space.
 
         Returns:
-            The numbers, with places in `text`. None: there are none, or they cover too little of the text. The log says
-            so once.
+            The log-probabilities, with each token's position in `text`. None: the store does not have the response, or
+            its tokens cover less than `min_coverage` of the text. The first time, a warning is logged.
 
         Raises:
-            ValueError: the store has no keys, or the text stands in it with different numbers.
+            ValueError: a key is given but the store has no keys, or the store has the text several times with different
+                log-probabilities.
         """
         row = self._by_text(text) if key is None else self._by_key(str(key))
         if row is None:
             how = "by its text" if key is None else f"by {self.key_column} = {key!r}"
             cure = (
-                " Texts are found when they are whole; a store that is made with --key-column finds shortened ones too."
+                " Only whole texts can be found. A store that is made with --key-column also finds truncated ones."
                 if key is None
                 else ""
             )
@@ -124,8 +127,9 @@ class StoredTeacher:
         if found.coverage < self.min_coverage or not len(found.begins):
             self._say(
                 "coverage",
-                "%s covers %.1f %% of a response's text (%.60r), less than min_coverage=%s: it has no numbers. If the "
-                "store is of another text, make it from this one; else lower min_coverage.",
+                "The tokens in %s cover %.1f %% of a response's text (%.60r), less than min_coverage=%s, so they are "
+                "not used. If the store was made from other data, make it again from this data. Otherwise lower "
+                "min_coverage.",
                 self.path,
                 100 * found.coverage,
                 text,
@@ -147,7 +151,7 @@ class StoredTeacher:
 
     @cached_property
     def _index(self) -> dict[str, tuple[HashArray, IntArray]]:
-        """By column of hashes, the hashes in order and their rows. Filled when a column is first asked."""
+        """For each column of hashes, the sorted hashes and their rows. A column is added at its first search."""
         return {}
 
     def _rows(self, column: Literal["key_hash", "text_hash"], value: int) -> list[int]:
@@ -164,7 +168,7 @@ class StoredTeacher:
         return rows
 
     def _value(self, row: int, column: str) -> Any:
-        """One value of a row: a scalar of Arrow, where it lies in the file."""
+        """One value of a row: an Arrow scalar in the memory-mapped file."""
         batch = int(np.searchsorted(self._starts, row, side="right")) - 1
         return self._batches[batch][column][row - int(self._starts[batch])]
 
@@ -174,8 +178,8 @@ class StoredTeacher:
     def _by_key(self, key: str) -> int | None:
         if self.key_column is None:
             raise ValueError(
-                f"{self.path} was made without --key-column, so it cannot be asked for the key {key!r}. Ask by the "
-                "text alone, or make the store with --key-column."
+                f"{self.path} was made without --key-column, so it has no key {key!r}. Find the response by its text "
+                "alone, or make the store again with --key-column."
             )
         rows = (row for row in self._rows("key_hash", key_hash(key)) if self._value(row, "key").as_py() == key)
         return next(rows, None)
@@ -195,8 +199,8 @@ class StoredTeacher:
             if not np.array_equal(self._numbers(first, "logprobs"), self._numbers(other, "logprobs")):
                 raise ValueError(
                     f"{self.path} holds the response {text[:60]!r} {len(contents)} times with different "
-                    "log-probabilities, because it answers different prompts. Name a column that tells the samples "
-                    "apart when the store is made (--key-column), and keep it in the data set."
+                    "log-probabilities, because it answers different prompts. Make the store again with --key-column "
+                    "and a column whose values identify the samples, and keep that column in the data set."
                 )
         return rows[0]
 
@@ -229,7 +233,7 @@ class StoredTeacher:
 
 
 def _numpy(array: pa.Array) -> Any:
-    """An array of numbers where it lies. (Arrow's own conversion loads pandas first.)"""
+    """A NumPy view of an array of numbers, without a copy. (Arrow's own conversion imports pandas first.)"""
     if not len(array):
         return np.zeros(0, array.type.to_pandas_dtype())
     return np.frombuffer(array.buffers()[1], array.type.to_pandas_dtype())[array.offset : array.offset + len(array)]
@@ -241,7 +245,7 @@ def _again(path: Path, min_coverage: float) -> StoredTeacher:
 
 def _opened(path: Path) -> pa.ipc.RecordBatchFileReader:
     if not path.is_file():
-        raise ValueError(f"There is no store {path} of a teacher's log-probabilities; check the path.")
+        raise ValueError(f"There is no store of a teacher's log-probabilities at {path}; check the path.")
     try:
         return pa.ipc.open_file(pa.memory_map(str(path)))
     except (pa.ArrowException, OSError) as error:

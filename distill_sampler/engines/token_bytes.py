@@ -1,4 +1,4 @@
-"""The bytes that each token of a tokenizer stands for, and a text in a tokenizer's own tokens with their places."""
+"""The bytes of each token in a tokenizer's vocabulary, and the tokens of a text with their byte positions."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ _KNOWN: WeakKeyDictionary[Any, TokenBytes] = WeakKeyDictionary()
 
 
 class TokenBytes:
-    """Gives the bytes of tokens, even of tokens that are part of a UTF-8 character. Use `token_bytes` to make one.
+    """Converts tokens to bytes, including tokens that are only a part of a UTF-8 character. Made by `token_bytes`.
 
-    Byte-level BPE (GPT, Llama 3, Qwen) and SentencePiece (Gemma, Mistral) are read from the vocabulary. Tokens of other
-    tokenizers are decoded one after the other.
+    For byte-level BPE (GPT, Llama 3, Qwen) and SentencePiece (Gemma, Mistral), the bytes are looked up in the
+    vocabulary. With other tokenizers, tokens are decoded one after the other.
 
     Args:
-        tokenizer: of transformers, a fast one.
+        tokenizer: a fast tokenizer of transformers.
 
     Raises:
-        ValueError: it is a slow tokenizer.
+        ValueError: the tokenizer is slow.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         if not tokenizer.is_fast:
-            raise ValueError(f"{type(tokenizer).__name__} gives no offsets of its tokens. Use a fast tokenizer.")
+            raise ValueError(
+                f"{type(tokenizer).__name__} is slow and gives no offsets of tokens. Use a fast tokenizer."
+            )
         self._backend = tokenizer.backend_tokenizer
         self._name = tokenizer.name_or_path or type(tokenizer).__name__
         decoder = self._backend.decoder
@@ -43,7 +45,7 @@ class TokenBytes:
         self._apart = np.array(sorted(added), np.int64)
 
     def __call__(self, token_ids: Sequence[int] | IntArray) -> list[bytes]:
-        """The bytes of each token; of a special token its name.
+        """The bytes of each token. For a special token, these are the bytes of its name.
 
         Raises:
             ValueError: the tokenizer has no such token.
@@ -57,8 +59,8 @@ class TokenBytes:
         return [table[number] for number in ids]
 
     def apart(self, token_ids: Sequence[int] | IntArray) -> BoolArray:
-        """`[tokens]` True for tokens that were added to the vocabulary, such as special ones, which may be absent from
-        a text."""
+        """`[tokens]` True for tokens that were added to the vocabulary, such as special tokens. A text need not contain
+        them."""
         found: BoolArray = np.isin(np.asarray(token_ids, np.int64), self._apart)
         return found
 
@@ -75,8 +77,8 @@ class TokenBytes:
         if token is None:
             raise ValueError(
                 f"The tokenizer {self._name} has no token {number} (its vocabulary has "
-                f"{self._backend.get_vocab_size()}), so the token ids are of another model. Give the tokenizer of the "
-                "teacher that wrote them (--tokenizer)."
+                f"{self._backend.get_vocab_size()}), so the token ids belong to another tokenizer. Pass the tokenizer "
+                "of the teacher that generated them (--tokenizer)."
             )
         return token
 
@@ -92,10 +94,10 @@ class TokenBytes:
 
 
 def token_bytes(tokenizer: Any) -> TokenBytes:
-    """A tokenizer's `TokenBytes`, made once.
+    """The `TokenBytes` of a tokenizer, which is made once.
 
     Raises:
-        ValueError: it is a slow tokenizer.
+        ValueError: the tokenizer is slow.
     """
     if tokenizer not in _KNOWN:
         _KNOWN[tokenizer] = TokenBytes(tokenizer)
@@ -103,15 +105,15 @@ def token_bytes(tokenizer: Any) -> TokenBytes:
 
 
 def tokens_of(text: str, tokenizer: Any) -> tuple[IntArray, IntArray]:
-    """A text in a tokenizer's own tokens, without special tokens in front or behind.
+    """Tokenises a text, without adding special tokens.
 
     Args:
         text: the text.
-        tokenizer: of transformers, a fast one.
+        tokenizer: a fast tokenizer of transformers.
 
     Returns:
-        `[tokens]` the token ids, and `[tokens]` the byte of the text's UTF-8 at which each token begins. A token whose
-        text is not in the text (a tokenizer may normalise it) begins where the one before it does.
+        `[tokens]` the token ids, and `[tokens]` the byte of the text's UTF-8 at which each token begins. If a token is
+        not in the text, because the tokenizer normalises it, it begins where the token before it begins.
     """
     ids = np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
     known = token_bytes(tokenizer)
@@ -120,7 +122,7 @@ def tokens_of(text: str, tokenizer: Any) -> tuple[IntArray, IntArray]:
 
 
 def _byte_level() -> dict[str, int]:
-    """The character that byte-level BPE writes for each byte: itself if it can be seen, else one from 256 on."""
+    """Maps the characters of byte-level BPE to bytes. Printable bytes are themselves; the others are U+0100 and up."""
     seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in seen]
     return {chr(byte): byte for byte in seen} | {chr(256 + place): byte for place, byte in enumerate(others)}

@@ -1,22 +1,22 @@
-"""How a teacher's log-probabilities lie on disk: the columns of a store, and how one is written.
+"""The file format of a store of a teacher's log-probabilities, and how to write one.
 
-A store is an Arrow IPC file, which is memory-mapped: opening it reads nothing, and a row is read where it lies. (A row
-of a Parquet file can only be read with the thousands that are compressed with it.) A row is one response:
+A store is a memory-mapped Arrow IPC file: opening it reads no rows, and each row can be read alone. (In a Parquet file,
+reading one row decompresses the thousands of rows in its row group.) Each row is one response:
 
-| column | type | what |
+| column | type | meaning |
 |---|---|---|
-| `key` | string | the value of the user's key column; null without one |
+| `key` | string | the value of the user's key column; null if there is none |
 | `text` | string | the response's text |
-| `key_hash`, `text_hash` | uint64 | by which a row is found |
-| `content_hash` | uint64 | of prompt and response as they stand in the data |
-| `coverage` | float32 | share of the text's bytes that lie in a token |
-| `absent` | int32 | the teacher's tokens that are not in the text |
-| `token_ids` | list of int32 | the teacher's tokens that are in the text; empty if only their texts are known |
+| `key_hash`, `text_hash` | uint64 | hashes by which a row is found |
+| `content_hash` | uint64 | hash of the prompt and the response in the data |
+| `coverage` | float32 | share of the text's bytes that the tokens cover |
+| `absent` | int32 | number of the teacher's tokens that are not in the text |
+| `token_ids` | list of int32 | the teacher's tokens in the text; empty if only their texts are known |
 | `logprobs` | list of float32 | their log-probabilities |
-| `begins` | list of int32 | the byte of the text at which each begins |
-| `top_ids`, `top_logprobs` | lists of int32, float16 | for each token in turn the k likeliest in its place |
+| `begins` | list of int32 | the byte of the text at which each token begins |
+| `top_ids`, `top_logprobs` | lists of int32, float16 | for each token, the k most probable tokens at its position |
 
-What the numbers belong to is in the file's metadata.
+The file's metadata says how the numbers were made.
 """
 
 from __future__ import annotations
@@ -37,38 +37,38 @@ from distill_sampler.types import FloatArray, IntArray
 VERSION = 1
 KIND = "teacher log-probabilities"
 BATCH_BYTES = 1 << 26
-"""Bytes of a record batch. Opening a store looks at each batch once, and writing one holds one."""
+"""Bytes of a record batch. Opening a store visits each batch once. Writing a store holds one batch in memory."""
 
 
 @documents_fields
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StoredRow:
-    """A teacher's log-probabilities of one response."""
+    """A teacher's log-probabilities for one response."""
 
     text: str
     """The response's text."""
     surprisal: FloatArray
-    """`[tokens]` of the tokens that are in the text, in nats."""
+    """`[tokens]` surprisal in nats of the tokens that are in the text."""
     begins: IntArray
-    """`[tokens]` the byte of the text at which each begins, ascending."""
+    """`[tokens]` the byte of the text at which each token begins, ascending."""
     token_ids: IntArray | None = None
-    """`[tokens]` in the teacher's vocabulary; None: not known."""
+    """`[tokens]` token ids in the teacher's vocabulary; None: unknown."""
     key: str | None = None
     """The value of the user's key column."""
     coverage: float = 1.0
-    """Share of the text's bytes that lie in a token."""
+    """Share of the text's bytes that the tokens cover."""
     absent: int = 0
-    """The teacher's tokens that are not in the text."""
+    """Number of the teacher's tokens that are not in the text."""
     content_hash: int | None = None
-    """Of prompt and response; None: of the response and its key."""
+    """Hash of the prompt and the response. None: the response and its key are hashed."""
     top_ids: IntArray | None = None
-    """`[tokens, k]` the likeliest tokens in each place."""
+    """`[tokens, k]` the most probable tokens at each position."""
     top_logprobs: FloatArray | None = None
     """`[tokens, k]` their log-probabilities."""
 
 
 def schema(top_k: int) -> pa.Schema:
-    """The columns of a store."""
+    """The columns of a store with `top_k` most probable tokens at each position."""
     fields: list[tuple[str, pa.DataType]] = [
         ("key", pa.string()),
         ("text", pa.string()),
@@ -85,12 +85,12 @@ def schema(top_k: int) -> pa.Schema:
 
 
 def key_hash(key: str | None) -> int:
-    """64 bits of a key; 0 for none."""
+    """A 64-bit hash of a key; 0 if there is no key."""
     return 0 if key is None else _hash(key)
 
 
 def text_hash(text: str) -> int:
-    """64 bits of a text without its white space, which templates and files trim in different ways."""
+    """A 64-bit hash of a text without its white space, which chat templates and files trim differently."""
     return _hash("".join(text.split()))
 
 
@@ -134,13 +134,13 @@ def _lists(values: Sequence[Any], kind: type[np.generic]) -> pa.Array:
 def write_store(
     path: Path, rows: Iterable[StoredRow], facts: Mapping[str, Any] | None = None, *, top_k: int = 0
 ) -> None:
-    """Write a whole store at once, for one that is made in memory.
+    """Write a store whose rows are all in memory.
 
     Args:
         path: the file.
         rows: its rows.
-        facts: what the numbers belong to, as plain values: `model`, `temperature`, `key_column` and so on.
-        top_k: likeliest tokens that the rows hold in each place.
+        facts: how the numbers were made, as plain values: `model`, `temperature`, `key_column` and so on.
+        top_k: how many of the most probable tokens the rows have at each position.
     """
     table = table_of(list(rows), top_k=top_k)
     told = encode_facts(store_facts([table], top_k=top_k, **(facts or {})))
@@ -148,12 +148,12 @@ def write_store(
 
 
 def store_facts(tables: Iterable[pa.Table], *, top_k: int, **more: Any) -> dict[str, Any]:
-    """What a store says about itself: among it a hash of its content, the same however its rows are split into tables.
+    """The metadata of a store. It has a hash of the content, which does not depend on how rows are split into tables.
 
     Args:
         tables: all rows, in order.
-        top_k: likeliest tokens that the rows hold in each place.
-        more: what the numbers belong to.
+        top_k: how many of the most probable tokens the rows have at each position.
+        more: how the numbers were made.
     """
     hashes = {name: hashlib.blake2b(digest_size=8) for name in schema(top_k).names}
     for table in tables:
@@ -171,12 +171,12 @@ def store_facts(tables: Iterable[pa.Table], *, top_k: int, **more: Any) -> dict[
 
 
 def join_store(path: Path, described: pa.Schema, tables: Iterable[pa.Table]) -> None:
-    """Write a store from tables, in record batches of a useful size.
+    """Write a store from tables, in record batches of about `BATCH_BYTES`.
 
     Args:
         path: the file.
-        described: the columns, with the facts as metadata.
-        tables: the rows, in order; one batch of them is held in memory.
+        described: the columns, with the facts in the metadata.
+        tables: the rows, in order. One batch at a time is held in memory.
     """
     with pa.ipc.new_file(str(path), described) as writer:
         waiting: list[pa.Table] = []

@@ -1,8 +1,8 @@
-"""Packs in a trainer: its data loader draws tuples of samples, and its collator lays their rows end to end.
+"""Packs in a trainer: its data loader reads tuples of samples, and its collator lays their rows end to end.
 
-The data set, which data loader workers copy when they start, knows nothing of packs: a pack *is* the index that the
-sampler yields. Position ids restart with each sample, and attention must not cross from one sample to the next. That
-depends on the model, so a trial checks it before training begins.
+Data loader workers copy the data set when they start, so it does not contain packs: a pack *is* the index that the
+sampler yields. Position ids restart with each sample, and attention must not cross from one sample to the next. Whether
+it does depends on the model, so a trial checks it before training begins.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Overlong = Literal["refuse", "truncate", "split"]
 
 PACK_WINDOW = 64
 PADDED_WINDOW = 1024
-"""The windows of packs and of padded batches, where the user gives none."""
+"""The default windows of packs and of padded batches."""
 
 _SAME = 1e-3
 """Largest difference between logits that count as equal, relative to the largest logit, in float32."""
@@ -69,7 +69,7 @@ def pack_through(trainer: Trainer, packing: Packing) -> None:
     def get_dataloader_of_packs(dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
         if not is_training:
             return get_dataloader(dataset, *args, is_training=is_training, **kwargs)
-        if isinstance(dataset, datasets.Dataset):  # the trainer could not see its columns through the wrapper
+        if isinstance(dataset, datasets.Dataset):  # the trainer cannot see the columns through the wrapper
             dataset = trainer._remove_unused_columns(dataset, description="training")
         own, trainer.data_collator = trainer.data_collator, collator
         try:
@@ -94,8 +94,8 @@ def packing_of(
         size = trainer.args.per_device_train_batch_size
         if size != 1:
             raise ValueError(
-                f"batch_tokens={batch_tokens} makes batches of as many samples as fit, but "
-                f"per_device_train_batch_size={size}. Set it to 1: it counts such batches."
+                f"batch_tokens={batch_tokens} puts as many samples as fit into a batch, but "
+                f"per_device_train_batch_size={size}. Set it to 1: it counts these batches."
             )
         if lays_end_to_end(trainer.data_collator):
             raise ValueError(
@@ -110,7 +110,7 @@ def packing_of(
         capacity = trainer.args.max_length if is_sft_trainer(trainer) else None  # type: ignore[attr-defined]
         if capacity is None:
             raise ValueError(
-                'pack_to="max_length": this trainer has no max_length. Give the tokens of a pack, such as pack_to=8192.'
+                'pack_to="max_length": this trainer has no max_length. Give a number of tokens, such as pack_to=8192.'
             )
     if not isinstance(capacity, int) or isinstance(capacity, bool):
         raise ValueError(f'pack_to={pack_to!r}: give a number of tokens, or "max_length".')
@@ -118,7 +118,7 @@ def packing_of(
 
 
 def refuse_packed(rows: Any) -> None:
-    """Refuse rows that already hold several samples.
+    """Refuse rows that already contain several samples.
 
     Raises:
         ValueError: the `seq_lengths` or `position_ids` of a row show several samples.
@@ -132,23 +132,23 @@ def refuse_packed(rows: Any) -> None:
                 samples = len(value) if name == "seq_lengths" else sum(position == 0 for position in value)
                 if samples > 1:
                     raise ValueError(
-                        f"Row {row} of the data set is already packed: by its {name} it holds {samples} samples, which "
-                        "can no longer be chosen one by one. Give attach unpacked rows, one sample each, and use "
-                        "pack_to=, which packs each epoch's plan."
+                        f"Row {row} of the data set is already packed: its {name} show {samples} samples, which can no "
+                        "longer be chosen one by one. Give attach rows with one sample each, and use pack_to=, which "
+                        "packs each epoch's plan."
                     )
 
 
 def fitted(rows: Any, capacity: int, overlong: Overlong) -> tuple[Any, IntArray]:
-    """The data set with rows of at most `capacity` tokens, and for each of its rows the number of the source row.
+    """The data set with rows of at most `capacity` tokens, and the number of the source row of each of its rows.
 
     Args:
         rows: the trainer's prepared data set.
-        capacity: how many tokens a pack has at most.
+        capacity: the largest number of tokens in a pack.
         overlong: what to do with longer rows. `"refuse"` leaves them for `Planner` to refuse; `"truncate"` keeps their
-            first tokens; `"split"` makes several rows of them, each of which is then a sample.
+            first tokens; `"split"` cuts them into several rows, each of which is then a sample.
 
     Raises:
-        ValueError: `overlong` is something else, or the data set is not a `datasets.Dataset`.
+        ValueError: `overlong` has another value, or the data set is not a `datasets.Dataset` and must be cut.
     """
     if overlong not in ("refuse", "truncate", "split"):
         raise ValueError(f"pack_overlong={overlong!r}: choose one of 'refuse', 'truncate', 'split'.")
@@ -185,11 +185,11 @@ def _cut(batch: Mapping[str, Sequence[Any]], *, capacity: int, split: bool) -> d
 
 
 class SeparateSamples(Tap):
-    """Checks that samples of a pack do not see each other. (With a tap, every batch is compared with the plan.)
+    """Checks that the samples of a pack do not see each other. (With a tap, every batch is compared with the plan.)
 
     Args:
-        trainer: whose collator lays samples end to end.
-        teachers: models that read the packs too.
+        trainer: a trainer whose collator lays samples end to end.
+        teachers: the models that also read the packs.
     """
 
     def __init__(self, trainer: Trainer, teachers: Sequence[nn.Module] = ()) -> None:
@@ -213,17 +213,17 @@ def refuse_crossing(model: nn.Module, collator: Any) -> None:
     """Check that a sample's logits do not depend on the other sample in its row, by reading two samples in both orders.
 
     Args:
-        model: the student, as the trainer calls it. All processes must take part.
-        collator: lays samples end to end.
+        model: the student, wrapped as in the trainer. All processes must take part.
+        collator: a collator that lays samples end to end.
 
     Raises:
         ValueError: a sample's logits depend on what precedes it in the row.
     """
     texts = [torch.arange(2, 11).tolist(), torch.arange(3, 19).flip(0).tolist()]
     cure = (
-        "Train this model without pack_to=. For linear attention and convolutions, the kernels that take the limits of "
-        "samples (seq_idx, cu_seq_lens) must be installed, and the collator must give them: SFTTrainer's does, "
-        "DataCollatorWithFlattening does with return_seq_idx=True and return_flash_attn_kwargs=True."
+        "Train this model without pack_to=. For linear attention and convolutions, install the kernels that take the "
+        "boundaries of samples (seq_idx, cu_seq_lens), and use a collator that returns these: SFTTrainer's own, or "
+        "DataCollatorWithFlattening with return_seq_idx=True and return_flash_attn_kwargs=True."
     )
     with reading(model) as forward:
         seen = []
@@ -249,7 +249,7 @@ def refuse_crossing(model: nn.Module, collator: Any) -> None:
     if not difference <= (_SAME_LOW_PRECISION if low_precision else _SAME):
         raise ValueError(
             "pack_to=: with this model, a sample's logits depend on the sample before it in the row (they differ by "
-            f"{difference:.2g} of the largest), so the samples of a pack would be trained in each other's context. "
+            f"{difference:.2g} of the largest logit), so samples of a pack would be trained in each other's context. "
             f"{cure}"
         )
 
@@ -265,7 +265,7 @@ def _is_trls(collator: Any) -> bool:
 
 
 def _laid_end_to_end(collator: Any) -> Any:
-    """The collator, if it lays samples end to end, or TRL's own, set to that mode.
+    """The collator, if it lays samples end to end. TRL's own collator is switched to that mode.
 
     Raises:
         ValueError: it is another collator.
@@ -276,6 +276,6 @@ def _laid_end_to_end(collator: Any) -> Any:
         return dataclasses.replace(collator, padding_free=True)
     raise ValueError(
         "pack_to= needs a collator that lays samples end to end, with position ids that restart, but the trainer has "
-        f"a {type(collator).__name__}. Use Trainer(data_collator=DataCollatorWithFlattening()) of transformers; "
-        "SFTTrainer's own works as it is."
+        f"a {type(collator).__name__}. Use Trainer(data_collator=DataCollatorWithFlattening()) of transformers, or "
+        "SFTTrainer with its own collator."
     )

@@ -1,4 +1,4 @@
-"""How well a response compresses: text that loops (arXiv:1904.09751 describes it) compresses to almost nothing."""
+"""How well a response compresses. Text that loops (see arXiv:1904.09751) compresses to almost nothing."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from distill_sampler.types import Sample, TokenStats, View
 @documents_fields
 @dataclass(frozen=True, kw_only=True)
 class CompressionRatio(Metric):
-    """Bytes of the response's text after compression with zlib, over its bytes before. Higher is better.
+    """Size of the response's text after compression with zlib, divided by its size before. Higher is better.
 
-    Ordinary reasoning compresses to a quarter or more, and a response that repeats itself until it is cut off to less
-    than a tenth. Naturalness scores prefer such loops, because the student predicts them well: drop them before
-    selecting, with `DropDegenerate`. Needs no forward pass. Of 2,000 responses of four models to MATH-500, 84 are below
-    0.08, 78 of them by one model.
+    Ordinary reasoning compresses to a quarter of its size or more. A response that repeats itself until it is cut off
+    compresses to less than a tenth. Naturalness scores prefer such loops, because the student predicts them well, so
+    drop them with `DropDegenerate` before you select. Needs no forward pass. Of 2,000 responses of four models to
+    MATH-500, 84 are below 0.08, and 78 of these are from one model.
 
     What to keep in mind: longer texts compress better, so only very small ratios are a sign of loops. Short texts have
     ratios near or above 1.

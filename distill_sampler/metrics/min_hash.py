@@ -1,4 +1,4 @@
-"""A sketch of a response that near duplicates share: MinHash (Broder, 1997) in bands, as in arXiv:2107.06499."""
+"""Banded MinHash (Broder, 1997) of a response, to find near duplicates as in arXiv:2107.06499."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from distill_sampler.types import Sample, TokenStats, View
 @documents_fields
 @dataclass(frozen=True, kw_only=True)
 class MinHash(Metric):
-    """Hashes of bands of MinHash values, for `DropDegenerate`, which finds near duplicates by them. No forward pass.
+    """Hashes of bands of MinHash values, by which `DropDegenerate` finds near duplicates. Needs no forward pass.
 
-    A response is the set of its runs of `ngram` tokens. Two responses whose sets overlap by the share s (Jaccard) have
-    an equal band with probability 1 - (1 - s^rows)^bands: with the defaults 0.03 for s = 0.5, 0.77 for 0.8 and 0.99 for
-    0.9. The numbers lie in [0, 1); they only mean something when they are equal. Needs the package datasketch
+    A response is treated as the set of its n-grams of `ngram` tokens. Two responses whose sets have the Jaccard
+    similarity s share a band with probability 1 - (1 - s^rows)^bands: with the defaults, 0.03 for s = 0.5, 0.77 for 0.8
+    and 0.99 for 0.9. The numbers lie in [0, 1), and only their equality has a meaning. Needs the package datasketch
     (`pip install 'distill_sampler[dedup]'`).
 
     Columns: `minhash` (the first band), `minhash_2` and so on.
 
-    What to keep in mind: paraphrases share no runs of tokens, and equal boilerplate around different reasoning makes
-    responses look alike.
+    What to keep in mind: paraphrases share few n-grams, so they are not found. The same boilerplate around different
+    reasoning makes responses look alike.
     """
 
     bands: int = 8
-    """How many hashes a response has. More find more duplicates, and take 4 bytes of every checkpoint each."""
+    """Number of hashes of a response. With more bands, more duplicates are found. Each band takes 4 bytes per sample in
+    a checkpoint."""
     rows: int = 8
-    """MinHash values in a band. More find fewer pairs that are not alike."""
+    """MinHash values in a band. With more rows, fewer pairs that are not alike are found."""
     ngram: int = 5
-    """Tokens in a run."""
+    """Tokens in an n-gram."""
     name: str = "minhash"
     """Its name in policies, and the beginning of the columns' names."""
 
@@ -52,7 +53,7 @@ class MinHash(Metric):
 
     def reduce(self, sample: Sample, stats: Sequence[TokenStats]) -> Mapping[str, float]:
         try:
-            from datasketch import MinHash as Sketch  # only here: an extra
+            from datasketch import MinHash as Sketch  # an optional dependency
         except ImportError:
             raise ValueError("MinHash needs the package datasketch: pip install 'distill_sampler[dedup]'.") from None
         tokens = sample.input_ids[sample.scored].astype(np.uint64)

@@ -1,4 +1,4 @@
-"""SCAS, arXiv:2605.26872: what a response costs the student to learn, from losses and activations of a forward."""
+"""SCAS, arXiv:2605.26872: the student's cost of learning a response, from losses and activations of a forward pass."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ class Scas(Metric):
     """S = (1 - λ) d_A² s_AA + λ d_A d_Q s_AQ: the student's learning cost of a response. Lower is better.
 
     d_A and d_Q are the mean surprisals (nats) of the answer's and the question's tokens; s_AA is the mean cosine
-    between the activations of two answer tokens, s_AQ between an answer and a question token, in the last layer's
-    `mlp.up_proj`. It approximates the size of the answer's gradient. The authors score again in each round of training
-    with the student as it is then, which is what a curriculum does anyway. One forward pass of its own, because the
-    question's tokens are scored too. The reader reduces the activations at once and keeps none.
+    between the activations of two answer tokens, and s_AQ between those of an answer and a question token, in the last
+    layer's `mlp.up_proj`. S approximates the size of the answer's gradient. The authors score again with the current
+    student in each round of training, as a curriculum does. Needs a forward pass of its own, because the question's
+    tokens are scored too. The activations are reduced during the forward pass and not kept.
 
     Columns: `scas_answer_nll`, `scas_question_nll`, `scas_answer_similarity`, `scas_question_similarity` and `scas`.
 
     What to keep in mind: the cost falls with the answer's surprisal, so it prefers what the student already says, as
-    `GlobalNaturalness` does. Special tokens count in neither part; the words of the chat template's header count as
-    question. The authors choose among answers that are verified to be correct (`KeepCorrect`).
+    `GlobalNaturalness` does. Special tokens belong to neither part. The words of the chat template's header belong to
+    the question. The authors choose among answers that are verified to be correct (`KeepCorrect`).
     """
 
     question_share: float = 0.5
-    """λ: how much the question's part counts; 0.5 in the authors' code."""
+    """λ: the weight of the question's term; 0.5 in the authors' code."""
     name: str = "scas"
     """Its name in policies, and the beginning of the columns' names."""
     tokenizer: Any = field(default=None, repr=False, compare=False)
-    """Tells special tokens. `attach` and the command line fill it in; in your own loop, pass it yourself."""
+    """Identifies the special tokens. `attach` and the command line fill it in; in your own loop, pass it yourself."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.question_share <= 1:
@@ -66,8 +66,8 @@ class Scas(Metric):
 
     def reduce(self, sample: Sample, stats: Sequence[TokenStats]) -> Mapping[str, float]:
         (tokens,) = stats
-        assert tokens.near_first is not None, "asked for in uses_statistics"
-        assert tokens.near_second is not None, "asked for in uses_statistics"
+        assert tokens.near_first is not None, "requested in uses_statistics"
+        assert tokens.near_second is not None, "requested in uses_statistics"
         parts = self._parts(sample)
         answer = parts[parts >= 0] == 1
         surprisal = tokens.surprisal.astype(np.float64)

@@ -1,1 +1,1 @@
-"""Losses beside the trainer's own: what a student learns from a teacher's distributions, states and attention."""
+"""Losses in addition to the trainer's own, from a teacher's distributions, hidden states and attention."""

@@ -1,4 +1,4 @@
-"""The divergence of a student's predictions from a teacher's, without ever holding `[tokens, vocab]` of either.
+"""The divergence of a student's predictions from a teacher's, without a `[tokens, vocab]` tensor of either model.
 
 Softened outputs (Hinton et al. 2015, arXiv:1503.02531): at temperature T the student predicts q = softmax(z / T) and
 the teacher p. The loss of a position is T² D(p, q), whose gradient keeps its size when T changes:
@@ -67,7 +67,7 @@ class Head:
     transform: LogitTransform = field(default_factory=LogitTransform)
     """What the model does to its logits after the head."""
     columns: int | None = None
-    """How many columns count, from the first one on. Vocabularies may be padded to different sizes. None: all."""
+    """How many columns count, starting with the first. Vocabularies may be padded to different sizes. None: all."""
     operands: torch.dtype | None = None
     """The dtype to which autocast rounds the factors of products; None: they are not rounded."""
 

@@ -53,7 +53,7 @@ class FollowsStudent(ObjectiveTap):
 
     @abstractmethod
     def look(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
-        """`[rows, width]` True at the positions of a batch that count, and what the student is compared with there."""
+        """`[rows, width]` True at the positions of a batch that count, and what to compare the student with there."""
 
     @abstractmethod
     def compare(self, student: Seen, shown: Any, counted: Tensor, weights: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class FollowsStudent(ObjectiveTap):
 
         Args:
             student: the student's states and attention.
-            shown: what `look` gave.
+            shown: the second value that `look` returned.
             counted: `[rows, width]` True at the positions that count.
             weights: `[positions]` loss weights, where `counted` is True.
         """
@@ -90,8 +90,8 @@ class FollowsStudent(ObjectiveTap):
             self._counted, self._shown = self.look(inputs)
 
     def idle(self) -> Tensor | None:
-        """Zero, with what the objective trains in its graph, for batches in which its factor is 0; None: it trains
-        nothing of its own. DDP waits for the gradient of every parameter."""
+        """Zero with the objective's own parameters in its graph, for batches in which the factor is 0. DDP waits for
+        the gradient of every parameter. None: the objective has no parameters."""
         return None
 
     def added_to(self, loss: Tensor, *, scale: float | Tensor) -> Tensor:
@@ -167,10 +167,10 @@ class FollowsTeacher(FollowsStudent):
 
 
 class _Holding(torch.autograd.Function):
-    """The states as they are, in a graph that holds the objective too.
+    """Returns the states unchanged, and adds the objective to their graph.
 
-    DDP looks for unused parameters in the graph of what the model returns, and would take those for unused that only
-    the objective uses.
+    DDP searches the graph of the model's output for unused parameters. Without this, parameters that only the objective
+    uses would count as unused.
     """
 
     @staticmethod
@@ -195,7 +195,7 @@ def scheduled(value: Any, progress: float, *, argument: str, highest: float = fl
     """
     number = value(progress) if callable(value) else value
     if not 0 <= number <= highest:
-        bounds = "from 0 on" if highest == float("inf") else f"from 0 to {highest:g}"
+        bounds = "of 0 or more" if highest == float("inf") else f"from 0 to {highest:g}"
         raise ValueError(f"{argument}: the value at progress {progress} is {number}. Give numbers {bounds}.")
     return float(number)
 

@@ -1,4 +1,4 @@
-"""Hints (FitNets, Romero et al. 2014, arXiv:1412.6550): the student's hidden states are drawn to the teacher's."""
+"""Hints (FitNets, Romero et al. 2014, arXiv:1412.6550): the student's hidden states learn to match the teacher's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distill_sampler.protocols import Objective, ObjectiveTap
 from distill_sampler.reading.forward import unwrap
 
 MODULE = "distillation_projections"
-"""Name of the projections in the student, while it is trained."""
+"""Name of the submodule of the student that holds the projections during training."""
 
 
 @documents_fields

@@ -123,7 +123,7 @@ class LiveTeacher:
         self._seen = seen
 
     def forget(self) -> None:
-        """Free what was read of the last batch."""
+        """Free the states and attention of the last batch."""
         self._seen = self._read = None
 
     def targets(self, states: Tensor, *, temperature: float, columns: int) -> Targets:
@@ -151,11 +151,11 @@ class LiveTeacher:
 
 
 _LIMITS = {"seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
-"""What tells a model where samples that lie end to end in a row begin, besides their position ids."""
+"""Inputs other than position ids that tell a model where the samples of a packed row begin."""
 
 
 class Setting:
-    """What objectives know of the run that they are part of.
+    """What objectives know about their run.
 
     Args:
         dataset: the data set that is trained on.
@@ -173,7 +173,7 @@ class Setting:
         return [teacher.watch.model for teacher in self._live.values()]
 
     def live(self, model: nn.Module) -> LiveTeacher:
-        """The teacher that reads with this model: one for all objectives that name it, which share its forward pass."""
+        """The live teacher of this model. Objectives with the same model share it and its forward pass."""
         return self._live.setdefault(id(model), LiveTeacher(model))
 
 
@@ -181,7 +181,7 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     """The layers of a causal language model's decoder, from the input to the output.
 
     Raises:
-        ValueError: there is no list of as many modules as the configuration has layers.
+        ValueError: the decoder has no list with one module for each layer of the configuration.
     """
     inner = unwrap(model)
     number = inner.config.get_text_config().num_hidden_layers
@@ -236,7 +236,7 @@ def chosen_layers(layers: Mapping[int, int], student: nn.Module, teacher: nn.Mod
 
 
 def shared_columns(student: nn.Module, teacher: nn.Module, *, tokens: int | None = None) -> int:
-    """How many columns of their output heads, from the first one on, student and teacher have in common. Vocabularies
+    """How many columns, starting with the first, the output heads of student and teacher have in common. Vocabularies
     are often padded.
 
     Args:

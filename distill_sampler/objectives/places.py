@@ -33,7 +33,7 @@ def predicting(inputs: Mapping[str, Any]) -> Tensor:
 
 
 def weights_of_tokens(batch: Batch) -> Tensor:
-    """`[rows, width]` float32: for each token the loss weight of its sample; 1 for padding."""
+    """`[rows, width]` float32: the loss weight of each token's sample; 1 for padding."""
     weights = torch.ones(math.prod(batch.shape))
     for start, length, weight in zip(batch.starts, batch.lengths, batch.weights, strict=True):
         weights[start : start + length] = float(weight)
@@ -41,6 +41,6 @@ def weights_of_tokens(batch: Batch) -> Tensor:
 
 
 def weights_of_positions(batch: Batch) -> Tensor:
-    """`[rows, width]` float32: for each position the loss weight of the sample whose token it predicts."""
+    """`[rows, width]` float32: for each position, the loss weight of the sample whose token it predicts."""
     weights = weights_of_tokens(batch)
     return torch.cat([weights[:, 1:], weights.new_ones(len(weights), 1)], 1)

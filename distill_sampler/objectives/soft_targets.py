@@ -33,8 +33,8 @@ class SoftTargets(Objective):
 
     teacher: nn.Module | StoredTeacher | str
     """A causal language model with the student's vocabulary. It is frozen, put into evaluation mode and moved to the
-    student's device. Or a store that `distill-sampler teacher-logprobs --top-k` wrote from this data: its file, or an
-    opened one. The store covers the tokens of the response, without end markers."""
+    student's device. Or a store that `distill-sampler teacher-logprobs --top-k` wrote from this data: its path, or a
+    `StoredTeacher`. The store covers the tokens of the response, without end markers."""
     temperature: float = 2.0
     """T, which softens both distributions. T² keeps the size of the gradient when T changes."""
     alpha: float | Callable[[float], float] = 0.5
@@ -47,8 +47,8 @@ class SoftTargets(Objective):
 
     tail: Tail = "renormalise"
     """What becomes of the probability that the teacher gives to tokens that are not stored. `"renormalise"`: the stored
-    tokens get it, in proportion. `"bucket"`: all other tokens are one outcome, of teacher and student; exact, but only
-    at the temperature of the store. Without meaning for a live teacher."""
+    tokens get it, in proportion. `"bucket"`: all other tokens are one outcome, for teacher and student. This is exact,
+    but only possible at the temperature of the store. Has no effect with a live teacher."""
 
     def __post_init__(self) -> None:
         if isinstance(self.teacher, str):
@@ -110,9 +110,9 @@ class _SoftTargetsTap(FollowsStudent):
         """Σ w T² D over positions.
 
         Args:
-            states: `[positions, hidden]` the student's.
-            targets: the teacher's predictions there.
-            weights: `[positions]` w.
+            states: `[positions, hidden]` the student's hidden states.
+            targets: the teacher's predictions at these positions.
+            weights: `[positions]` w, the loss weights.
         """
         head: nn.Module = self.student.get_output_embeddings()
         operands = autocast_dtype(states.device)

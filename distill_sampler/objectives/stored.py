@@ -22,13 +22,13 @@ Tail = Literal["renormalise", "bucket"]
 
 
 class StoredTargets:
-    """What a store says about the response tokens of the samples of a batch.
+    """The stored predictions of a teacher for the response tokens of a batch.
 
     Args:
-        store: the teacher's log-probabilities, with the most probable tokens of each place.
+        store: the teacher's log-probabilities, with the most probable tokens at each position.
         dataset: the data set that is trained on.
         tokenizer: the student's.
-        temperature: of the soft targets.
+        temperature: the temperature of the soft targets.
         tail: what becomes of the probability of all other tokens; see `SoftTargets.tail`.
 
     Raises:
@@ -58,14 +58,14 @@ class StoredTargets:
         self._tail = tail
 
     def check(self, candidates: IntArray, columns: int) -> None:
-        """Look every candidate up once, before training.
+        """Look up every candidate once, before training.
 
         Args:
             candidates: samples that may be trained on.
-            columns: of the student's output head.
+            columns: how many columns the student's output head has.
 
         Raises:
-            ValueError: some have no targets in the store.
+            ValueError: a candidate has no targets in the store, or the teacher has another vocabulary.
         """
         missing, highest = [], -1
         for sample in self._samples(candidates):
@@ -105,7 +105,7 @@ class StoredTargets:
         return np.concatenate(places), targets
 
     def _cells(self, log_probs: Tensor) -> Tensor:
-        """`[positions, k + 1]` log-probabilities of the stored tokens, and of all others, at the loss's temperature."""
+        """`[positions, k + 1]` log-probabilities of the stored tokens and of all others, at the soft targets' temperature."""
         if self._tail == "bucket":
             rest = torch.log1p(-log_probs.exp().sum(1, keepdim=True).clamp(max=1 - 1e-6))
             return torch.log_softmax(torch.cat([log_probs, rest], 1), 1)

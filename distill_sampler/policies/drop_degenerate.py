@@ -20,16 +20,16 @@ class DropDegenerate(Policy):
     """Drop responses that loop, and all but one of the near duplicates in each group, in the plan's order.
 
     A response counts as a loop if its `CompressionRatio` is below `min_ratio`. Two responses of a group are near
-    duplicates if they have an equal band of the metric `MinHash`; so are all responses that a chain of such pairs
-    connects. Copies of one sample in the plan do not count as duplicates. A sample without a score by these metrics is
-    kept. Put this policy before those that select. Trade-off: a correct answer with many similar steps, such as a long
+    duplicates if they share a band of the metric `MinHash`, or if a chain of such pairs connects them. Copies
+    of one sample in the plan do not count as duplicates. A sample without a score of these metrics is kept. Put this
+    policy before those that select. Trade-off: a correct answer with many similar steps, such as a long
     table, may look like a loop.
     """
 
     per: str | None = None
-    """Column that tells which rows answer the same prompt. Duplicates are then looked for within a prompt, and
-    `if_none` decides what happens to a prompt that has only loops. None: duplicates are looked for in the whole plan.
-    """
+    """Column that tells which rows answer the same prompt. Then only responses to the same prompt count as duplicates,
+    and `if_none` decides what happens to a prompt that has only loops. None: any two responses of the plan can be
+    duplicates."""
     loops: str | None = "compression_ratio"
     """Name of the `CompressionRatio` metric. None: keep loops."""
     min_ratio: float = 0.08
@@ -37,8 +37,8 @@ class DropDegenerate(Policy):
     duplicates: str | None = "minhash"
     """Name of the `MinHash` metric. None: keep duplicates."""
     metric: str | MetricExpression | None = None
-    """Which of several near duplicates to keep: the best by this metric, column or expression. None: the one with the
-    highest compression ratio, or without `loops` the one with the smallest content hash."""
+    """Of several near duplicates, the best by this metric, column or expression is kept. None: the one with the highest
+    compression ratio is kept, or without `loops` the one with the smallest content hash."""
     if_none: Literal["keep_best", "drop"] = "keep_best"
     """For a prompt whose responses all loop: keep the one with the highest ratio, or drop the prompt. Needs `per`."""
 
@@ -74,7 +74,7 @@ class DropDegenerate(Policy):
 
     @property
     def length_depends_on_scores(self) -> bool:
-        """False with `per`: a policy after it, such as `BestOf`, usually makes the length that of the prompts."""
+        """False with `per`, because a later policy such as `BestOf` usually makes the length the number of prompts."""
         return self.per is None
 
     def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
@@ -109,7 +109,7 @@ class DropDegenerate(Policy):
 
 
 def _connected(groups: IntArray, bands: list[FloatArray]) -> IntArray:
-    """`[n]` equal numbers for samples of one group that equal bands connect, directly or through others."""
+    """`[n]` labels, equal for samples of one group that shared bands connect, directly or through other samples."""
     labels = np.arange(len(groups))
     keys = []
     for band in bands:

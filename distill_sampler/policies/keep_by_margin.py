@@ -1,4 +1,4 @@
-"""LARK's selection, arXiv:2605.30651: the best of each prompt, weighted by their margin over the best one left out."""
+"""LARK's selection, arXiv:2605.30651: the best samples per prompt, weighted by margin over the best one left out."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class KeepByMargin(Policy):
     """Keep the best `k` samples of each group, with loss weights in proportion to their margin, in the plan's order.
 
     The margin is the score minus that of sample k + 1 of the group, the best one left out. With `LarkGain` as the
-    score, these are the weights of LARK's χ²-regularised selection (arXiv:2605.30651, k = 3 or 5). A group's weights
-    add up to its number of kept samples. A group with at most `k` samples is kept whole; its margins are relative to
+    score, these are the weights of LARK's χ²-regularised selection (arXiv:2605.30651, k = 3 or 5). The weights of a
+    group sum to its number of kept samples. A group with at most `k` samples is kept whole. Its margins are relative to
     its worst sample, which gets almost no weight, as in the authors' code. Equal scores give equal weights. Trade-off:
-    the weakest of the kept samples may count so little that a smaller `k` saves time at no loss.
+    the worst of the kept samples may have so little weight that a smaller `k` saves time at no loss.
     """
 
     metric: str | MetricExpression
@@ -58,7 +58,7 @@ class KeepByMargin(Policy):
         kept = order[first_of_each(groups[order], self.k)]
         if not len(kept):
             return plan.take(kept)
-        # the score of the best sample left out; if none is, a little below the worst one kept, as in the authors' code
+        # the score of the best sample left out, or else slightly below the worst one kept, as in the authors' code
         threshold = np.full(int(groups.max()) + 1, np.inf)
         np.minimum.at(threshold, groups[kept], goodness[kept] - 1e-8)
         next_best = order[occurrence(groups[order]) == self.k]

@@ -1,4 +1,4 @@
-"""Random samples with the teacher mixture of another selection: a control that shows what the mixture alone gains."""
+"""Random samples with the teacher mixture of another selection: a control that shows the gain of the mixture alone."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class MatchTeachers(Policy):
     """Draw as many samples of each teacher as another selection has, at random, with a new draw each epoch.
 
     Selecting by a score also changes the mixture of teachers, and much of the gain may come from the mixture. This
-    control keeps the mixture and ignores the score: the teachers' counts are exactly those of `of`, which first plans
-    from the same samples. With `per`, each prompt also has as many samples as in that plan, so the two plans differ
-    only in which teacher's response a prompt gets. The plan is made from the selection's: pairs of prompts swap their
-    teachers again and again (the usual randomisation of a table with fixed margins), and then each teacher's response
-    to the prompt is drawn.
+    control keeps the mixture and ignores the score. It first applies `of` to the same samples, and then draws exactly
+    as many samples of each teacher. With `per`, each prompt also has as many samples as in that plan, so the two plans
+    differ only in which teacher's response a prompt gets. To draw, it starts from the plan of `of`: pairs of prompts
+    swap their teachers repeatedly (the usual randomisation of a table with fixed margins), and then a response of each
+    prompt's new teacher is drawn.
 
     Samples stay in the plan's order. A sample that the selection repeats may be repeated here. Trade-off: a prompt that
     only one teacher answered cannot change, so on sparse data the control resembles the selection.
@@ -40,8 +40,8 @@ class MatchTeachers(Policy):
     teacher: str = "teacher"
     """Column that names the teacher."""
     per: str | None = None
-    """Column that tells which rows answer the same prompt, to keep each prompt's number of samples too. None: only the
-    teachers' counts are kept."""
+    """Column that tells which rows answer the same prompt. Each prompt's number of samples is then kept too. None: only
+    the teachers' counts are kept."""
 
     def __post_init__(self) -> None:
         policies = (self.of,) if isinstance(self.of, Policy) else tuple(self.of) if _is_list(self.of) else ()
@@ -107,7 +107,7 @@ def _is_list(value: object) -> bool:
 
 
 def _drawn(cells: IntArray, wanted: IntArray, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> IntArray:
-    """Positions of the plan: `wanted[c]` random ones of cell c, repeated evenly if the cell has too few."""
+    """`wanted[c]` random positions of the plan in each cell c, repeated evenly if the cell has too few."""
     available = np.bincount(cells, minlength=len(wanted))
     wanted = np.r_[wanted, np.zeros(len(available) - len(wanted), np.int64)]
     repeats, remainder = np.divmod(wanted, np.maximum(available, 1))
@@ -129,20 +129,20 @@ def _swapped(
     """`[n]` other teachers for the n chosen samples: each group and each teacher keeps its number of samples.
 
     In each round one sample of every group takes part. Groups are paired at random, and a pair swaps its teachers where
-    both groups still have an unused sample of the other's, half of the time.
+    each group still has an unused sample of the other's teacher, half of the time.
 
     Args:
         groups: `[n]` the groups of the chosen samples.
         teachers: `[n]` their teachers.
         all_groups: `[m]` the groups of all samples that could be chosen.
         all_teachers: `[m]` their teachers.
-        all_content: `[m]` their content, which random numbers depend on.
+        all_content: `[m]` their content hashes, from which random numbers are made.
         rng: the source of randomness.
     """
     width, size = int(all_teachers.max()) + 1, int(all_groups.max()) + 1
     available = np.bincount(all_groups * width + all_teachers, minlength=size * width)
     used = np.bincount(groups * width + teachers, minlength=size * width)
-    smallest = np.full(size, 2**64 - 1, np.uint64)  # a group's and a teacher's content: codes depend on the rows' order
+    smallest = np.full(size, 2**64 - 1, np.uint64)  # not the codes, which depend on the rows' order
     np.minimum.at(smallest, all_groups, all_content)
     of_teacher = np.full(width, 2**64 - 1, np.uint64)
     np.minimum.at(of_teacher, all_teachers, all_content)

@@ -1,4 +1,4 @@
-"""Policies that change over the run: other lists of them in stages, and arguments that move to another value."""
+"""Policies that change over the run: stages with different lists of policies, and arguments that change gradually."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distill_sampler.types import EpochPlan
 @documents_fields
 @dataclass(frozen=True)
 class Stage:
-    """A list of policies, and when it begins to apply; see `Stages`."""
+    """A list of policies, and when they begin to apply; see `Stages`."""
 
     policies: Sequence[Policy]
     """Applied in order."""
@@ -34,7 +34,7 @@ class Stage:
             raise ValueError(f"Stage({self.policies!r}): give a list of policies, such as [Shuffle()].")
         if any(isinstance(each, Stages) for each in self.policies):
             raise ValueError(
-                "Stage: a stage cannot hold Stages. Put all stages into one list, each with its beginning."
+                "Stage: a stage cannot contain Stages. Put all stages into one list, with from_epoch= or from_step=."
             )
         if self.from_epoch is not None and self.from_step is not None:
             raise ValueError("Stage: give from_epoch= or from_step=, not both.")
@@ -44,29 +44,29 @@ class Stage:
 
     @property
     def begin(self) -> int:
-        """The epoch or step that it begins with."""
+        """The epoch or step at which the stage begins."""
         return self.from_epoch or self.from_step or 0
 
 
 @documents_fields
 @dataclass(frozen=True)
 class Stages(Policy):
-    """Apply one list of policies until an epoch or step, then another, and so on. Exact on a resume.
+    """Apply one list of policies until an epoch or step, then another list, and so on. A resume is exact.
 
-    Responses drawn at a low temperature first and at a higher one later, as in the sequel of arXiv:2512.20908 (DASD),
-    with the temperature in a column:
+    For example, train first on responses that were sampled at a low temperature and later on those of a higher one, as
+    in the sequel of arXiv:2512.20908 (DASD). The temperature is in a column of the data:
 
         Stages([Stage([MixDomains({0.6: 1, 1.0: 0}, column="temperature")]),
                 Stage([MixDomains({0.6: 0, 1.0: 1}, column="temperature")], from_epoch=3)])
 
-    Which stage applies is a function of the epoch, or of the optimizer step at which the plan is made, so a plan in a
-    checkpoint stays what it was. All stages must give epochs of the same length, or `Curriculum(num_samples=)` says how
-    long an epoch is. Policies before and after `Stages` in the list apply in every stage. Trade-off: a trainer's
-    learning-rate schedule does not know of stages, so late ones teach with small steps.
+    The stage depends only on the epoch, or on the optimizer step at which the plan is made, so a resumed run makes the
+    same plans. All stages must make epochs of the same length, or `Curriculum(num_samples=)` sets the length. Policies
+    before and after `Stages` in the list apply in every stage. Trade-off: a trainer's learning-rate schedule ignores
+    stages, so late stages train with small steps.
     """
 
     stages: Sequence[Stage]
-    """In order of their beginnings, all by epochs or all by steps. The first one begins with the run."""
+    """The stages in order. All begin at epochs, or all at steps. The first one begins with the run."""
 
     def __post_init__(self) -> None:
         listed = isinstance(self.stages, Sequence) and not isinstance(self.stages, str)
@@ -86,7 +86,7 @@ class Stages(Policy):
 
     @property
     def parts(self) -> tuple[During, ...]:
-        """Every policy of every stage, with the time when it applies."""
+        """Every policy of every stage, with the part of the run in which it applies."""
         ends = [*(stage.begin for stage in self.stages[1:]), None]
         by: Literal["epoch", "step"] = "step" if self.stages[-1].from_step is not None else "epoch"
         return tuple(
@@ -120,9 +120,9 @@ class Stages(Policy):
 @documents_fields
 @dataclass(frozen=True)
 class During(Policy):
-    """Apply a policy during a part of the run, and leave plans unchanged before and after. `Stages` is made of these.
+    """Apply a policy during a part of the run, and leave plans unchanged before and after. `Stages` consists of these.
 
-    Trade-off: what the policy selects may change the length of an epoch, which must be constant; see `Stages`.
+    Trade-off: a policy that selects may change the length of an epoch, which must be constant; see `Stages`.
     """
 
     policy: Policy
@@ -142,7 +142,7 @@ class During(Policy):
             raise ValueError(f"During(begin={self.begin}, end={self.end}): give 0 <= begin < end.")
 
     def applies(self, epoch: int, step: int) -> bool:
-        """Whether it applies to a plan that is made for this epoch at this optimizer step."""
+        """Whether the policy applies to a plan that is made for this epoch at this optimizer step."""
         now = epoch if self.by == "epoch" else step
         return self.begin <= now and (self.end is None or now < self.end)
 
@@ -173,14 +173,14 @@ class During(Policy):
 @documents_fields
 @dataclass(frozen=True)
 class Anneal(Policy):
-    """Move a numeric argument of a policy over the run, from the value that the policy has to another one.
+    """Change a numeric argument of a policy gradually over the run, from the policy's own value to another one.
 
     `Anneal(SampleBySoftmax("rank_surprisal_ratio", temperature=2.0), "temperature", to=0.2)` draws almost uniformly at
-    first, and almost only the best at the end. In between, the value is from + (to - from) t, where t is the share of
-    the run that is over when the plan is made. With `shape="cosine"`, t is replaced by (1 - cos πt) / 2; with
-    `"exponential"`, the value is from (to / from)^t. Whole-number arguments are rounded. An argument that changes an
-    epoch's length needs `Curriculum(num_samples=)`. Trade-off: the value only changes when a plan is made, so a run of
-    one epoch needs `steps` and `Rescore(every_steps=)`.
+    first, and almost only the best samples at the end. In between, the value is from + (to - from) t, where t is the
+    share of the run that is over when the plan is made. With `shape="cosine"`, t is replaced by (1 - cos πt) / 2; with
+    `"exponential"`, the value is from (to / from)^t. The values of integer arguments are rounded. If the
+    argument changes an epoch's length, `Curriculum(num_samples=)` is needed. Trade-off: the value only changes when a
+    plan is made, so a run of one epoch needs `steps` and `Rescore(every_steps=)`.
     """
 
     policy: Policy
@@ -190,11 +190,11 @@ class Anneal(Policy):
     to: float
     """The argument's last value."""
     shape: Literal["linear", "cosine", "exponential"] = "linear"
-    """How it moves. Exponential needs two values of the same sign, neither 0."""
+    """The shape of the change. Exponential needs two values of the same sign, neither of them 0."""
     epochs: int | None = None
     """The first epoch with the last value, counted from 0. None: the run's last epoch."""
     steps: int | None = None
-    """Optimizer steps until the last value, to count them instead of epochs."""
+    """The optimizer step from which the last value applies. Give it instead of `epochs`."""
 
     def __post_init__(self) -> None:
         _require_policy(self.policy, "Anneal")
@@ -202,25 +202,25 @@ class Anneal(Policy):
         start = getattr(self.policy, self.argument) if self.argument in names else None
         if isinstance(start, bool) or not isinstance(start, (int, float)):
             raise ValueError(
-                f"Anneal(argument={self.argument!r}): {type(self.policy).__name__} has no argument of that name with a "
-                f"number. Choose one of: {', '.join(names) or 'none'}, and give the policy its first value."
+                f"Anneal(argument={self.argument!r}): {type(self.policy).__name__} has no argument of that name that is "
+                f"a number. Choose one of: {', '.join(names) or 'none'}, and give the policy its first value."
             )
         if self.shape not in ("linear", "cosine", "exponential"):
             raise ValueError(f"Anneal(shape={self.shape!r}): choose 'linear', 'cosine' or 'exponential'.")
         if self.shape == "exponential" and not start * self.to > 0:
             raise ValueError(
-                f"Anneal(to={self.to}, shape='exponential'): from {start} that needs another number of the same sign, "
-                "not 0. Choose 'linear' or 'cosine'."
+                f"Anneal(to={self.to}, shape='exponential'): the first value is {start}, so give another one of "
+                "the same sign, not 0. Choose 'linear' or 'cosine' for other values."
             )
         if self.epochs is not None and self.steps is not None:
             raise ValueError("Anneal: give epochs= or steps=, not both.")
         for name, value in (("epochs", self.epochs), ("steps", self.steps)):
             if value is not None and value < 1:
                 raise ValueError(f"Anneal({name}={value}): give 1 or more.")
-        self.at(1.0)  # the policy refuses a last value that it cannot have
+        self.at(1.0)  # the policy refuses a last value that is not valid
 
     def at(self, share: float) -> Policy:
-        """The policy after this share of the way, from 0 to 1."""
+        """The policy with the argument's value at this share of the run, from 0 to 1."""
         start = getattr(self.policy, self.argument)
         if self.shape == "exponential":
             value = start * (self.to / start) ** share
@@ -265,19 +265,19 @@ class Anneal(Policy):
             if pool.dry_run or pool.epoch == 0:
                 return float(pool.epoch > 0)
             raise ValueError(
-                f"Anneal({type(self.policy).__name__}, '{self.argument}'): it is not known how many epochs the run "
-                "has. Give epochs= (the first epoch with the last value) or steps=."
+                f"Anneal({type(self.policy).__name__}, '{self.argument}'): the number of epochs of the run is unknown. "
+                "Give epochs= (the first epoch with the last value) or steps=."
             )
         return min(1.0, pool.epoch / max(last, 1))
 
 
 def unfolded(policies: Sequence[Policy]) -> tuple[Policy, ...]:
-    """The policies, with the parts of `Stages` in its place, so that each is explained by itself."""
+    """The policies, with `Stages` replaced by its parts, so that each part is explained by itself."""
     return tuple(part for policy in policies for part in (policy.parts if isinstance(policy, Stages) else (policy,)))
 
 
 def turning_points(policies: Sequence[Policy]) -> list[tuple[int, int]]:
-    """`(epoch, step)` at which some policy begins, ends, or has its last value: where plans may get another length."""
+    """The `(epoch, step)` pairs at which a policy begins, ends or has its last value. Plans may change length there."""
     points = []
     for policy in unfolded(policies):
         if isinstance(policy, During):
