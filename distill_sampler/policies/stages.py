@@ -202,7 +202,7 @@ class Anneal(Policy):
         start = getattr(self.policy, self.argument) if self.argument in names else None
         if isinstance(start, bool) or not isinstance(start, (int, float)):
             raise ValueError(
-                f"Anneal(argument={self.argument!r}): {type(self.policy).__name__} has no argument of that name that is "
+                f"Anneal(argument={self.argument!r}): {type(self.policy).__name__} has no such argument with "
                 f"a number. Choose one of: {', '.join(names) or 'none'}, and give the policy its first value."
             )
         if self.shape not in ("linear", "cosine", "exponential"):
