@@ -105,7 +105,7 @@ class StoredTargets:
         return np.concatenate(places), targets
 
     def _cells(self, log_probs: Tensor) -> Tensor:
-        """`[positions, k + 1]` log-probabilities of the stored tokens and of all others, at the targets' temperature."""
+        """`[positions, k + 1]` log-probabilities of the stored tokens and all others, at the targets' temperature."""
         if self._tail == "bucket":
             rest = torch.log1p(-log_probs.exp().sum(1, keepdim=True).clamp(max=1 - 1e-6))
             return torch.log_softmax(torch.cat([log_probs, rest], 1), 1)
