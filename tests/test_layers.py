@@ -27,7 +27,7 @@ LAYERS = [
     {"plugins"},
     {"specs"},
     {"artifacts"},
-    {"scoring", "tracing"},
+    {"scoring", "tracing", "rows"},
     {"cycle"},
     {"curriculum"},
     {"objectives"},

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from distill_sampler import GlobalNaturalness, RankSurprisalRatio, ScoredDataset, Scorer
-from distill_sampler.cli.loading import load_model, locate, pick_device, pick_dtype
+from distill_sampler.integrations.loading import load_model, locate, pick_device, pick_dtype
 from distill_sampler.plugins import Plugin, plugins
 from distill_sampler.protocols import Metric
 from distill_sampler.reading.forward import unwrap

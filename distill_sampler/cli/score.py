@@ -23,18 +23,25 @@ from transformers.utils import logging as transformers_logging
 from distill_sampler import Scorer, __version__
 from distill_sampler.artifacts.schema import VERSION
 from distill_sampler.artifacts.score_output import Origin, ScoreOutput
-from distill_sampler.cli.chunks import Intake
-from distill_sampler.cli.loading import load_model, load_tokenizer, locate, model_files, pick_device, pick_dtype
 from distill_sampler.cli.score_job import Job
 from distill_sampler.contract import checked_metrics
 from distill_sampler.distributed import Ranks
-from distill_sampler.integrations.transformers import end_token_ids
+from distill_sampler.integrations.loading import (
+    load_model,
+    load_tokenizer,
+    locate,
+    model_files,
+    pick_device,
+    pick_dtype,
+)
 from distill_sampler.reading.reduce import data_columns_of, extras_of
 from distill_sampler.reading.token_stats import fastest
+from distill_sampler.rows.chunks import Intake
 from distill_sampler.serialize import described, require_writable
 from distill_sampler.sources.candidates import Layout
 from distill_sampler.sources.encoding import Encoder, choose_template
 from distill_sampler.sources.files import Sources
+from distill_sampler.sources.templates import end_token_ids
 from distill_sampler.specs import parse_metrics
 
 SUMMARY_ROWS = 200_000

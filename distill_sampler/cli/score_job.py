@@ -22,13 +22,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from distill_sampler import Scorer
 from distill_sampler.artifacts.schema import run_facts
 from distill_sampler.artifacts.score_output import ScoreOutput
-from distill_sampler.cli.chunks import Chunk, Intake
-from distill_sampler.cli.tables import ChunkScores, RowTables
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.policies.keys import num_distinct
 from distill_sampler.protocols import Metric
 from distill_sampler.reading.model_reader import ModelReader
 from distill_sampler.reading.reduce import columns_of
+from distill_sampler.rows.chunks import Chunk, Intake
+from distill_sampler.rows.tables import ChunkScores, RowTables
 from distill_sampler.sources.encoding import Encoder
 from distill_sampler.types import FloatArray, IntArray, Missing, TokenStats
 

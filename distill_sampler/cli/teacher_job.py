@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from distill_sampler.artifacts.score_output import ScoreOutput
-from distill_sampler.cli.chunks import SHOWN_BAD, Intake
 from distill_sampler.cli.teacher_columns import LogprobFiles
 from distill_sampler.cli.teacher_sources import TeacherSource, key_of, without_numbers
 from distill_sampler.engines.writing import StoredRow, key_hash, schema, store_facts, table_of
+from distill_sampler.rows.chunks import SHOWN_BAD, Intake
 from distill_sampler.sources.candidates import Candidate
 from distill_sampler.types import HashArray
 

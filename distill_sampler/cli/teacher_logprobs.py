@@ -16,20 +16,27 @@ from rich.console import Console
 
 from distill_sampler import Scorer, __version__
 from distill_sampler.artifacts.score_output import Origin, ScoreOutput
-from distill_sampler.cli.chunks import Intake
-from distill_sampler.cli.loading import load_model, load_tokenizer, locate, model_files, pick_device, pick_dtype
 from distill_sampler.cli.score import join, quiet
 from distill_sampler.cli.teacher_columns import Columns, FromColumns, LogprobFiles
 from distill_sampler.cli.teacher_job import TeacherJob, check_keys
 from distill_sampler.cli.teacher_sources import FromModel, TeacherSource
 from distill_sampler.engines.writing import VERSION
-from distill_sampler.integrations.transformers import end_token_ids
+from distill_sampler.integrations.loading import (
+    load_model,
+    load_tokenizer,
+    locate,
+    model_files,
+    pick_device,
+    pick_dtype,
+)
 from distill_sampler.reading.model_reader import ModelReader
 from distill_sampler.reading.token_stats import fastest
+from distill_sampler.rows.chunks import Intake
 from distill_sampler.serialize import digest, hash_of, require_writable
 from distill_sampler.sources.candidates import Layout
 from distill_sampler.sources.encoding import Encoder, choose_template
 from distill_sampler.sources.files import Sources
+from distill_sampler.sources.templates import end_token_ids
 
 
 @dataclass(frozen=True, kw_only=True)

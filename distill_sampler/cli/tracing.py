@@ -24,9 +24,16 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from distill_sampler import ModelReader, Provenance
-from distill_sampler.cli.loading import load_model, load_tokenizer, locate, model_files, pick_device, pick_dtype
 from distill_sampler.column_names import VERDICTS
 from distill_sampler.engines.stored_teacher import StoredTeacher
+from distill_sampler.integrations.loading import (
+    load_model,
+    load_tokenizer,
+    locate,
+    model_files,
+    pick_device,
+    pick_dtype,
+)
 from distill_sampler.metrics.provenance import CLASSES
 from distill_sampler.policies.keep_correct import is_correct
 from distill_sampler.report.trace_page import write_trace

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import numpy as np
 import transformers
 from packaging.version import Version
-from torch import nn
 from transformers import Trainer
 
 from distill_sampler.contract import checked_objectives
@@ -57,7 +56,7 @@ from distill_sampler.integrations.seams import (
 from distill_sampler.integrations.trl import dropped_rows, is_sft_trainer, source_rows
 from distill_sampler.objectives.live import Setting
 from distill_sampler.protocols import Objective, Tap
-from distill_sampler.sources.templates import markers
+from distill_sampler.sources.templates import end_token_ids
 from distill_sampler.truncation import UNKNOWN, cut_responses
 from distill_sampler.watch import set_timeout
 
@@ -210,22 +209,6 @@ def attach(
         prepare_through(trainer, objectives)
     set_timeout(args.ddp_timeout)
     curriculum.driven_by = type(trainer).__name__
-
-
-def end_token_ids(tokenizer: Any, model: nn.Module | None) -> tuple[int, ...]:
-    """The tokens that end a turn, according to the tokenizer, the generation configuration and the chat template.
-
-    For ChatML models that is `<|im_end|>`, for Llama 3 `<|eot_id|>` and `<|end_of_text|>`. There is no list of models.
-    """
-    found: set[int] = set()
-    generation = getattr(model, "generation_config", None)
-    for source in (tokenizer, generation):
-        token_ids = getattr(source, "eos_token_id", None)
-        found.update([token_ids] if isinstance(token_ids, int) else token_ids or [])
-    if getattr(tokenizer, "chat_template", None) and (marks := markers(tokenizer)) is not None:
-        tail = tokenizer(marks.end, add_special_tokens=False)["input_ids"]
-        found.update(token for token in tail[:1] if token in tokenizer.all_special_ids)
-    return tuple(sorted(found))
 
 
 __all__ = ["CurriculumCallback", "attach", "end_token_ids"]

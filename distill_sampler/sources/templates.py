@@ -171,6 +171,22 @@ def all_of(written: Written) -> Written:
     return Written(text=written.text, responses=((0, len(written.text)),), special_tokens=written.special_tokens)
 
 
+def end_token_ids(tokenizer: Any, model: Any) -> tuple[int, ...]:
+    """The tokens that end a turn, according to the tokenizer, the generation configuration and the chat template.
+
+    For ChatML models that is `<|im_end|>`, for Llama 3 `<|eot_id|>` and `<|end_of_text|>`. There is no list of models.
+    """
+    found: set[int] = set()
+    generation = getattr(model, "generation_config", None)
+    for source in (tokenizer, generation):
+        token_ids = getattr(source, "eos_token_id", None)
+        found.update([token_ids] if isinstance(token_ids, int) else token_ids or [])
+    if getattr(tokenizer, "chat_template", None) and (marks := markers(tokenizer)) is not None:
+        tail = tokenizer(marks.end, add_special_tokens=False)["input_ids"]
+        found.update(token for token in tail[:1] if token in tokenizer.all_special_ids)
+    return tuple(sorted(found))
+
+
 def is_in_template(prompt: str, completion: str, marks: Markers | None) -> bool:
     """Whether a prompt and a completion are already written in the chat template: its header stands between them."""
     header = "" if marks is None else marks.header.strip()

@@ -11,9 +11,9 @@ import pyarrow as pa
 
 from distill_sampler.artifacts.passes import missing_column
 from distill_sampler.artifacts.schema import OWN_COLUMNS, TRACE_COLUMNS
-from distill_sampler.cli.chunks import Chunk
 from distill_sampler.protocols import Metric
 from distill_sampler.reading.reduce import columns_of
+from distill_sampler.rows.chunks import Chunk
 from distill_sampler.sources.candidates import Candidate, Layout
 from distill_sampler.types import FloatArray, IntArray, TokenStats
 
