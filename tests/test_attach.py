@@ -205,14 +205,12 @@ def test_the_log_carries_the_curriculums_numbers_once_an_epoch(
     attach(trainer, attached)
     trainer.train()
     for lines in (reported, trainer.state.log_history):
-        lines = [line for line in lines if "curriculum/plan_hash" in line]
+        lines = [line for line in lines if "curriculum/score_age_max" in line]
         assert len(lines) == 2
-        for line, plan in zip(lines, attached.plans, strict=True):
-            assert line["curriculum/plan_hash"] == int(plan.fingerprint[:6], 16)
+        for line in lines:
             assert sum(line.get(f"curriculum/share/{teacher}", 0) for teacher in tiny.TEACHERS) == pytest.approx(1)
             assert line[f"curriculum/{RSR}/chosen"] < line[f"curriculum/{RSR}/candidates"]
-            assert line["curriculum/effective_sample_size"] == 6
-            assert line["curriculum/scoring_seconds"] > 0
+            assert len([name for name in line if name.startswith("curriculum/")]) <= 2 * 2 + 3 + 3
             assert "loss" in line
     shares = [line["curriculum/scoring_share"] for line in reported if "curriculum/scoring_share" in line]
     assert len(shares) == 2

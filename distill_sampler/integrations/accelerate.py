@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -39,9 +40,11 @@ from distill_sampler.integrations.loss_weights import LossWeights
 from distill_sampler.integrations.observed_scores import ObservedScores
 from distill_sampler.integrations.refusals import refuse_parallelism, refuse_second_host
 from distill_sampler.integrations.sample_log import SampleLog
+from distill_sampler.integrations.trackers import numbers_of, show_plan
 from distill_sampler.objectives.live import Setting
 from distill_sampler.objectives.places import predicting
 from distill_sampler.planning.sampler import DistillSampler
+from distill_sampler.planning.summary import PREFIX, Logs
 from distill_sampler.protocols import Objective, Tap
 from distill_sampler.types import Batch
 
@@ -77,6 +80,7 @@ class CurriculumLoop:
         tokenizer: the student's, for objectives that find a response by its text.
         manifests: write the hashes of its files into each checkpoint of `accelerator.save_state`, in a thread beside
             training, and compare a checkpoint with them in `accelerator.load_state`. False: do neither.
+        logs: which numbers of each plan `numbers` gives, as for `attach`.
 
     Raises:
         ValueError: the accelerator's settings rule out a curriculum, the data set lacks a column, or the curriculum
@@ -95,6 +99,7 @@ class CurriculumLoop:
         objective: Objective | Sequence[Objective] = (),
         tokenizer: Any = None,
         manifests: bool = True,
+        logs: Logs = "few",
     ) -> None:
         refuse_parallelism(accelerator)
         refuse_second_host(curriculum)
@@ -132,6 +137,9 @@ class CurriculumLoop:
         accelerator.register_save_state_pre_hook(self._saving)
         accelerator.register_load_state_pre_hook(self._loading)
         curriculum.driven_by = type(self).__name__
+        self._logs: Logs = logs
+        self._pending: dict[str, float] = {}
+        """Numbers for the next log entry."""
         self._run = ""
         self._epoch: int | None = None
         self._num_epochs: int | None = None
@@ -174,6 +182,15 @@ class CurriculumLoop:
             loss = tap.added_to(loss, scale=self._scale)
         self._scale = None
         return loss
+
+    def numbers(self) -> dict[str, float]:
+        """The curriculum's numbers since the last call, for your log: `accelerator.log(loop.numbers(), loop.step)`.
+
+        They are those of a trainer's log: the newest plan's, the losses by teacher and domain with `observe=True`, and
+        those of objectives. All processes must call it.
+        """
+        numbers, self._pending = self._pending, {}
+        return numbers | numbers_of(self._taps, Ranks.current(self.accelerator.device))
 
     def _expect(self, inputs: Any) -> None:
         """Announce a batch to the objectives."""
@@ -219,7 +236,7 @@ class CurriculumLoop:
         if self._objectives and self._prepared is None:
             raise ValueError("objective=: call loop.prepare(model) before you make the optimizer.")
         self._manifests.begin(self._readers.ranks)
-        planned = len(self.curriculum.summaries)
+        started, planned = time.perf_counter(), len(self.curriculum.summaries)
         samples_per_batch = loader.total_batch_size
         per_step = samples_per_batch * self.accelerator.gradient_accumulation_steps
         self.sampler.in_whole_steps(per_step, cut=bool(getattr(loader.batch_sampler, "drop_last", False)))
@@ -248,6 +265,8 @@ class CurriculumLoop:
                 yield inputs
                 self._manifests.begin(self._readers.ranks)
                 self._finish_batch()
+        seconds = sum(summary.scoring.seconds for summary in self.curriculum.summaries[planned:])
+        self._pending[f"{PREFIX}scoring_share"] = round(seconds / (time.perf_counter() - started), 4)
         self._begin_epoch(self._epoch + 1)
 
     def finish(self) -> None:
@@ -379,7 +398,12 @@ class CurriculumLoop:
         self._report(planned)
 
     def _report(self, planned: int) -> None:
-        """Print the table of the newest plan, if more than `planned` plans have been made."""
+        """Tell of the newest plan, if more than `planned` plans have been made: in the log, trackers and terminal."""
         summaries = self.curriculum.summaries
-        if len(summaries) > planned and self.accelerator.is_main_process and self.curriculum.scorer.progress:
-            summaries[-1].print()
+        if len(summaries) == planned:
+            return
+        self._pending.update(summaries[-1].logs(self._logs))
+        if self.accelerator.is_main_process:
+            show_plan(summaries[-1], ((each.name, each.tracker) for each in self.accelerator.trackers))
+            if self.curriculum.scorer.progress:
+                summaries[-1].print()

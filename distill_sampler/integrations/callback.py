@@ -14,7 +14,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import numpy.typing as npt
 import torch.utils.data
 from torch import nn
@@ -29,7 +28,8 @@ from distill_sampler.integrations.checkpoints import STATE_ENTRY, TRAINER_STATE,
 from distill_sampler.integrations.refusals import samples_per_step
 from distill_sampler.integrations.resuming import Place, continue_schedule, place_in, say_what_is_lost
 from distill_sampler.integrations.seams import output_of
-from distill_sampler.planning.summary import PREFIX
+from distill_sampler.integrations.trackers import numbers_of, show_plan, trackers_of_callbacks
+from distill_sampler.planning.summary import PREFIX, Logs
 from distill_sampler.protocols import Tap
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ class CurriculumCallback(TrainerCallback):
         taps: Sequence[Tap] = (),
         accept_changes: bool = False,
         manifests: bool = True,
+        logs: Logs = "few",
     ) -> None:
         self.trainer = trainer
         self.curriculum = curriculum
@@ -59,6 +60,7 @@ class CurriculumCallback(TrainerCallback):
         """Whether checkpoints get manifests, and are compared with them."""
         self._manifests = Manifests(write=trainer.args.should_save)
         self._accept_changes = accept_changes
+        self._logs: Logs = logs
         self._open_taps = ExitStack()
         """The contexts of the open taps, with their hooks and files."""
         self._epoch = 0
@@ -73,6 +75,10 @@ class CurriculumCallback(TrainerCallback):
         self._epoch_started = 0.0
         self._planned = 0
         """Number of plans made before this epoch."""
+        self.trained = 0
+        """Samples that all processes have trained on since `trainer.train` was called."""
+        self._place = 0
+        """How many places of the plan have been trained on."""
 
     def begin(
         self, state: TrainerState, checkpoint: Path | None, output: Path, *, max_steps: int, steps_per_epoch: int
@@ -95,6 +101,7 @@ class CurriculumCallback(TrainerCallback):
         args = self.trainer.args
         self._steps_per_epoch = steps_per_epoch
         self._resumed = Place()
+        self.trained = 0
         self._output = output
         self.curriculum.keep(output, run=self.run, write=state.is_world_process_zero)
         if state.global_step == 0:
@@ -160,9 +167,7 @@ class CurriculumCallback(TrainerCallback):
             # from the random state that dropout uses.
             kwargs["train_dataloader"].base_dataloader.generator = torch.Generator().manual_seed(args.seed)
         if len(summaries) > planned:
-            self.pending.update(summaries[-1].logs())
-            if state.is_world_process_zero and self.curriculum.scorer.progress:
-                summaries[-1].print()
+            self._tell_of_plan(state)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -184,13 +189,12 @@ class CurriculumCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         into_epoch = state.global_step - self._steps_before
         start = self._places(into_epoch + self.curriculum.rescore.lag)
+        before = self._place
         self._note_progress(state)
+        self.trained += self._place - before
         model = _wrapped_model(self.trainer)
         if self.curriculum.replan(model, step=state.global_step, into_epoch=into_epoch, start=start):
-            summary = self.curriculum.summaries[-1]
-            self.pending.update(summary.logs())
-            if state.is_world_process_zero and self.curriculum.scorer.progress:
-                summary.print()
+            self._tell_of_plan(state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -212,12 +216,7 @@ class CurriculumCallback(TrainerCallback):
     def numbers(self) -> dict[str, float]:
         """Numbers for the trainer's next training log entry. All processes must call it."""
         numbers, self.pending = self.pending, {}
-        for tap in self.taps:
-            for name, sums in tap.sums().items():
-                total, weight = Ranks.current(self.trainer.args.device).elementwise_sum(np.array(sums))
-                if weight:
-                    numbers[name] = total / weight
-        return numbers
+        return numbers | numbers_of(self.taps, Ranks.current(self.trainer.args.device))
 
     def saving(self, checkpoint: Path) -> None:
         """Write the plan and the scores into a checkpoint, before the trainer does. All processes must call it.
@@ -267,6 +266,15 @@ class CurriculumCallback(TrainerCallback):
         for tap in self.taps:
             tap.after(batch)
 
+    def _tell_of_plan(self, state: TrainerState) -> None:
+        """The newest plan's numbers go into the next log entry, its table to the terminal and to trackers."""
+        summary = self.curriculum.summaries[-1]
+        self.pending.update(summary.logs(self._logs))
+        if state.is_world_process_zero:
+            show_plan(summary, trackers_of_callbacks(self.trainer.callback_handler.callbacks))
+            if self.curriculum.scorer.progress:
+                summary.print()
+
     def _places(self, into_epoch: int) -> int:
         """How many places of the plan have been trained on after `into_epoch` optimizer steps of the epoch."""
         sampler = self.curriculum.sampler
@@ -276,6 +284,7 @@ class CurriculumCallback(TrainerCallback):
         """Put the trainer's place in the plan into its state. A resume continues there."""
         into_epoch = state.global_step - self._steps_before
         places = self._places(into_epoch)
+        self._place = places
         self.curriculum.progress(places)
         _entries(state)[STATE_ENTRY]["progress"] = {
             "step": state.global_step,

@@ -1,7 +1,7 @@
 """The methods of a trainer that `attach` wraps, each on the instance, and why.
 
 1. `trainer._get_train_sampler`: the trainer draws samples from the curriculum's sampler.
-2. `trainer.log`: the curriculum's numbers join the trainer's next log entry.
+2. `trainer.log`: the curriculum's numbers join the trainer's next log entry, and the last counts what was trained.
 3. `trainer.train`: the checkpoint is checked before anything is loaded, and two runs never write to one folder.
 4. `trainer._load_from_checkpoint`, `_load_optimizer_and_scheduler`: a checkpoint that fails to load is passed over.
 5. `trainer.training_step`: taps are called before and after the training on every batch.
@@ -48,6 +48,7 @@ class Follower(Protocol):
 
     run: str
     compares: bool
+    trained: int
 
     def finish(self) -> None: ...
     def begin(
@@ -89,6 +90,8 @@ def log_through(trainer: Trainer, callback: Follower) -> None:
         # the trainer's own entries, which every process makes: the numbers are gathered from all of them
         if {"loss", "train_runtime"} & logs.keys():
             logs.update(callback.numbers())
+        if "train_samples_per_second" in logs:  # the trainer counts the candidates
+            logs["train_samples_per_second"] = round(callback.trained / logs["train_runtime"], 3)
         log(logs, *args, **kwargs)
 
     trainer.log = log_with_curriculum  # type: ignore[method-assign]

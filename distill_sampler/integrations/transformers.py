@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import transformers
@@ -55,6 +55,7 @@ from distill_sampler.integrations.seams import (
 )
 from distill_sampler.integrations.trl import dropped_rows, is_sft_trainer, source_rows
 from distill_sampler.objectives.live import Setting
+from distill_sampler.planning.summary import Logs
 from distill_sampler.protocols import Objective, Tap
 from distill_sampler.sources.templates import end_token_ids
 from distill_sampler.truncation import UNKNOWN, cut_responses
@@ -78,6 +79,7 @@ def attach(
     sample_log: bool = False,
     objective: Objective | Sequence[Objective] = (),
     manifests: bool = True,
+    logs: Logs = "few",
     pack_to: int | Literal["max_length"] | None = None,
     batch_tokens: int | None = None,
     pack_window: int | None = None,
@@ -125,6 +127,10 @@ def attach(
         manifests: write the hashes of its files into each checkpoint, in a thread beside training, and compare a
             checkpoint with them before it is resumed from, so that one with a damaged file is passed over. False: do
             neither; files that are missing or cut off are noticed all the same.
+        logs: which numbers of each plan go into the trainer's log, to any `report_to`. `"few"`: the mean score of the
+            candidates and of the plan, the share of each teacher, the age of the scores, and the share of the epoch's
+            time that scoring took; `"all"`: also counts, and what scoring cost. W&B, trackio and TensorBoard get the
+            plan's table by teacher too.
         pack_to: lay the samples of each epoch's plan end to end in packs of at most so many tokens, each a row of
             training; `"max_length"`: `SFTConfig`'s. `per_device_train_batch_size` counts packs then. An epoch has a
             constant number of packs: a plan that fills more is cut behind the last one, and one that fills fewer goes
@@ -142,6 +148,8 @@ def attach(
         ValueError: the trainer's settings rule out a curriculum, or the data set lacks rows or columns; the message
             names the argument and the cure.
     """
+    if logs not in get_args(Logs):
+        raise ValueError(f"logs={logs!r}: choose 'few' or 'all'.")
     refuse_settings(trainer)
     refuse_second_host(curriculum)
     args = trainer.args
@@ -191,7 +199,9 @@ def attach(
     if packing is not None and not packing.padded:
         taps.append(SeparateSamples(trainer, setting.models))
     trainer.train_dataset = trained_rows
-    callback = CurriculumCallback(trainer, curriculum, taps=taps, accept_changes=accept_changes, manifests=manifests)
+    callback = CurriculumCallback(
+        trainer, curriculum, taps=taps, accept_changes=accept_changes, manifests=manifests, logs=logs
+    )
     sample_through(trainer, sampler)
     if packing is not None:
         pack_through(trainer, packing)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from rich.console import Console, Group, RenderableType
@@ -19,6 +20,10 @@ from distill_sampler.types import EncodedColumn, EpochPlan, FloatArray, IntArray
 
 PREFIX = "curriculum/"
 """Prefix of every name in a trainer's log."""
+Logs = Literal["few", "all"]
+"""How many of a plan's numbers go into a trainer's log."""
+_MOST_SHARES = 10
+"""The shares of so many teachers are among the few numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,32 +95,59 @@ class EpochSummary:
     packed: PackCounts | None = None
     """What its packs hold."""
 
-    def logs(self) -> dict[str, float]:
-        """The numbers for the trainer's log, for any `report_to`."""
-        numbers: dict[str, float] = {
-            "effective_sample_size": self.effective_sample_size,
-            "distinct_samples": self.distinct,
-            "non_finite_samples": len(self.scoring.non_finite),
-            "too_long_samples": len(self.scoring.too_long),
-            "scored_samples": self.scoring.samples,
-            "observed_samples": self.scoring.observed,
-            "estimated_samples": self.scoring.estimated,
-            "score_age_median": self.scoring.age_median,
-            "score_age_max": self.scoring.age_max,
-            "scoring_seconds": round(self.scoring.seconds, 3),
-            "scoring_tokens_per_second": round(self.scoring.tokens / max(self.scoring.seconds, 1e-9), 1),
-            "scoring_share_of_run": round(self.scoring.share, 4),
-            # loggers store float32, which holds 24 bits exactly
-            "plan_hash": int(self.plan_fingerprint[:6], 16),
-        }
-        if self.packed is not None:
-            numbers |= {"pack_fill": round(self.packed.fill, 4), "pack_tokens": self.packed.tokens}
+    def logs(self, which: Logs = "few") -> dict[str, float]:
+        """The numbers for the trainer's log, for any `report_to`.
+
+        Args:
+            which: `"few"`: the mean score of the candidates and of the plan, the share of each teacher (of the ten with
+                the largest shares) and the age of the scores; `"all"`: also counts, and what scoring cost.
+        """
+        numbers: dict[str, float] = {}
         for metric, (candidates, chosen) in self.mean_scores.items():
             numbers[f"{metric}/candidates"] = candidates
             numbers[f"{metric}/chosen"] = chosen
-        for row in self.teachers:
+        shown = self.teachers if which == "all" else self.teachers[:_MOST_SHARES]
+        for row in shown:
             numbers[f"share/{row.teacher}"] = row.chosen / self.num_samples
+        numbers["score_age_median"] = self.scoring.age_median
+        numbers["score_age_max"] = self.scoring.age_max
+        # what a run should not have is told when it is there
+        for name, count in (
+            ("non_finite_samples", len(self.scoring.non_finite)),
+            ("too_long_samples", len(self.scoring.too_long)),
+        ):
+            if count or which == "all":
+                numbers[name] = count
+        if self.packed is not None:
+            numbers["pack_fill"] = round(self.packed.fill, 4)
+        if which == "all":
+            numbers |= {
+                "effective_sample_size": self.effective_sample_size,
+                "distinct_samples": self.distinct,
+                "scored_samples": self.scoring.samples,
+                "observed_samples": self.scoring.observed,
+                "estimated_samples": self.scoring.estimated,
+                "scoring_seconds": round(self.scoring.seconds, 3),
+                "scoring_tokens_per_second": round(self.scoring.tokens / max(self.scoring.seconds, 1e-9), 1),
+                "scoring_share_of_run": round(self.scoring.share, 4),
+            }
+            if self.packed is not None:
+                numbers["pack_tokens"] = self.packed.tokens
         return {PREFIX + name: value for name, value in numbers.items() if np.isfinite(value)}
+
+    def rows(self) -> list[dict[str, str | float]]:
+        """The table by teacher as data, for a log that has tables. Empty if the data set does not name teachers."""
+        return [
+            {
+                "teacher": row.teacher,
+                "candidates": row.candidates,
+                "tokens": row.tokens,
+                **{metric: row.scores[metric] for metric in self.mean_scores},
+                "chosen": row.chosen,
+                "share": row.chosen / self.num_samples,
+            }
+            for row in self.teachers
+        ]
 
     def table(self) -> RenderableType:
         """A compact table for the terminal."""
