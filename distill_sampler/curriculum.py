@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from torch import nn
 
+from distill_sampler import notebook
 from distill_sampler.artifacts.run_folder import write_tables
 from distill_sampler.contract import checked_metrics, checked_policies, require_arguments
 from distill_sampler.cycle import Cycle
@@ -27,6 +28,8 @@ from distill_sampler.planning.summary import EpochSummary, ScoringSummary
 from distill_sampler.protocols import Metric, Policy
 from distill_sampler.reading.observer import not_observable
 from distill_sampler.reading.scorer import Scorer
+from distill_sampler.report.pictures import figure
+from distill_sampler.report.progress import progress
 from distill_sampler.serialize import encode_facts
 from distill_sampler.store import ScoreStore
 from distill_sampler.types import EpochPlan, IntArray
@@ -310,18 +313,43 @@ class Curriculum:
         """The learning curve of every sample: one row for each time it was scored or observed in this run.
 
         Args:
-            columns: columns of the data set to add to `sample, pass, epoch, step, observed` and the scores.
+            columns: columns of the data set to add to `sample, pass, epoch, step, observed`, the scores and `chosen`
+                (whether the epoch's plan has the sample; null for a pass without a plan). By default, the columns that
+                name the prompt and the teacher.
         """
-        return self.cycle.history(*columns)
+        return notebook.history(self.cycle, columns)
 
     def samples(self, *columns: str) -> pa.Table:
         """What is known about each sample now, one row each.
 
         The columns are `sample`, `source_row` (its number in the data that the trainer was given), the given columns of
-        the data set, the latest scores, `step` (of the last measurement; -1: never), `estimated` (whether the scores
-        are estimates), `times_scored` and `times_trained`.
+        the data set (by default those that name the prompt and the teacher), the latest scores, `step` (of the last
+        measurement; -1: never), `estimated` (whether the scores are estimates), `times_scored`, `times_trained` and
+        `chosen` (whether the current plan has it).
         """
-        return self.cycle.samples(*columns)
+        return notebook.samples(self.cycle, columns)
+
+    def plot(self, metric: str | None = None) -> Any:
+        """A picture of the run so far: how scores move, which teachers the plans hold, how old scores are.
+
+        In a notebook, the last line of a cell shows it; `curriculum.plot().write_html("run.html")` keeps it.
+
+        Args:
+            metric: the metric to draw. By default the Rank-Surprisal Ratio if it is scored.
+
+        Returns:
+            A `plotly.graph_objects.Figure`.
+
+        Raises:
+            ValueError: nothing has been scored yet, or there is no such metric.
+        """
+        return figure(progress(self.cycle.scores(), metric=metric))
+
+    def __repr__(self) -> str:
+        return notebook.text(self.metrics, self.policies, self._cycle)
+
+    def _repr_html_(self) -> str:
+        return notebook.html(self.metrics, self.policies, self._cycle)
 
     def explain(self, index: int, epoch: int) -> str:
         """Why a sample was or was not in an epoch: which policy left it out, with the numbers it used.

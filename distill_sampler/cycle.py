@@ -19,8 +19,9 @@ from torch import nn
 
 from distill_sampler.artifacts.parts import Parts
 from distill_sampler.artifacts.record import RECORD, Record
-from distill_sampler.artifacts.run_folder import column_values, kept_as, measurement_rows, sample_rows
-from distill_sampler.artifacts.schema import OWN_COLUMNS, run_facts
+from distill_sampler.artifacts.run_folder import kept_as, sample_rows
+from distill_sampler.artifacts.schema import run_facts
+from distill_sampler.artifacts.scorefile import Scores
 from distill_sampler.artifacts.state import as_state, content_of
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.distributed import Ranks
@@ -227,7 +228,7 @@ class Cycle:
                 f"{scoring.non_finite[0]}), so they have no score.",
             )
         if not self.summaries:
-            all_notes += truncation_notes(self.dataset, teacher=self._teacher, group=self._group)
+            all_notes += truncation_notes(self.dataset, teacher=self._teacher, group=self.group)
         if not self.summaries and (note := self.sampler.whole_steps_note()):
             all_notes.append(note)
         self.summaries.append(
@@ -247,7 +248,12 @@ class Cycle:
         )
 
     @property
-    def _group(self) -> str | None:
+    def teacher(self) -> str | None:
+        """The column that names the teacher, if the data set has it."""
+        return None if self.teachers is None else self._teacher
+
+    @property
+    def group(self) -> str | None:
         """The column that says which rows answer the same prompt, if a policy names one."""
         return next((policy.group_by for policy in self.planner.policies if policy.group_by), None)
 
@@ -299,35 +305,18 @@ class Cycle:
             raise ValueError(f"Epoch {epoch} was not planned in this run. Choose one of {sorted(plans)}.")
         return self.explained(plans[epoch]).explanation(index, epoch)
 
-    def history(self, *columns: str) -> pa.Table:
-        """See `Curriculum.history`."""
-        samples = pa.table({"sample": np.arange(len(self.dataset)), **self._column_values(columns)})
-        return measurement_rows(self.record, samples, None, unmeasured=False)
+    def scores(self) -> Scores:
+        """The scores of the run so far, as the report reads them.
 
-    def samples(self, *columns: str) -> pa.Table:
-        """See `Curriculum.samples`."""
-        return pa.table(
-            {
-                "sample": np.arange(len(self.dataset)),
-                "source_row": self.dataset.source_rows,
-                **self._column_values(columns),
-                **self.store.latest,
-                "step": self.store.step,
-                "estimated": self.store.estimated,
-                "times_scored": self.store.times_scored,
-                "times_trained": self.times_trained(),
-            }
-        )
+        Raises:
+            ValueError: nothing has been scored yet.
+        """
+        return Scores.of_record(self.record, self.facts(), self.samples_table())
 
     def samples_table(self, *columns: str) -> pa.Table:
         """One row for each sample, with the columns that identify it; see `sample_rows`."""
         read = [*self.planner.columns, *data_columns_of(self.metrics.values())]
         return sample_rows(self.dataset, columns or self.dataset.identifying_columns(*read), self.metrics.values())
-
-    def _column_values(self, names: Sequence[str]) -> dict[str, pa.Array]:
-        """Columns of the data set for people, under the names that they have beside ours."""
-        own = (*OWN_COLUMNS, "estimated", "times_scored", "times_trained")
-        return {kept_as(name, self.metrics.values(), own): column_values(self.dataset, name) for name in names}
 
     def facts(self) -> dict[str, Any]:
         """What the run's scores belong to, for a file's metadata."""
@@ -335,7 +324,7 @@ class Cycle:
             run=self._run,
             metrics=list(self.metrics.values()),
             policies=self.planner.policies,
-            group=self._group and kept_as(self._group, self.metrics.values()),
+            group=self.group and kept_as(self.group, self.metrics.values()),
             teacher=None if self.teachers is None else kept_as(self._teacher, self.metrics.values()),
             dataset=self.dataset.fingerprint,
             seed=self.planner.seed,

@@ -19,6 +19,7 @@ import numpy as np
 
 from distill_sampler.distributed import Ranks
 from distill_sampler.serialize import differences
+from distill_sampler.showing import html_table
 from distill_sampler.types import BoolArray, FloatArray, IntArray, Missing
 
 
@@ -132,6 +133,21 @@ class ScoreStore:
         """`(epoch, step)` of every pass of the run, including those before a resume."""
         self._open: ScoringPass | None = None
         self._latest_before: dict[str, FloatArray] = {}
+
+    def __repr__(self) -> str:
+        scored = int((self.step >= 0).sum())
+        return f"ScoreStore({len(self.step):,} samples, {scored:,} scored, columns {', '.join(self.latest)})"
+
+    def _repr_html_(self) -> str:
+        """Mean and range of each number, for a notebook."""
+        rows = []
+        for name, values in self.latest.items():
+            finite = values[np.isfinite(values)].astype(np.float64)
+            figures = [float(f(finite)) if len(finite) else None for f in (np.mean, np.min, np.median, np.max)]
+            rows.append((name, len(finite), *figures))
+        measured = self.step[self.step >= 0]
+        note = f"measured at optimizer steps {measured.min():,} to {measured.max():,}" if len(measured) else ""
+        return html_table(repr(self), ("", "scored", "mean", "lowest", "median", "highest"), rows, note=note)
 
     def begin(self, *, epoch: int, step: int) -> None:
         """Begin a pass with the scores observed since the last one. What `write` adds was measured at `step`."""

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distill_sampler.field_docs import documents_fields
+from distill_sampler.showing import html_table
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.floating[Any]]
@@ -189,6 +190,18 @@ class EpochPlan:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def __repr__(self) -> str:
+        packs = "" if self.packs is None else f" in {self.num_rows:,} packs"
+        weights = ", weighted" if bool((self.weights != 1).any()) else ""
+        distinct = len(np.unique(self.indices))
+        return f"EpochPlan({len(self):,} samples{packs}, {distinct:,} distinct{weights}, {self.fingerprint})"
+
+    def _repr_html_(self) -> str:
+        """The first samples, for a notebook."""
+        rows = list(zip(range(10), self.indices[:10].tolist(), self.weights[:10].tolist(), strict=False))
+        more = f"and {len(self) - 10:,} more" if len(self) > 10 else ""
+        return html_table(repr(self), ("position", "sample", "weight"), rows, note=more)
 
     @property
     def num_rows(self) -> int:

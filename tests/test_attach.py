@@ -302,7 +302,7 @@ def test_all_turns_of_the_assistant_are_scored(tmp_path: Path, tokenizer: PreTra
     turns = [("user", "1+1?"), ("assistant", "two"), ("user", "sure?"), ("assistant", "quite sure")]
     messages = [{"role": role, "content": content} for role, content in turns]
     rows = datasets.Dataset.from_list(
-        [{"messages": messages, "prompt_id": "a"}, {"messages": messages[:2], "prompt_id": "b"}]
+        [{"messages": messages, "prompt_id": "a"}, {"messages": messages[:2], "prompt_id": "a"}]
     )
     for settings in ({}, {"assistant_only_loss": True}):
         trainer = sft_trainer(tmp_path, tokenizer, rows=rows, **settings)

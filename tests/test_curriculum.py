@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedModel
@@ -22,6 +23,8 @@ from distill_sampler import (
     Scorer,
     Shuffle,
     SortBy,
+    Stage,
+    Stages,
 )
 from distill_sampler.artifacts.schema import VERSION
 from distill_sampler.artifacts.scorefile import Scores
@@ -299,3 +302,20 @@ def test_columns_that_are_called_like_ours_are_kept_under_another_name(
     scores = Scores.open(tmp_path)
     assert scores.group == "sample_in_data"
     assert scores.choose([BestOf(RSR, per="sample")]).plan == curriculum.plans[0]
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_one_response_to_each_prompt_is_refused_with_the_policies_for_it(
+    staged: bool, dataset: ScoredDataset, tmp_path: Path
+) -> None:
+    rows = dataset.rows.add_column("row_id", [f"r{row}" for row in range(len(dataset))])
+    single = ScoredDataset(rows)
+    best = BestOf(RSR, per="row_id")
+    policy = Stages([Stage([Shuffle()]), Stage([best], from_epoch=1)]) if staged else best
+    with pytest.raises(ValueError, match=r"^BestOf\(per='row_id'\).*KeepTop\(.*CompetencePacing\(.*SortBy\("):
+        bound(single, policies=[policy])
+    bound(single, policies=[BestOf(RSR, per="row_id", max_score=3.0)], num_samples=4)  # that is a filter
+    table = pa.table({"sample": [0, 1], "prompt_id": ["a", "b"], "global_naturalness": [-1.0, -2.0]})
+    pq.write_table(table, tmp_path / "scores.parquet")
+    with pytest.raises(ValueError, match=r"^BestOf\(per='prompt_id'\)"):
+        Scores.open(tmp_path / "scores.parquet").choose([BestOf("global_naturalness", per="prompt_id")])

@@ -14,7 +14,7 @@ import distill_sampler
 
 PACKAGE = Path(distill_sampler.__file__).parent
 LAYERS = [
-    {"field_docs", "column_names", "correlation"},
+    {"field_docs", "column_names", "correlation", "showing"},
     {"types"},
     {"protocols"},
     {"hashing", "serialize", "distributed"},
@@ -28,10 +28,12 @@ LAYERS = [
     {"specs"},
     {"artifacts"},
     {"scoring", "tracing", "rows"},
+    {"report"},
     {"cycle"},
+    {"notebook"},
     {"curriculum"},
     {"objectives"},
-    {"integrations", "report", "testing"},
+    {"integrations", "testing"},
     {"cli"},
 ]
 """From the bottom up. A module imports from layers below its own, and from its own package."""

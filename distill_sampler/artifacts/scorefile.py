@@ -11,44 +11,27 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from distill_sampler.artifacts.arrow_columns import Values, codes_of, float_columns, has_passes, read_record
 from distill_sampler.artifacts.passes import missing_column
 from distill_sampler.artifacts.record import RECORD, Record, read_run, read_samples
-from distill_sampler.artifacts.run_folder import PLANS, SCORES, measurement_rows, plan_rows, schema_of
+from distill_sampler.artifacts.run_folder import PLANS, SCORES, schema_of
 from distill_sampler.artifacts.schema import metrics_in_file
 from distill_sampler.column_names import DOMAINS, GROUPS, TEACHERS, VERDICTS
 from distill_sampler.planning.sampler import fit_length
 from distill_sampler.planning.why import ExplainedPlan, PolicyFacts
+from distill_sampler.policies.best_of import refuse_single_responses
 from distill_sampler.policies.stages import unfolded
 from distill_sampler.protocols import Metric, Policy, Pool
 from distill_sampler.serialize import decode_facts
+from distill_sampler.showing import html_table
 from distill_sampler.store import drifted
 from distill_sampler.types import BoolArray, EncodedColumn, EpochPlan, FloatArray, HashArray, IntArray, unknown_name
-
-
-class Values(Sequence[Any]):
-    """An Arrow array as a sequence. Elements become Python objects only on access: there may be ten million of them."""
-
-    def __init__(self, array: pa.Array) -> None:
-        self._array = array
-
-    def __len__(self) -> int:
-        return len(self._array)
-
-    @overload
-    def __getitem__(self, index: int) -> Any: ...
-    @overload
-    def __getitem__(self, index: slice) -> Values: ...
-    def __getitem__(self, index: int | slice) -> Any:
-        return Values(self._array[index]) if isinstance(index, slice) else self._array[int(index)].as_py()
-
-    def __contains__(self, value: object) -> bool:
-        return self._array.null_count > 0 if value is None else super().__contains__(value)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -92,30 +75,50 @@ class Scores:
         """
         record: Record | None = None
         plans: Callable[[], pa.Table] | None = None
-        if path.is_dir() and _has_passes(path / RECORD):
+        if path.is_dir() and has_passes(path / RECORD):
             folder = path / RECORD
             record = Record(folder, write=False)
-            facts, samples = read_run(folder), read_samples(folder)
-            names = measurement_rows(record, samples, None).column_names
-
-            def load(columns: list[str], record: Record = record, samples: pa.Table = samples) -> pa.Table:
-                return measurement_rows(record, samples, columns)
-
-            if len(record.plans):
-                plans = lambda: plan_rows(record, samples, ["epoch", "sample"])  # noqa: E731
-            facts = {**facts, "drift": [dict(scoring_pass.drift) for scoring_pass in record.passes]}
+            names, facts, load, plans = read_record(record, read_run(folder), read_samples(folder))
         else:
             file = path / SCORES if path.is_dir() else path
             schema = schema_of(file)
             names, facts = schema.names, decode_facts(schema.metadata)
-
-            def load(columns: list[str], file: Path = file) -> pa.Table:  # type: ignore[misc]
-                return pq.read_table(file, columns=columns)
-
+            load = lambda columns: pq.read_table(file, columns=columns)  # noqa: E731
             planned = path / PLANS
             if path.is_dir() and planned.exists():
                 plans = lambda: pq.read_table(planned, columns=["epoch", "sample"])  # noqa: E731
             path = file
+        given = {"teacher": teacher, "group": group, "domain": domain, "correct": correct}
+        return cls._made(path, names, facts, load, plans, record, given)
+
+    @classmethod
+    def of_record(cls, record: Record, run: Mapping[str, Any], samples: pa.Table) -> Scores:
+        """The scores of a run from its record, which may be in memory, before or while it trains.
+
+        Args:
+            record: the passes and plans.
+            run: what they belong to (`schema.run_facts`).
+            samples: what each sample is, one row each.
+
+        Raises:
+            ValueError: nothing has been scored yet.
+        """
+        if not len(record.passes):
+            raise ValueError("Nothing has been scored in this run yet. Train an epoch first, or call curriculum.score.")
+        return cls._made(record.folder or Path("run"), *read_record(record, run, samples), record, {})
+
+    @classmethod
+    def _made(
+        cls,
+        path: Path,
+        names: Sequence[str],
+        facts: Mapping[str, Any],
+        load: Callable[[list[str]], pa.Table],
+        plans: Callable[[], pa.Table] | None,
+        record: Record | None,
+        given: Mapping[str, str | None],
+    ) -> Scores:
+        """Find the metrics and the user's columns. `given` has the names that the user gave, by kind."""
         metrics = metrics_in_file(facts, names)
         if not metrics or "sample" not in names:
             raise ValueError(
@@ -125,24 +128,39 @@ class Scores:
         columns = facts.get("columns")
         recorded: Mapping[str, Any] = columns if isinstance(columns, dict) else {}
 
-        def find(given: str | None, recorded: str | None, usual: Sequence[str]) -> str | None:
-            if given is not None and given not in names:
-                raise ValueError(f"{path}: {unknown_name('column', given, names, 'in the scores')}")
-            return next((name for name in (given, recorded, *usual) if name in names), None)
+        def find(kind: str, recorded: str | None, usual: Sequence[str]) -> str | None:
+            wanted = given.get(kind)
+            if wanted is not None and wanted not in names:
+                raise ValueError(f"{path}: {unknown_name('column', wanted, names, 'in the scores')}")
+            return next((name for name in (wanted, recorded, *usual) if name in names), None)
 
         return cls(
             path=path,
             names=names,
             facts=facts,
             metrics=metrics,
-            group=find(group, recorded.get("group"), GROUPS),
-            teacher=find(teacher, recorded.get("teacher"), TEACHERS),
-            domain=find(domain, None, DOMAINS),
-            correct=find(correct, None, VERDICTS),
+            group=find("group", recorded.get("group"), GROUPS),
+            teacher=find("teacher", recorded.get("teacher"), TEACHERS),
+            domain=find("domain", None, DOMAINS),
+            correct=find("correct", None, VERDICTS),
             load=load,
             load_plans=plans,
             record=record,
         )
+
+    def __repr__(self) -> str:
+        return f"Scores({str(self.path)!r}, metrics {', '.join(self.metrics)})"
+
+    def _repr_html_(self) -> str:
+        """Each metric's scores, for a notebook."""
+        rows = []
+        numbers = self.numbers()
+        for name, metric in self.metrics.items():
+            finite = numbers[name][np.isfinite(numbers[name])].astype(np.float64)
+            figures = [float(f(finite)) if len(finite) else None for f in (np.mean, np.min, np.median, np.max)]
+            rows.append((name, "higher" if metric.higher_is_better else "lower", len(finite), *figures))
+        headings = ("metric", "better", "scored", "mean", "lowest", "median", "highest")
+        return html_table(repr(self), headings, rows, note=f"{len(self._pass_epoch_sample[0]):,} measurements")
 
     def metric(self, name: str | None = None) -> Metric:
         """A metric by name. By default RSR if any sample has one, otherwise the first metric that any sample has.
@@ -230,10 +248,10 @@ class Scores:
         columns = list(dict.fromkeys(column for metric in self.metrics.values() for column in metric.columns))
         last_pass = self._last_pass(epoch)
         if last_pass == 0:
-            return _float_columns(self.read(columns, epoch=epoch), columns)
+            return float_columns(self.read(columns, epoch=epoch), columns)
         passes, _, samples = self._pass_epoch_sample
         drift: Sequence[Mapping[str, float]] = self.facts.get("drift") or []
-        measured = _float_columns(self.load(columns), columns)
+        measured = float_columns(self.load(columns), columns)
         size = int(samples.max(initial=-1)) + 1
         latest = {name: np.full(size, np.nan, np.float32) for name in columns}
         ever_measured = np.zeros(size, bool)
@@ -277,11 +295,11 @@ class Scores:
         encoded = self._encoded(name, epoch)
         if not any(value is not None for value in encoded.dictionary[:2].to_pylist()):
             return None
-        return EncodedColumn(codes=_codes(encoded), values=Values(encoded.dictionary))
+        return EncodedColumn(codes=codes_of(encoded), values=Values(encoded.dictionary))
 
     def codes(self, name: str | None, *, epoch: int | None = None) -> IntArray | None:
         """The codes of a categorical column without its values, which saves reading millions of prompt names."""
-        return None if name is None or name not in self.names else _codes(self._encoded(name, epoch))
+        return None if name is None or name not in self.names else codes_of(self._encoded(name, epoch))
 
     def mixed_prompts(self, *, epoch: int | None = None) -> list[str]:
         """Names of groups whose responses answer different prompts, because an id was used twice."""
@@ -324,6 +342,7 @@ class Scores:
         if of_the_run and (recorded := self.last_plan(epoch)) is not None:
             return recorded
         columns = self._columns_of_data((name for policy in policies for name in policy.uses_columns), epoch)
+        refuse_single_responses(policies, columns)
         tokens = self.integers("num_tokens", epoch=epoch)
         lengths = self.integers("length", epoch=epoch)
         hashes = self.hashes(epoch=epoch)
@@ -399,15 +418,3 @@ class Scores:
         if model and model.startswith((".", "/", "~")):  # reports are shared, so show only the name of a local folder
             about["model"] = Path(model).name or model
         return about
-
-
-def _has_passes(folder: Path) -> bool:
-    return folder.is_dir() and bool(read_run(folder)) and len(Record(folder, write=False).passes) > 0
-
-
-def _float_columns(table: pa.Table, names: Sequence[str]) -> dict[str, FloatArray]:
-    return {name: np.array(table[name].to_numpy(), np.float32) for name in names}
-
-
-def _codes(encoded: pa.DictionaryArray) -> IntArray:
-    return np.asarray(encoded.indices.to_numpy(zero_copy_only=False), np.int64)

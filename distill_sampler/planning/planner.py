@@ -13,6 +13,7 @@ from distill_sampler.planning.packs import PackCounts, Packing, pack_plan
 from distill_sampler.planning.sampler import fit_length, replace_rest
 from distill_sampler.planning.why import ExplainedPlan, PolicyFacts, plan_with_reasons
 from distill_sampler.policies import apply_one_by_one
+from distill_sampler.policies.best_of import refuse_single_responses
 from distill_sampler.policies.stages import turning_points, unfolded
 from distill_sampler.protocols import Metric, Policy, Pool
 from distill_sampler.reading.reduce import columns_of
@@ -72,6 +73,7 @@ class Planner:
         self.candidates = np.flatnonzero(dataset.scorable)
         names = dict.fromkeys(name for policy in policies for name in policy.uses_columns)
         self.columns: dict[str, EncodedColumn] = {name: dataset.column(name, complete=True) for name in names}
+        refuse_single_responses(policies, self.columns)
         self.facts = [PolicyFacts.of(policy) for policy in policies]
         self.groups = self._groups(plans_rest)
         """`[samples]` equal numbers for samples of the same group, within which a policy chooses."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from distill_sampler.field_docs import documents_fields
 from distill_sampler.policies.expressions import Column, MetricExpression, column_names, metric_names, raw_scores
 from distill_sampler.policies.keys import best_first_order, first_of_each, group_codes
 from distill_sampler.protocols import Policy, Pool
-from distill_sampler.types import EpochPlan
+from distill_sampler.types import EncodedColumn, EpochPlan
 
 
 @documents_fields
@@ -81,3 +82,29 @@ class BestOf(Policy):
         order = best_first_order(goodness, pool.content_hash[plan.indices], groups, last=cut)
         best = order[first_of_each(groups[order], self.k)]
         return plan.take(np.sort(best[~np.isnan(goodness[best])]))
+
+
+def refuse_single_responses(policies: Iterable[Policy], columns: Mapping[str, EncodedColumn]) -> None:
+    """Raise an error if a `BestOf` is to choose among the responses to a prompt, and every prompt has only one.
+
+    Args:
+        policies: without stages (`unfolded`).
+        columns: the columns that they read.
+
+    Raises:
+        ValueError: no two samples have the same value of the column `per`.
+    """
+    for policy in policies:
+        while not isinstance(policy, BestOf) and isinstance(getattr(policy, "policy", None), Policy):
+            policy = policy.policy  # type: ignore[attr-defined]  # of a stage
+        if not isinstance(policy, BestOf) or (policy.min_score, policy.max_score) != (None, None):
+            continue
+        column = columns[policy.per]
+        if 1 < len(column.codes) == len(column.values):
+            raise ValueError(
+                f"BestOf(per='{policy.per}'): each of the {len(column.codes):,} samples has a {policy.per} of its own, "
+                "so there is nothing to choose among. If several responses answer the same prompt, name the column "
+                "that they share. With one response to each prompt, KeepTop(metric, fraction=0.5) keeps the best of "
+                "the whole pool, CompetencePacing(metric, initial=0.3, epochs=3) starts with the best and adds the "
+                "others, and SortBy(metric) orders them."
+            )
