@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from distill_sampler.curriculum import Curriculum
     from distill_sampler.dataset import ScoredDataset
     from distill_sampler.integrations.accelerate import CurriculumLoop
+    from distill_sampler.integrations.rows import score_rows
     from distill_sampler.integrations.transformers import attach
     from distill_sampler.metrics.aslec_drop import AslecDrop
     from distill_sampler.metrics.aslec_parts import AslecParts
@@ -73,6 +74,7 @@ _HOMES = {
     "curriculum": ("Curriculum",),
     "dataset": ("ScoredDataset",),
     "integrations.accelerate": ("CurriculumLoop",),
+    "integrations.rows": ("score_rows",),
     "integrations.transformers": ("attach",),
     "metrics": (
         "AslecDrop",
@@ -205,6 +207,7 @@ __all__ = [
     "WeightBySoftmax",
     "WithinLength",
     "attach",
+    "score_rows",
 ]
 
 

@@ -191,7 +191,7 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
             first = np.minimum.reduceat(np.where(scored, place, len(input_ids)), offsets[:-1])
             before = place < np.repeat(np.minimum(first, offsets[1:]) - 1, np.diff(offsets))
             kept = np.r_[0, np.cumsum(before)][offsets]
-            hashes.append(_row_hashes(input_ids[before], np.zeros(kept[-1], bool), kept))
+            hashes.append(row_hashes(input_ids[before], np.zeros(kept[-1], bool), kept))
             lengths.append(np.diff(kept))
         return np.concatenate(hashes), np.concatenate(lengths)
 
@@ -229,6 +229,18 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
                 rows, pairwise(offsets.tolist()), self._values(rows, columns), strict=True
             )
         ]
+
+    def scoring_hash(self, columns: Sequence[str] = ()) -> HashArray:
+        """`[samples]` a hash of everything in each row that its scores depend on: its tokens, which ones count, and the
+        values of the columns that metrics read.
+
+        Raises:
+            ValueError: there is no such column.
+        """
+        if not columns:
+            return self.content_hash
+        blocks = (list(range(start, min(start + _ROWS, len(self)))) for start in range(0, len(self), _ROWS))
+        return np.concatenate([with_values(self.content_hash[rows], self._values(rows, columns)) for rows in blocks])
 
     def _values(self, rows: list[int], columns: Sequence[str]) -> list[dict[str, Any]]:
         """The values of some columns in some rows, one dictionary for each row."""
@@ -295,7 +307,7 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
             counts = np.concatenate([[0], np.cumsum(scored)])
             lengths.append(np.diff(offsets))
             num_scored.append(np.diff(counts[offsets]))
-            hashes.append(_row_hashes(input_ids, scored, offsets))
+            hashes.append(row_hashes(input_ids, scored, offsets))
         self.lengths = np.concatenate(lengths)
         self.num_scored = np.concatenate(num_scored)
         self.content_hash = np.concatenate(hashes)
@@ -331,8 +343,14 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
         return input_ids, labels, np.concatenate([[0], np.cumsum(row_lengths)])
 
 
-def _row_hashes(input_ids: IntArray, scored: BoolArray, offsets: IntArray) -> HashArray:
-    """`[rows]` a 64-bit hash of each row: its tokens, their order, and which ones count."""
+def row_hashes(input_ids: IntArray, scored: BoolArray, offsets: IntArray) -> HashArray:
+    """`[rows]` a 64-bit hash of each row: its tokens, their order, and which ones count.
+
+    Args:
+        input_ids: `[tokens]` the rows' tokens, laid end to end.
+        scored: `[tokens]` which ones count.
+        offsets: `[rows + 1]` where each row starts, and the end.
+    """
     row_lengths = np.diff(offsets)
     position = np.arange(len(input_ids)) - np.repeat(offsets[:-1], row_lengths)
     tokens = (input_ids.astype(np.uint64) << np.uint64(1)) | scored.astype(np.uint64)
@@ -342,6 +360,19 @@ def _row_hashes(input_ids: IntArray, scored: BoolArray, offsets: IntArray) -> Ha
     if filled.any():
         totals[filled] = np.add.reduceat(mixed, offsets[:-1][filled])
     return splitmix64(totals ^ row_lengths.astype(np.uint64))
+
+
+def with_values(hashes: HashArray, values: Sequence[Mapping[str, Any]]) -> HashArray:
+    """`[rows]` hashes of rows together with the values that metrics read in them.
+
+    Args:
+        hashes: `[rows]` hashes of the tokens (`row_hashes`).
+        values: for each row, the columns that metrics read; empty if they read none.
+    """
+    if not any(values):
+        return hashes
+    texts = (json.dumps(each, sort_keys=True, default=str).encode(errors="surrogatepass") for each in values)
+    return splitmix64(hashes ^ np.array([int(hash_of(text), 16) for text in texts], np.uint64))
 
 
 def _as_arrow(values: list[Any]) -> pa.Array:

@@ -7,6 +7,7 @@ A scores file has one row for each measurement, with these columns:
 - the user's own columns (prompt id, teacher, correctness, …);
 - `num_tokens` (of the response), `length` (prompt included), `tokens_cut` (tokens of the response that truncation cut
   off; -1: some, nobody knows how many), `content_hash` and `prompt_hash`;
+- in a file of scored rows `scoring_hash`, of the tokens as the student read them, by which a curriculum finds them;
 - in a run's file `pass`, `epoch`, `step` and `observed`;
 - the numbers of the metrics, and for each metric a column `…_missing` that says why a sample has no score.
 
@@ -25,11 +26,11 @@ from distill_sampler.serialize import as_typed, described
 from distill_sampler.specs import known_metrics, recorded_metric
 from distill_sampler.types import FloatArray, Sample, TokenStats
 
-VERSION = 3
+VERSION = 4
 
 TRACE_COLUMNS = ("prompt_text", "tokens", "token_ranks", "token_surprisals")
 RUN_COLUMNS = ("pass", "epoch", "step", "observed")
-FACT_COLUMNS = ("num_tokens", "length", "tokens_cut", "content_hash", "prompt_hash")
+FACT_COLUMNS = ("num_tokens", "length", "tokens_cut", "content_hash", "prompt_hash", "scoring_hash")
 OWN_COLUMNS = ("sample", "source_row", *RUN_COLUMNS, *FACT_COLUMNS, *TRACE_COLUMNS)
 """Names of the library's columns. A column of the data set with such a name is renamed."""
 

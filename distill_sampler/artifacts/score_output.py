@@ -28,7 +28,7 @@ from distill_sampler.artifacts.schema import TRACE_COLUMNS
 from distill_sampler.distributed import Ranks
 from distill_sampler.engines.writing import join_store
 from distill_sampler.field_docs import documents_fields
-from distill_sampler.policies.keys import first_of_each
+from distill_sampler.policies.keys import first_of_each, num_distinct
 from distill_sampler.serialize import decode_facts, differences, encode_facts, hash_of
 from distill_sampler.types import BoolArray, HashArray, IntArray
 
@@ -278,6 +278,30 @@ class ScoreOutput:
         self.rows += table.num_rows
 
     @property
+    def data(self) -> Sequence[tuple[str, str | None]]:
+        """The names and contents of the data when the run began."""
+        return self.origin.data
+
+    @property
+    def kept(self) -> str:
+        """A sentence on what is kept if the run ends now."""
+        return f"The scores of {self.rows:,} candidates are kept."
+
+    def duplicates(self) -> int:
+        """How many candidates of the output repeat an earlier one's content. Compares a share of the hashes at a time,
+        to save memory."""
+        count = 0
+        with pq.ParquetFile(self.output) as file:
+            shares = 1 + file.metadata.num_rows // (1 << 18)
+            for share in range(shares):
+                batches = (batch["content_hash"].to_numpy() for batch in file.iter_batches(columns=["content_hash"]))
+                hashes = np.concatenate(
+                    [np.zeros(0, np.uint64), *(values[values % shares == share] for values in batches)]
+                )
+                count += len(hashes) - num_distinct(hashes)
+        return count
+
+    @property
     def is_first(self) -> bool:
         """Whether this is the process that writes."""
         return self._ranks.rank == 0
@@ -291,25 +315,46 @@ class ScoreOutput:
         paths = self._parts.paths()
         contents = (_hashes_of(path).tobytes() for path in paths)
         entries = encode_facts({**facts, "dataset": hash_of(*contents), "origin": self.origin.to_json()})
-        unfinished = self.output.with_name(self.output.name + ".unfinished")
         schema = pq.read_schema(paths[0]).with_metadata(entries)
         if self.output.suffix == ".arrow":
+            unfinished = _unfinished(self.output)
             join_store(unfinished, schema, map(read_part, paths))
-            self._finish(unfinished)
+            unfinished.rename(self.output)
+            self._remove_parts()
             return
-        with pq.ParquetWriter(unfinished, schema, compression="zstd") as writer:
-            waiting: list[pa.Table] = []
-            for path in paths:
-                waiting.append(read_part(path))
-                if sum(table.num_rows for table in waiting) >= ROW_GROUP or path == paths[-1]:
-                    writer.write_table(pa.concat_tables(waiting).replace_schema_metadata(entries))
-                    waiting = []
-        self._finish(unfinished)
+        write_scores(self.output, schema, map(read_part, paths))
+        self._remove_parts()
 
-    def _finish(self, unfinished: Path) -> None:
-        unfinished.rename(self.output)
+    def _remove_parts(self) -> None:
         self._parts.remove()
         self._earlier.remove()
+
+
+def write_scores(output: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+    """Write tables, one at a time, into a Parquet file that is there completely or not at all.
+
+    Args:
+        output: the file.
+        schema: its schema, with the facts as metadata.
+        tables: its rows, in order.
+    """
+    unfinished = _unfinished(output)
+    with pq.ParquetWriter(unfinished, schema, compression="zstd") as writer:
+        waiting: list[pa.Table] = []
+        rows = 0
+        for table in tables:
+            waiting.append(table.replace_schema_metadata(schema.metadata))
+            rows += len(table)
+            if rows >= ROW_GROUP:
+                writer.write_table(pa.concat_tables(waiting))
+                waiting, rows = [], 0
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting))
+    unfinished.rename(output)
+
+
+def _unfinished(output: Path) -> Path:
+    return output.with_name(output.name + ".unfinished")
 
 
 def _other_settings(before: Mapping[str, Any], now: Mapping[str, Any], made: str) -> str | None:

@@ -15,6 +15,7 @@ from distill_sampler.cli.options import (
     OnError,
     TeacherColumn,
     TrustRemoteCode,
+    parse_shard,
     refusals,
 )
 from distill_sampler.cli.teacher_command import teacher_logprobs
@@ -162,6 +163,12 @@ def score(
         int, typer.Option(min=0, help="For this many prompts, the first ones, keep the scores of every token.")
     ] = 30,
     on_error: Annotated[OnError, typer.Option(help="What to do with a row that cannot be used.")] = OnError.stop,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="Score only a share of the data, such as 3/64, on one of many machines. `merge` joins the files."
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Discard scores that the output holds already.")
     ] = False,
@@ -170,46 +177,65 @@ def score(
     """Score every response of a data set with a student.
 
     If the command is killed, or stopped by a row that cannot be used, run it again with the same model and settings: it
-    continues where it stopped. Under `accelerate launch`, the processes share the work.
+    continues where it stopped. Under `accelerate launch`, the processes share the work. With --shard, the file has the
+    shard's number in its name: scores-03-of-64.parquet.
     """
     with refusals():
-        from distill_sampler.cli.score import Options, run
-        from distill_sampler.sources.candidates import Layout
+        from distill_sampler.cli.score import run
+        from distill_sampler.integrations.rows import RowOptions
 
         run(
-            Options(
-                data=data,
-                model=model,
-                output=output,
-                metrics=metrics,
-                layout=Layout(
-                    prompt=prompt_column,
-                    response=response_column,
-                    messages=messages_column,
-                    candidates=candidates_column,
-                    group=group_column,
-                    teacher=teacher_column,
-                ),
-                split=split,
-                subset=subset,
+            data,
+            model=model,
+            output=output,
+            metrics=metrics,
+            split=split,
+            subset=subset,
+            rank_clip=rank_clip,
+            overwrite=overwrite,
+            options=RowOptions(
+                prompt_column=prompt_column,
+                response_column=response_column,
+                messages_column=messages_column,
+                candidates_column=candidates_column,
+                group_column=group_column,
+                teacher_column=teacher_column,
                 plain=plain,
                 whole_text=whole_text,
                 chat_template=chat_template,
                 max_length=max_length,
                 batch_tokens=batch_tokens,
                 share_prompts=share_prompts,
-                rank_clip=rank_clip,
                 dtype=dtype,
                 device=device,
                 revision=revision,
                 lora=lora,
                 trust_remote_code=trust_remote_code,
-                traces=traces,
                 prompts=prompts,
+                traces=traces,
                 on_error=on_error.value,
-                overwrite=overwrite,
-            )
+                shard=parse_shard(shard),
+            ),
         )
+
+
+@app.command()
+def merge(
+    files: Annotated[
+        list[Path], typer.Argument(help="Files of all shards of one data set, or of several data sets; or a folder.")
+    ],
+    output: Annotated[Path, typer.Option(help="Parquet file for all scores.")] = Path("scores.parquet"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+) -> None:
+    """Join files of scores that the same student gave with the same settings.
+
+    Files of `score --shard` are joined in the order of the data, as if one process had scored it, and none may be
+    missing. Other files are joined one after the other.
+    """
+    with refusals():
+        from distill_sampler.cli.merge import run
+
+        run(files, output, overwrite=overwrite)
 
 
 @app.command()

@@ -73,3 +73,17 @@ TrustRemoteCode = Annotated[
         help="Run Python code that comes with the model, with your permissions. Read the code first.",
     ),
 ]
+
+
+def parse_shard(text: str | None) -> tuple[int, int] | None:
+    """`"3/64"` as `(3, 64)`.
+
+    Raises:
+        ValueError: it is not of this form.
+    """
+    if text is None:
+        return None
+    number, slash, of = text.partition("/")
+    if not (slash and number.strip().isdecimal() and of.strip().isdecimal()):
+        raise ValueError(f"--shard {text}: give the number of the shard and how many there are, such as 3/64.")
+    return int(number), int(of)

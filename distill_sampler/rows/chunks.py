@@ -14,16 +14,20 @@ from typing import Literal
 import numpy as np
 from rich.console import Console
 
-from distill_sampler.dataset import response_mask
+from distill_sampler.dataset import response_mask, row_hashes, with_values
 from distill_sampler.sources.candidates import Candidate, Layout, read_candidates
 from distill_sampler.sources.encoding import Encoded, Encoder
-from distill_sampler.sources.files import Bad, Sources
+from distill_sampler.sources.files import Bad, GivenRows, Sources
 from distill_sampler.types import BoolArray, HashArray, IntArray
 
 ROWS_PER_READ = 64
 """How many candidates are tokenised together. A chunk is a whole number of these."""
 MAX_ROWS = 4096
 """How many candidates a chunk has at most, approximately."""
+ROWS_PER_TURN = 16
+"""Shards take turns of so many candidates: few enough to give all the same work, enough to keep most prompts whole."""
+ROWS_TO_SETTLE = 1024
+"""How many candidates decide which types the user's columns have. All shards look at the same ones."""
 SHOWN_BAD = 5
 """How many bad rows are shown; all are counted."""
 
@@ -38,6 +42,8 @@ class Chunk:
     """`[rows]` whether the scores of each token are kept."""
     end_token_ids: Sequence[int]
     """End-of-turn markers, which are not scored."""
+    places: IntArray
+    """`[rows]` the number of each among all candidates of the data that can be read."""
 
     def __len__(self) -> int:
         return len(self.candidates)
@@ -50,6 +56,7 @@ class Chunk:
             encoded=[self.encoded[place] for place in places],
             traced=self.traced[rows],
             end_token_ids=self.end_token_ids,
+            places=self.places[rows],
         )
 
     @cached_property
@@ -64,15 +71,26 @@ class Chunk:
         return offsets
 
     @cached_property
+    def _input_ids(self) -> IntArray:
+        """`[tokens]` the rows' tokens, laid end to end."""
+        return self._laid_out("input_ids")
+
+    @cached_property
     def _scored(self) -> BoolArray:
         """`[tokens]` which tokens are response content."""
         if not len(self):
             return np.zeros(0, bool)
-        input_ids, labels = (
-            np.concatenate([np.asarray(getattr(row, name), np.int64) for row in self.encoded])
-            for name in ("input_ids", "labels")
-        )
-        return response_mask(input_ids, labels, self.offsets, self.end_token_ids)
+        return response_mask(self._input_ids, self._laid_out("labels"), self.offsets, self.end_token_ids)
+
+    def _laid_out(self, name: str) -> IntArray:
+        arrays = [np.asarray(getattr(row, name), np.int64) for row in self.encoded]
+        return np.concatenate([np.zeros(0, np.int64), *arrays])
+
+    @property
+    def scoring_hashes(self) -> HashArray:
+        """`[rows]` what `ScoredDataset.scoring_hash` gives for these rows in a trainer's data set."""
+        hashes = row_hashes(self._input_ids, self._scored, self.offsets)
+        return with_values(hashes, [candidate.read for candidate in self.candidates])
 
     @property
     def masks(self) -> list[BoolArray]:
@@ -97,11 +115,13 @@ class Intake:
         traces: for this many prompts, the first ones, the scores of every token are kept.
         on_error: `"stop"`: a row that cannot be used ends the run. `"skip"`: it is left out.
         say: the console for messages about what is read and what is left out.
+        shard: `(number, of)`, from 1: score only this share of the candidates; None: all.
+        kept: the sentence that says what becomes of the scores so far when a row ends the run.
     """
 
     def __init__(
         self,
-        sources: Sources,
+        sources: Sources | GivenRows,
         given: Layout,
         *,
         read: Sequence[str],
@@ -109,8 +129,11 @@ class Intake:
         traces: int,
         on_error: Literal["skip", "stop"],
         say: Console,
+        shard: tuple[int, int] | None = None,
+        kept: str = "The scores so far are kept.",
     ) -> None:
         self.sources = sources
+        self.shard = shard
         self.bad = 0
         """How many rows were left out."""
         self.before = 0
@@ -120,7 +143,10 @@ class Intake:
         self._traces = traces
         self._stop = on_error == "stop"
         self._say = say
+        self._kept = kept
         self.layout = given
+        self.kinds: dict[str, set[type]] = {}
+        """The types of values that the user's other columns have in the first rows, by name."""
         self.first = self._find_first()
         """The first candidate that can be used."""
 
@@ -128,16 +154,26 @@ class Intake:
         """The first candidate. Settles the columns, and refuses data without candidates before a model is loaded."""
         layouts: list[Layout] = []
         reasons: list[str] = []
+        first: Candidate | None = None
+        seen = 0
         for item in read_candidates(self.sources, self.layout, read=self._read, announce=layouts.append):
             if isinstance(item, Candidate):
-                self.layout = layouts[0]
-                self._announce()
-                self.bad = 0  # the rows before it will be read and counted again
-                return item
-            self._refuse(item, show=False)
-            if len(reasons) < SHOWN_BAD:
-                reasons.append(f"{item.where}: {item.reason}")
-        raise ValueError(f"None of the {self.bad} rows could be used. {'; '.join(reasons)}.")
+                first = first or item
+                for name, value in item.extra.items():
+                    self.kinds.setdefault(name, set()).add(type(value))
+                seen += 1
+                if seen == ROWS_TO_SETTLE:
+                    break
+            elif first is None:
+                self._refuse(item, show=False)
+                if len(reasons) < SHOWN_BAD:
+                    reasons.append(f"{item.where}: {item.reason}")
+        if first is None:
+            raise ValueError(f"None of the {self.bad} rows could be used. {'; '.join(reasons)}.")
+        self.layout = layouts[0]
+        self._announce()
+        self.bad = 0  # the rows before it will be read and counted again
+        return first
 
     def candidates(self, misfit: Callable[[Candidate], str | None] = lambda candidate: None) -> Iterator[Candidate]:
         """The candidates that are to be scored, in the order of the data.
@@ -148,16 +184,28 @@ class Intake:
         Raises:
             ValueError: a row cannot be used, and `on_error` is `"stop"`.
         """
-        wanted = _OfTheFirst(self._prompts)
+        return (candidate for _, _, candidate in self._mine(misfit))
+
+    def _mine(self, misfit: Callable[[Candidate], str | None]) -> Iterator[tuple[int, bool, Candidate]]:
+        """The candidates of `candidates` that belong to the shard, each with its number among all, and whether the
+        scores of its tokens are kept."""
+        wanted, traced = _OfTheFirst(self._prompts), _OfTheFirst(self._traces)
+        number, of = self.shard or (1, 1)
+        place = -1
         for item in read_candidates(self.sources, self.layout, read=self._read):
             if isinstance(item, Bad):
                 self._refuse(item)
-            elif not wanted(item):
                 continue
-            elif reason := misfit(item):
+            if not wanted(item):
+                continue
+            place += 1
+            keep = traced(item)
+            if place // ROWS_PER_TURN % of != number - 1:
+                continue
+            if reason := misfit(item):
                 self._refuse(Bad(where=item.where, reason=reason))
             else:
-                yield item
+                yield place, keep, item
 
     def readable(self) -> Iterator[Candidate]:
         """All candidates that can be read. Other rows are passed over without a message here."""
@@ -187,31 +235,28 @@ class Intake:
             skip: how many candidates, the first ones, are already scored.
             misfit: returns why a candidate cannot be used, or None.
         """
-        traced = _OfTheFirst(self._traces)
-        waiting: list[tuple[Candidate, Encoded, bool]] = []
+        waiting: list[_Waiting] = []
         size = position = 0
-        stream = self.candidates(misfit)
+        stream = self._mine(misfit)
         while several := list(itertools.islice(stream, ROWS_PER_READ)):
-            keep = [traced(candidate) for candidate in several]
             done = min(max(skip - position, 0), len(several))
             position += len(several)
             if done == len(several):
                 continue
             fresh = several[done:]
-            encoded = encoder(fresh, end_token_ids)
-            waiting += zip(fresh, encoded, keep[done:], strict=True)
+            encoded = encoder([candidate for _, _, candidate in fresh], end_token_ids)
+            waiting += [(*each, tokens) for each, tokens in zip(fresh, encoded, strict=True)]
             size += sum(len(each.input_ids) for each in encoded)
             if size >= tokens or len(waiting) >= MAX_ROWS:
-                yield _chunk(waiting, end_token_ids)
+                yield chunk_of(waiting, end_token_ids)
                 waiting, size, self.before = [], 0, self.sources.position
         if waiting:
-            yield _chunk(waiting, end_token_ids)
+            yield chunk_of(waiting, end_token_ids)
 
     def _refuse(self, bad: Bad, *, show: bool = True) -> None:
         if self._stop:
             raise ValueError(
-                f"{bad.where}: {bad.reason}. Correct the row, or leave such rows out with --on-error skip. The scores "
-                "so far are kept."
+                f"{bad.where}: {bad.reason}. Correct the row, or leave such rows out with --on-error skip. {self._kept}"
             )
         self.bad += 1
         if show and self.bad <= SHOWN_BAD:
@@ -250,6 +295,16 @@ class _OfTheFirst:
         return candidate.group in self._groups
 
 
-def _chunk(rows: Sequence[tuple[Candidate, Encoded, bool]], end_token_ids: Sequence[int]) -> Chunk:
-    candidates, encoded, traced = zip(*rows, strict=True)
-    return Chunk(candidates=candidates, encoded=encoded, traced=np.array(traced, bool), end_token_ids=end_token_ids)
+_Waiting = tuple[int, bool, Candidate, Encoded]
+"""A candidate that waits for its chunk: its number, whether its tokens' scores are kept, itself, and its tokens."""
+
+
+def chunk_of(rows: Sequence[_Waiting], end_token_ids: Sequence[int]) -> Chunk:
+    """The chunk of these candidates."""
+    return Chunk(
+        candidates=[candidate for _, _, candidate, _ in rows],
+        encoded=[encoded for _, _, _, encoded in rows],
+        traced=np.array([traced for _, traced, _, _ in rows], bool),
+        end_token_ids=end_token_ids,
+        places=np.array([place for place, _, _, _ in rows], np.int64),
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,10 +39,13 @@ class RowTables:
     Args:
         layout: what each column of the data is for.
         metrics: what is scored.
-        schema: the schema of the chunks that an earlier run wrote; None: the first chunk decides.
+        kinds: by name, the types of values that the user's other columns have in the first rows.
+        schema: the schema of the chunks that an earlier run wrote, which decides instead; None: there are none.
     """
 
-    def __init__(self, layout: Layout, metrics: Sequence[Metric], schema: pa.Schema | None) -> None:
+    def __init__(
+        self, layout: Layout, metrics: Sequence[Metric], kinds: Mapping[str, set[type]], schema: pa.Schema | None
+    ) -> None:
         self._own = {*OWN_COLUMNS, *columns_of(metrics), *(missing_column(metric.name) for metric in metrics)}
         self._names = set(self._own)
         self.renamed: dict[str, str] = {}
@@ -51,9 +54,10 @@ class RowTables:
         """The column that is equal for rows that answer the same prompt."""
         self.teacher = self._named(layout.teacher or "teacher")
         """The column with the teacher who wrote each response."""
-        self._carried: dict[str, pa.Field] | None = None
-        """The user's other columns, by their names in the data; None: not settled yet."""
-        if schema is not None:
+        if schema is None:
+            self._carried = self._settled(kinds)
+            """The user's other columns, by their names in the data."""
+        else:
             ours = {*self._own, self.group, self.teacher}
             self._carried = {_name_in_data(field): field for field in schema if field.name not in ours}
             self.renamed |= {name: field.name for name, field in self._carried.items() if name != field.name}
@@ -64,6 +68,7 @@ class RowTables:
                 ("tokens_cut", pa.int32()),
                 ("content_hash", pa.uint64()),
                 ("prompt_hash", pa.uint64()),
+                ("scoring_hash", pa.uint64()),
                 *((name, pa.float32()) for name in columns_of(metrics)),
                 *((missing_column(metric.name), pa.int8()) for metric in metrics),
                 ("prompt_text", pa.large_string()),
@@ -89,20 +94,18 @@ class RowTables:
         self._names.add(free)
         return free
 
-    def settle(self, candidates: Sequence[Candidate]) -> None:
-        """Decide by the first chunk which of the user's columns are kept, and their types."""
-        if self._carried is not None:
-            return
-        self._carried = {}
-        for name in dict.fromkeys(name for candidate in candidates for name in candidate.extra):
-            kind = _kind(candidate.extra.get(name) for candidate in candidates)
+    def _settled(self, kinds: Mapping[str, set[type]]) -> dict[str, pa.Field]:
+        """The columns of the user's that are kept, with the types that hold the values of the first rows."""
+        carried = {}
+        for name, found in kinds.items():
             column = self._named(name)
             metadata = None if column == name else {_IN_DATA: name.encode()}
-            self._carried[name] = pa.field(column, kind, metadata=metadata)
+            carried[name] = pa.field(column, _type_for(found), metadata=metadata)
+        return carried
 
     def misfit(self, candidate: Candidate) -> str | None:
-        """Why a candidate does not fit the columns' types, which the first chunk has decided; None if it fits."""
-        for name, column in (self._carried or {}).items():
+        """Why a candidate does not fit the columns' types, which the first rows have decided; None if it fits."""
+        for name, column in self._carried.items():
             value = candidate.extra.get(name)
             if value is None or pa.types.is_string(column.type):
                 continue
@@ -111,15 +114,13 @@ class RowTables:
                 return f"'{name}' is {value!r}, but in the first rows it is a {column.type}"
         return None
 
-    def identity(self, candidates: Sequence[Candidate], begin: int) -> pa.Table:
+    def identity(self, candidates: Sequence[Candidate], numbers: IntArray) -> pa.Table:
         """The columns that identify each row, then the user's other columns.
 
         Args:
             candidates: the candidates of a chunk.
-            begin: the number of the first one among all candidates.
+            numbers: `[rows]` their numbers among all candidates.
         """
-        self.settle(candidates)
-        assert self._carried is not None
         fields = [
             pa.field("sample", pa.int64()),
             pa.field(self.group, pa.string()),
@@ -127,7 +128,7 @@ class RowTables:
             *self._carried.values(),
         ]
         columns = [
-            pa.array(range(begin, begin + len(candidates)), pa.int64()),
+            pa.array(numbers, pa.int64()),
             pa.array([candidate.group for candidate in candidates], pa.string()),
             pa.array([candidate.teacher for candidate in candidates], pa.string()),
         ]
@@ -151,6 +152,7 @@ class RowTables:
             "tokens_cut": [encoded.tokens_cut for encoded in chunk.encoded],
             "content_hash": chunk.hashes,
             "prompt_hash": np.array([candidate.prompt_hash for candidate in chunk.candidates], np.uint64),
+            "scoring_hash": chunk.scoring_hashes,
             **scores.columns,
             **{missing_column(name): codes for name, codes in scores.missing.items()},
             "prompt_text": [
@@ -170,9 +172,9 @@ def _name_in_data(field: pa.Field) -> str:
     return name.decode()
 
 
-def _kind(values: Iterable[Any]) -> pa.DataType:
-    """The type that can hold all of these values."""
-    found = {type(value) for value in values if value is not None}
+def _type_for(found: set[type]) -> pa.DataType:
+    """The type that can hold values of all of these types."""
+    found = found - {type(None)}
     for kinds, arrow in (({bool}, pa.bool_()), ({int}, pa.int64()), ({int, float}, pa.float64())):
         if found and found <= kinds:
             return arrow

@@ -13,7 +13,7 @@ from typing import Any
 
 from distill_sampler.column_names import GROUPS, TEACHERS
 from distill_sampler.dataset import IGNORED_LABEL
-from distill_sampler.sources.files import Bad, Row, Sources
+from distill_sampler.sources.files import Bad, GivenRows, Row, Sources
 
 Message = dict[str, Any]
 
@@ -153,7 +153,7 @@ class Candidate:
 
 
 def read_candidates(
-    sources: Sources,
+    sources: Sources | GivenRows,
     given: Layout,
     *,
     read: Sequence[str] = (),

@@ -11,7 +11,7 @@ import io
 import itertools
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,11 @@ class Sources:
         """Bytes read so far, for a progress bar."""
         self._commits: dict[str, str | None] = {}
 
+    @property
+    def about_tokens(self) -> int:
+        """About how many tokens there are: one for four bytes."""
+        return self.size // 4
+
     def contents(self) -> list[tuple[str, str | None]]:
         """The name of each file or data set, with a hash of its content. A data set on the hub has its commit instead,
         or None if the hub cannot be asked.
@@ -116,6 +121,50 @@ class Sources:
                         self.position = before + raw.tell()
                         yield item
             before += file.stat().st_size if isinstance(file, Path) and file.is_file() else 0
+
+
+class GivenRows:
+    """Rows that a program gives, in the place of `Sources`. They are read once, so they may come from an iterator.
+
+    The beginning can be looked at before: rows that the first iteration takes come again in the second one, the last.
+
+    Args:
+        rows: the rows, each its columns by name.
+        name: what the rows are called in messages.
+        size: how many rows there are; None: as many as can be counted.
+    """
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]], *, name: str = "the rows", size: int | None = None) -> None:
+        self.data = (name,)
+        self.size = size if size is not None else len(rows) if isinstance(rows, Sized) else 0
+        """How many rows there are; 0 if nobody knows."""
+        self.position = 0
+        """How many rows were read so far, for a progress bar."""
+        self._rows = iter(rows)
+        self._looked_at: list[Mapping[str, Any]] | None = None
+
+    def contents(self) -> list[tuple[str, str | None]]:
+        """The name, with the content unknown."""
+        return [(self.data[0], None)]
+
+    @property
+    def about_tokens(self) -> int:
+        """About how many tokens there are, if a row has 512."""
+        return 512 * self.size
+
+    def __iter__(self) -> Iterator[Row | Bad]:
+        rows = self._rows
+        looking = self._looked_at is None
+        if self._looked_at is None:
+            self._looked_at = []
+        else:
+            rows = itertools.chain(self._looked_at, self._rows)
+        for number, values in enumerate(rows, 1):
+            if looking:
+                self._looked_at.append(values)
+            self.position = number
+            where = f"row {number}"
+            yield Row(where=where, values=values) if isinstance(values, Mapping) else _checked(where, values)
 
 
 def _files(name: str) -> list[Path | str]:

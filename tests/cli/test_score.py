@@ -20,6 +20,7 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditional
 
 from distill_sampler import GlobalNaturalness, RankSurprisalRatio, ScoredDataset, Scorer
 from distill_sampler.artifacts.score_output import ScoreOutput
+from distill_sampler.rows import chunks
 from tests import tiny
 from tests.cli.conftest import call, rows, write_lines
 
@@ -366,7 +367,10 @@ def test_a_cut_off_gzip_keeps_what_could_be_read(tmp_path: Path, student_path: P
     assert 0 < pq.read_metadata(tmp_path / "s.parquet").num_rows < 60
 
 
-def test_a_column_that_changes_its_kind_is_told(tmp_path: Path, student_path: Path) -> None:
+def test_a_column_that_changes_its_kind_is_told(
+    tmp_path: Path, student_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "ROWS_TO_SETTLE", 100)
     many = rows(60)
     many[150]["correct"] = "yes"
     data = write_lines(tmp_path / "d.jsonl", many)

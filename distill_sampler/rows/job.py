@@ -1,43 +1,60 @@
-"""The scoring of `distill-sampler score`: chunk by chunk, with a progress bar and notes at the end.
+"""The scoring of rows: chunk by chunk, with a progress bar and notes at the end.
 
-Memory holds one chunk at a time, however long the data is. Under `accelerate launch`, every process goes through the
-same chunks and reads its share of each (`Ranks`); the first process writes.
+Memory holds one chunk at a time, however long the data is, if the output is a file. Under `accelerate launch`, every
+process goes through the same chunks and reads its share of each (`Ranks`); the first process writes.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from distill_sampler import Scorer
 from distill_sampler.artifacts.schema import run_facts
 from distill_sampler.artifacts.score_output import ScoreOutput
 from distill_sampler.dataset import ScoredDataset
-from distill_sampler.policies.keys import num_distinct
 from distill_sampler.protocols import Metric
 from distill_sampler.reading.model_reader import ModelReader
 from distill_sampler.reading.reduce import columns_of
-from distill_sampler.rows.chunks import Chunk, Intake
+from distill_sampler.reading.scorer import Scorer
+from distill_sampler.rows.chunks import Chunk, Intake, chunk_of
+from distill_sampler.rows.memory import TablesInMemory
 from distill_sampler.rows.tables import ChunkScores, RowTables
 from distill_sampler.sources.encoding import Encoder
+from distill_sampler.sources.files import Sources
 from distill_sampler.types import FloatArray, IntArray, Missing, TokenStats
 
 BATCHES_PER_CHUNK = 8
 """How many batches of tokens a chunk holds, for each process. A kill loses at most one chunk."""
 
 
+Output = ScoreOutput | TablesInMemory
+"""Where tables are kept."""
+
+
 class Job:
-    """One run of the command: its settings and its counts."""
+    """One run over the rows: its settings and its counts.
+
+    Args:
+        reader: the student.
+        scorer: how it reads.
+        metrics: what to score.
+        intake: the rows.
+        encoder: turns them into tokens.
+        end_token_ids: end-of-turn markers, which are not scored.
+        output: where the tables are kept.
+        batch_tokens: tokens in a batch.
+        say: the console for messages.
+        facts: what the table says about the run, beside what this job adds. Only the first process calls it, at the
+            end.
+    """
 
     def __init__(
         self,
@@ -48,9 +65,10 @@ class Job:
         intake: Intake,
         encoder: Encoder,
         end_token_ids: Sequence[int],
-        output: ScoreOutput,
+        output: Output,
         batch_tokens: int,
         say: Console,
+        facts: Callable[[], dict[str, Any]],
     ) -> None:
         self.reader = reader
         self.scorer = scorer
@@ -61,8 +79,9 @@ class Job:
         self.output = output
         self.batch_tokens = batch_tokens
         self.say = say
+        self.facts = facts
         self.ranks = reader.ranks
-        self.tables = RowTables(intake.layout, metrics, output.schema)
+        self.rows = RowTables(intake.layout, metrics, intake.kinds, output.schema)
         self.tokens = 0
         self.seconds = 0.0
         self.non_finite = 0
@@ -70,72 +89,90 @@ class Job:
         self.emptied = 0
         """How many candidates have no token to score, because truncation left none of their response."""
 
-    def run(self, facts: dict[str, Any]) -> None:
-        """Score the candidates that have no scores yet, and write all scores to one file.
+    def run(self) -> None:
+        """Score all candidates; see `tables`."""
+        for _ in self.tables():
+            pass
 
-        Args:
-            facts: what the file says about the run, beside what this job adds.
+    def tables(self) -> Iterator[pa.Table]:
+        """Score the candidates that have no scores yet, and at the end make all scores one table. Yields each new chunk
+        when it is kept.
 
         Raises:
             ValueError: a row cannot be used, memory runs out, the data changes meanwhile, or the user stops the run.
-                The scores so far are kept.
         """
         output = self.output
         if output.rows:
             self.say.print(f"Continuing after {output.rows:,} candidates that an earlier run has scored.")
         elif output.earlier:
-            output.require_some(self.intake.content_hashes())
+            if isinstance(self.intake.sources, Sources):
+                output.require_some(self.intake.content_hashes())
             self.say.print(
                 f"An earlier run scored {output.earlier:,} candidates before the data or an option changed. Those that "
                 "are still in the data are not scored again."
             )
         started = time.perf_counter()
-        try:
-            with self._progress() as (progress, task):
-                for chunk in self.intake.chunks(
-                    self.encoder,
-                    self.end_token_ids,
-                    tokens=BATCHES_PER_CHUNK * self.batch_tokens * self.ranks.world_size,
-                    skip=output.rows,
-                    misfit=lambda candidate: self.tables.misfit(candidate) or self.encoder.misfit(candidate),
-                ):
-                    output.add(self._table(chunk, lambda share: self._advance(progress, task, share)))
-        except KeyboardInterrupt:
-            raise ValueError(
-                f"Stopped. The scores of {output.rows:,} candidates are kept. Run the same command again to continue."
-            ) from None
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise ValueError(
-                f"Out of memory with batches of {self.batch_tokens} tokens. Run the command again with a smaller "
-                f"--batch-tokens (the scores of {output.rows:,} candidates are kept), or with --max-length and "
-                "--overwrite."
-            ) from error
-        if not output.rows:
+        with self._progress() as (progress, task):
+            chunks = self.intake.chunks(
+                self.encoder,
+                self.end_token_ids,
+                tokens=BATCHES_PER_CHUNK * self.batch_tokens * self.ranks.world_size,
+                skip=output.rows,
+                misfit=lambda candidate: self.rows.misfit(candidate) or self.encoder.misfit(candidate),
+            )
+            while (table := self._next(chunks, progress, task)) is not None:
+                yield table
+        if not output.rows and self.intake.shard is None:
             raise ValueError(f"None of the rows could be used ({self.intake.bad} bad). The reasons are above.")
+        if not output.rows:  # more shards than there is data for
+            output.add(self._table(chunk_of([], self.end_token_ids), lambda share: None))
         self._print_renamed()
         if self.ranks.rank == 0:
-            if self.intake.sources.contents() != list(output.origin.data):
+            if self.intake.sources.contents() != list(output.data):
                 raise ValueError(
                     "The data changed while it was read, so it is not known which version the scores belong to. Run "
                     f"the same command again. The scores of {output.rows:,} candidates are kept, and matched with the "
                     "data by content."
                 )
-            group, teacher = self.tables.group, self.tables.teacher
-            output.join(run_facts(run=None, metrics=self.metrics, group=group, teacher=teacher, **facts))
+            group, teacher = self.rows.group, self.rows.teacher
+            output.join(run_facts(run=None, metrics=self.metrics, group=group, teacher=teacher, **self.facts()))
         self._notes(time.perf_counter() - started)
+
+    def _next(self, chunks: Iterator[Chunk], progress: Progress | None, task: Any) -> pa.Table | None:
+        """The next chunk, scored and kept; None after the last one."""
+        output = self.output
+        try:
+            chunk = next(chunks, None)
+            if chunk is None:
+                return None
+            table = self._table(chunk, lambda share: self._advance(progress, task, share))
+            output.add(table)
+            return table
+        except KeyboardInterrupt:
+            if not output.kept:
+                raise
+            raise ValueError(f"Stopped. {output.kept} Run the same command again to continue.") from None
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise ValueError(
+                f"Out of memory with batches of {self.batch_tokens} tokens. Try a smaller --batch-tokens, or "
+                f"--max-length. {output.kept}"
+            ) from error
 
     def _table(self, chunk: Chunk, advance: Callable[[float], None]) -> pa.Table:
         """One row for each candidate of a chunk. Processes that write nothing may leave out the columns of scores."""
-        names = self.tables.score_columns
+        names = self.rows.score_columns
         there, known = self.output.known(chunk.hashes, chunk.traced, names)
         fresh = np.flatnonzero(~there)
         unread = chunk.take(fresh) if known is not None or there.any() else chunk
         self.emptied += int((unread.counts == 0).sum())
-        numbers = self.tables.numbers(unread, self._read(unread, advance))
+        numbers = self.rows.numbers(unread, self._read(unread, advance))
         if known is not None:
             order = np.argsort(np.r_[np.flatnonzero(there), fresh], kind="stable")
             numbers = pa.concat_tables([known.cast(numbers.schema), numbers]).take(pa.array(order))
-        table = self.tables.identity(chunk.candidates, self.output.rows)
+        table = self.rows.identity(
+            chunk.candidates,
+            chunk.places if self.intake.shard else np.arange(self.output.rows, self.output.rows + len(chunk)),
+        )
         for name in names if len(numbers) == len(table) else ():
             table = table.append_column(numbers.schema.field(name), numbers[name])
         return table
@@ -181,7 +218,7 @@ class Job:
     # ---- Messages ----
 
     def _progress(self) -> Any:
-        if self.ranks.rank or not self.say.is_terminal:
+        if self.ranks.rank or not (self.say.is_terminal or self.say.is_jupyter):
             return nullcontext((None, None))
         progress = Progress(
             TextColumn("Scoring"),
@@ -205,7 +242,7 @@ class Job:
             progress.update(task, completed=position, rate=rate)
 
     def _print_renamed(self) -> None:
-        if renamed := self.tables.renamed:
+        if renamed := self.rows.renamed:
             names = ", ".join(f"'{name}' as '{ours}'" for name, ours in renamed.items())
             self.say.print(
                 f"These columns of the data have the names of columns of scores, and are kept as: {names}.",
@@ -231,7 +268,7 @@ class Job:
                 "prompts that were already written in the chat template and were wrapped again, unlike the first",
             ),
             (
-                _duplicates(self.output.output) if self.ranks.rank == 0 else 0,
+                self.output.duplicates() if self.ranks.rank == 0 else 0,
                 "candidates that repeat another word for word; each counts",
             ),
         ):
@@ -251,15 +288,3 @@ class _Entered:
 
     def __exit__(self, *error: object) -> None:
         self.progress.stop()
-
-
-def _duplicates(output: Path) -> int:
-    """How many candidates repeat an earlier one's content. Compares a share of the hashes at a time, to save memory."""
-    count = 0
-    with pq.ParquetFile(output) as file:
-        shares = 1 + file.metadata.num_rows // (1 << 18)
-        for share in range(shares):
-            batches = (batch["content_hash"].to_numpy() for batch in file.iter_batches(columns=["content_hash"]))
-            hashes = np.concatenate([values[values % shares == share] for values in batches])
-            count += len(hashes) - num_distinct(hashes)
-    return count
