@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,10 +11,29 @@ import typer
 from distill_sampler.cli.options import Config, OnError, TrustRemoteCode, refusals
 
 
+class Form(StrEnum):
+    """How a server is asked."""
+
+    prompt_logprobs = "prompt_logprobs"
+    echo = "echo"
+
+
 def teacher_logprobs(
     data: Annotated[list[str], typer.Argument(help="Responses: JSONL, JSON, Parquet, folders, or a hub name.")],
     output: Annotated[Path, typer.Option(help="Store to write: an Arrow file (.arrow).")] = Path("teacher.arrow"),
-    model: Annotated[str | None, typer.Option(help="Teacher that reads them: a folder, or a name on the hub.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Teacher that reads them: a folder, a name on the hub or a server's.")
+    ] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(help="Server that runs --model: its OpenAI-compatible address, http://host:8000/v1.")
+    ] = None,
+    form: Annotated[
+        Form, typer.Option(help="How the server is asked: prompt_logprobs (vLLM), or echo where it has that instead.")
+    ] = Form.prompt_logprobs,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests to the server at once.")] = 16,
+    timeout: Annotated[float, typer.Option(help="Seconds that a request to the server may take.")] = 300.0,
+    retries: Annotated[int, typer.Option(min=0, help="How often a failed request is sent again.")] = 6,
+    key_variable: Annotated[str | None, typer.Option(help="Environment variable that holds the server's key.")] = None,
     top_k: Annotated[int, typer.Option(min=0, help="Keep so many of the likeliest tokens in each place.")] = 0,
     logprobs_column: Annotated[
         str | None, typer.Option(help="Instead of --model: column with log-probabilities from generation.")
@@ -23,7 +43,7 @@ def teacher_logprobs(
         list[str] | None, typer.Option(help="Files with these columns, joined with the data by --key-column.")
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="The teacher's tokenizer, for token ids: a folder, or a name on the hub.")
+        str | None, typer.Option(help="The teacher's tokenizer, for token ids and for --endpoint.")
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="Name of the teacher that wrote the columns.")] = None,
     temperature: Annotated[float, typer.Option(help="At which the columns' log-probabilities were taken.")] = 1.0,
@@ -67,8 +87,9 @@ def teacher_logprobs(
 ) -> None:
     """Keep a teacher's log-probabilities of every response, computed once.
 
-    A teacher reads the responses (--model), or its numbers are taken from a column that was written when it generated
-    them (--logprobs-column). If the command is killed or stopped, run it again: it continues where it stopped.
+    A teacher reads the responses (--model; in an engine with --endpoint), or its numbers are taken from a column that
+    was written when it generated them (--logprobs-column). If the command is killed or stopped, run it again: it
+    continues where it stopped.
     """
     with refusals():
         from distill_sampler.cli.teacher_logprobs import Options, run
@@ -79,6 +100,12 @@ def teacher_logprobs(
                 data=data,
                 output=output,
                 model=model,
+                endpoint=endpoint,
+                form=form.value,
+                concurrency=concurrency,
+                timeout=timeout,
+                retries=retries,
+                key_variable=key_variable,
                 top_k=top_k,
                 logprobs_column=logprobs_column,
                 tokens_column=tokens_column,

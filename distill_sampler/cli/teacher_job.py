@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from distill_sampler.artifacts.score_output import ScoreOutput
 from distill_sampler.cli.teacher_columns import LogprobFiles
-from distill_sampler.cli.teacher_sources import TeacherSource, key_of, without_numbers
+from distill_sampler.cli.teacher_sources import Outage, TeacherSource, key_of, without_numbers
 from distill_sampler.engines.writing import StoredRow, key_hash, schema, store_facts, table_of
 from distill_sampler.rows.chunks import SHOWN_BAD, Intake
 from distill_sampler.sources.candidates import Candidate
@@ -128,6 +128,9 @@ class TeacherJob:
         refusal: str | None = None
         for candidate, found in zip(fresh, made, strict=True):
             problem = found if isinstance(found, str) else self._too_little(found)
+            if isinstance(found, Outage):
+                refusal = f"{found} What is done is kept: run the same command again to continue."
+                break
             if problem and not self._skip_bad:
                 refusal = (
                     f"{candidate.where}: {problem}. Correct it, or go on past such responses with --on-error skip. "

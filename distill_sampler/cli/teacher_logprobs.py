@@ -1,13 +1,14 @@
 """`distill-sampler teacher-logprobs`: keeps a teacher's log-probabilities of all responses, computed once.
 
-Either a teacher that is loaded reads the responses (`teacher_sources.py`), or the numbers are taken from columns that
-were written at generation time (`teacher_columns.py`). Both go through one job (`teacher_job.py`) into one store.
+Either a teacher reads the responses, in this process or in an engine (`teacher_sources.py`), or the numbers are taken
+from columns that were written at generation time (`teacher_columns.py`). All go through one job (`teacher_job.py`) into
+one store.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from distill_sampler.artifacts.score_output import Origin, ScoreOutput
 from distill_sampler.cli.score import join, quiet
 from distill_sampler.cli.teacher_columns import Columns, FromColumns, LogprobFiles
 from distill_sampler.cli.teacher_job import TeacherJob, check_keys
-from distill_sampler.cli.teacher_sources import FromModel, TeacherSource
+from distill_sampler.cli.teacher_sources import FromReader, TeacherSource, engine_reads, model_reads
+from distill_sampler.engines.completions import Form
+from distill_sampler.engines.endpoint import EndpointReader
 from distill_sampler.engines.writing import VERSION
 from distill_sampler.integrations.loading import (
     load_model,
@@ -48,7 +51,19 @@ class Options:
     output: Path
     """Arrow file for the store."""
     model: str | None = None
-    """The teacher that reads: a folder, or the name of a model on the hub."""
+    """The teacher that reads: a folder, or the name of a model on the hub. With an endpoint, its name there."""
+    endpoint: str | None = None
+    """The address of the engine that runs the teacher; None: it is loaded into this process."""
+    form: Form = "prompt_logprobs"
+    """How the engine is asked."""
+    concurrency: int = 16
+    """Requests to the engine that are under way at once."""
+    timeout: float = 300.0
+    """Seconds that a request may take."""
+    retries: int = 6
+    """How often a failed request is sent again."""
+    key_variable: str | None = None
+    """The environment variable with the engine's key."""
     top_k: int = 0
     """Likeliest tokens to keep for each place."""
     logprobs_column: str | None = None
@@ -58,7 +73,7 @@ class Options:
     logprobs_file: Sequence[str] = ()
     """Files that hold these columns, if the data does not."""
     tokenizer: str | None = None
-    """The teacher's tokenizer, for columns of token ids."""
+    """The teacher's tokenizer, for columns of token ids, and for an endpoint; None: there, the model's name is its."""
     teacher: str | None = None
     """Who wrote the columns: the name that is recorded."""
     temperature: float = 1.0
@@ -118,6 +133,19 @@ class Options:
             raise ValueError("--logprobs-file and --tokens-column are for columns; leave them or --model out.")
         if self.model is None and self.top_k:
             raise ValueError("--top-k needs a teacher that reads (--model); columns are taken as they are.")
+        if self.endpoint is not None:
+            if self.model is None:
+                raise ValueError("--endpoint asks a server for a model: give its name there with --model.")
+            for option, given in {
+                "--lora": self.lora is not None,
+                "--dtype": self.dtype != "auto",
+                "--device": self.device != "auto",
+                "--batch-tokens": self.batch_tokens is not None,
+            }.items():
+                if given:
+                    raise ValueError(f"{option} is the server's business with --endpoint. Leave it out.")
+        elif self.model is not None and self.tokenizer is not None:
+            raise ValueError("--tokenizer is for columns and for --endpoint; a model is loaded with its own.")
 
 
 def run(options: Options) -> None:
@@ -133,9 +161,12 @@ def run(options: Options) -> None:
     sources = Sources(options.data, split=options.split, subset=options.subset)
     require_writable(options.output, ".arrow")
     columns = beside = None
+    if ranks.world_size > 1 and (options.logprobs_column is not None or options.endpoint is not None):
+        raise ValueError(
+            "Columns are read, and a server is asked, by one process: run the command without accelerate launch. "
+            "(--concurrency is the number of requests to a server at once.)"
+        )
     if options.logprobs_column is not None:
-        if ranks.world_size > 1:
-            raise ValueError("Columns are read by one process: run the command without accelerate launch.")
         columns = Columns(logprobs=options.logprobs_column, tokens=options.tokens_column, key=options.key_column)
         if options.logprobs_file:
             copy = options.output.with_name(options.output.name + ".logprobs")
@@ -155,6 +186,8 @@ def run(options: Options) -> None:
         check_keys(intake, options.key_column, beside)
     if columns is not None:
         origin, source, facts = _from_columns(options, columns, beside)
+    elif options.endpoint is not None:
+        origin, source, facts = _from_endpoint(options, intake, say)
     else:
         origin, source, facts = _from_model(options, intake, say)
 
@@ -232,16 +265,7 @@ def _from_model(options: Options, intake: Intake, say: Console) -> Made:
     dtype = pick_dtype(options.dtype, device)
     folder, commit = locate(options.model, revision=options.revision)
     revision = commit or options.revision
-    tokenizer = load_tokenizer(
-        options.model,
-        revision=revision,
-        chat_template=options.chat_template,
-        trust_remote_code=options.trust_remote_code,
-    )
-    template, how = choose_template(intake.first, tokenizer, plain=options.plain)
-    say.print(f"Template: {how}", markup=False)
-    if options.system_prompt is not None and not template:
-        raise ValueError("--system-prompt is written by a chat template, and none is applied here. Leave it out.")
+    tokenizer, template = _tokenizer_and_template(options, options.model, revision, intake, say)
     model = load_model(
         options.model,
         revision=revision,
@@ -256,10 +280,95 @@ def _from_model(options: Options, intake: Intake, say: Console) -> Made:
     batch_tokens = options.batch_tokens or (2048 if device.type == "cpu" else 16384)
     impl = fastest(device, intake.sources.size // 4 * vocabulary)
     reader = ModelReader(model, frozen=False, batch_tokens=batch_tokens, impl=impl, top_k=options.top_k)
+    settings = {"dtype": dtype, **_settings_of_reading(options, reader.numerics, tokenizer, template)}
+    files = model_files(folder, options.lora)
+
+    def origin() -> dict[str, Any]:
+        lora = str(options.lora) if options.lora else None
+        return {"model": options.model, "lora": lora, "commit": commit, "files": files, "settings": settings}
+
+    scorer = Scorer(batch_tokens=batch_tokens, progress=False, impl=impl)
+    source = FromReader(
+        model_reads(reader, scorer),
+        positions=reader.positions,
+        encoder=Encoder(tokenizer, template=template, max_length=options.max_length, whole_text=options.whole_text),
+        end_token_ids=end_token_ids(tokenizer, model),
+        tokenizer=tokenizer,
+        system_prompt=options.system_prompt,
+        key=options.key_column,
+    )
+    told = {"revision": revision, "weights": digest(files), "source": "model"}
+    return origin, source, {**_facts_of_reading(options, settings, tokenizer), **told}
+
+
+def _from_endpoint(options: Options, intake: Intake, say: Console) -> Made:
+    assert options.model is not None
+    assert options.endpoint is not None
+    try:
+        tokenizer, template = _tokenizer_and_template(
+            options, options.tokenizer or options.model, options.revision, intake, say
+        )
+    except ValueError as error:
+        if options.tokenizer is None:
+            raise ValueError(f"{error} Or name the tokenizer of the server's model with --tokenizer.") from None
+        raise
+    reader = EndpointReader(
+        options.endpoint,
+        model=options.model,
+        tokenizer=tokenizer,
+        revision=options.revision,
+        form=options.form,
+        top_k=options.top_k,
+        concurrency=options.concurrency,
+        timeout=options.timeout,
+        retries=options.retries,
+        key_variable=options.key_variable,
+    )
+    reader.check()
+    numerics = dict(reader.numerics)
     settings = {
+        "model": options.model,
+        "revision": options.revision,
+        "tokenizer": _tokenizer_hash(tokenizer),
+        **_settings_of_reading(options, numerics, tokenizer, template),
+    }
+
+    def origin() -> dict[str, Any]:
+        return {"model": options.model, "files": {}, "settings": settings}
+
+    source = FromReader(
+        engine_reads(reader),
+        positions=reader.positions,
+        encoder=Encoder(tokenizer, template=template, max_length=options.max_length, whole_text=options.whole_text),
+        end_token_ids=end_token_ids(tokenizer, None),
+        tokenizer=tokenizer,
+        system_prompt=options.system_prompt,
+        key=options.key_column,
+    )
+    told = {"revision": options.revision, "source": "endpoint"}
+    return origin, source, {**_facts_of_reading(options, settings, tokenizer), **told}
+
+
+def _tokenizer_and_template(
+    options: Options, name: str, revision: str | None, intake: Intake, say: Console
+) -> tuple[Any, bool]:
+    """The tokenizer of a teacher that reads, and whether its chat template is applied to the data."""
+    tokenizer = load_tokenizer(
+        name, revision=revision, chat_template=options.chat_template, trust_remote_code=options.trust_remote_code
+    )
+    template, how = choose_template(intake.first, tokenizer, plain=options.plain)
+    say.print(f"Template: {how}", markup=False)
+    if options.system_prompt is not None and not template:
+        raise ValueError("--system-prompt is written by a chat template, and none is applied here. Leave it out.")
+    return tokenizer, template
+
+
+def _settings_of_reading(
+    options: Options, numerics: Mapping[str, str], tokenizer: Any, template: bool
+) -> dict[str, Any]:
+    return {
         "schema": VERSION,
-        "dtype": dtype,
-        "numerics": reader.numerics,
+        "numerics": numerics,
         "template": hash_of(tokenizer.chat_template.encode()) if template else "plain",
         "system_prompt": options.system_prompt,
         "max_length": options.max_length,
@@ -267,33 +376,17 @@ def _from_model(options: Options, intake: Intake, say: Console) -> Made:
         "top_k": options.top_k,
         "key_column": options.key_column,
     }
-    files = model_files(folder, options.lora)
 
-    def origin() -> dict[str, Any]:
-        lora = str(options.lora) if options.lora else None
-        return {"model": options.model, "lora": lora, "commit": commit, "files": files, "settings": settings}
 
-    source = FromModel(
-        reader=reader,
-        scorer=Scorer(batch_tokens=batch_tokens, progress=False, impl=impl),
-        encoder=Encoder(tokenizer, template=template, max_length=options.max_length, whole_text=options.whole_text),
-        end_token_ids=end_token_ids(tokenizer, model),
-        tokenizer=tokenizer,
-        system_prompt=options.system_prompt,
-        key=options.key_column,
-    )
-    facts = {
+def _facts_of_reading(options: Options, settings: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+    return {
         "model": options.model,
-        "revision": revision,
-        "weights": digest(files),
         "temperature": 1.0,
         "processed": False,
         "numerics": settings["numerics"],
         "template": settings["template"],
         "tokenizer": _tokenizer_hash(tokenizer),
-        "source": "model",
     }
-    return origin, source, facts
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:

@@ -1,22 +1,27 @@
-"""A teacher that is loaded gives the rows of a store; what every source of a teacher's log-probabilities has to do."""
+"""A teacher that reads gives the rows of a store; what every source of a teacher's log-probabilities has to do.
+
+The teacher is a model in this process, or an engine in another one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from distill_sampler import Scorer
-from distill_sampler.dataset import ScoredDataset, response_mask
+from distill_sampler.dataset import IGNORED_LABEL, ScoredDataset, response_mask
 from distill_sampler.engines.alignment import place
+from distill_sampler.engines.client import ServerGone
+from distill_sampler.engines.endpoint import EndpointReader
 from distill_sampler.engines.token_bytes import token_bytes
 from distill_sampler.engines.writing import StoredRow
 from distill_sampler.reading.model_reader import ModelReader
 from distill_sampler.sources.candidates import Candidate
 from distill_sampler.sources.encoding import Encoded, Encoder
-from distill_sampler.types import BoolArray, FloatArray, IntArray, TokenStats
+from distill_sampler.types import BoolArray, FloatArray, IntArray, TokenStats, View
 
 
 class TeacherSource(Protocol):
@@ -40,12 +45,60 @@ class TeacherSource(Protocol):
         ...
 
 
-class FromModel:
+class Outage(str):
+    """Why this candidate and those after it cannot have a row now: the run must end here, and can go on later."""
+
+
+Ask = Callable[[Sequence[View], Callable[[float], None]], Iterator[tuple[int, TokenStats | str]]]
+"""Has a teacher read some views. Gives, in any order, the number of a view and its statistics, or why it has none."""
+
+
+def model_reads(reader: ModelReader, scorer: Scorer) -> Ask:
+    """A model in this process as the one that reads.
+
+    Args:
+        reader: the model, with its `top_k`.
+        scorer: how it reads.
+    """
+
+    def ask(views: Sequence[View], advance: Callable[[float], None]) -> Iterator[tuple[int, TokenStats]]:
+        read = [
+            {"input_ids": view.input_ids, "labels": np.where(view.scored, view.input_ids, IGNORED_LABEL)}
+            for view in views
+        ]
+        dataset = ScoredDataset(read)
+        total, done = int(dataset.lengths.sum()), 0
+        every = np.arange(len(views))
+        for block in scorer.score(reader, dataset, [], every, traces=every.tolist()):
+            yield from block.traces.items()
+            done += int(dataset.lengths[block.indices].sum())
+            advance(done / total)
+
+    return ask
+
+
+def engine_reads(reader: EndpointReader) -> Ask:
+    """An engine in another process as the one that reads."""
+
+    def ask(views: Sequence[View], advance: Callable[[float], None]) -> Iterator[tuple[int, TokenStats | str]]:
+        done = 0
+        try:
+            for done, found in enumerate(reader.each(views), 1):
+                yield done - 1, found if isinstance(found, TokenStats) else str(found)
+                advance(done / len(views))
+        except ServerGone as error:
+            for number in range(done, len(views)):
+                yield number, Outage(error)
+
+    return ask
+
+
+class FromReader:
     """Lets the teacher read the candidates, as `distill-sampler score` lets the student.
 
     Args:
-        reader: the teacher, with its `top_k`.
-        scorer: how it reads.
+        ask: has the teacher read.
+        positions: the longest view that it can read, in tokens.
         encoder: turns candidates into its tokens.
         end_token_ids: end-of-turn markers, which are not part of the response.
         tokenizer: the teacher's.
@@ -55,17 +108,17 @@ class FromModel:
 
     def __init__(
         self,
+        ask: Ask,
         *,
-        reader: ModelReader,
-        scorer: Scorer,
+        positions: float,
         encoder: Encoder,
         end_token_ids: Sequence[int],
         tokenizer: Any,
         system_prompt: str | None,
         key: str | None,
     ) -> None:
-        self._reader = reader
-        self._scorer = scorer
+        self._ask = ask
+        self._positions = positions
         self._encoder = encoder
         self._end_token_ids = end_token_ids
         self._bytes = token_bytes(tokenizer)
@@ -81,22 +134,18 @@ class FromModel:
         encoded = self._encoder(asked, self._end_token_ids)
         masks = [self._mask(row) for row in encoded]
         usable = np.array([number for number, mask in enumerate(masks) if mask.any()], np.int64)
-        fits = np.array([len(encoded[number].input_ids) <= self._reader.positions for number in usable], bool)
+        fits = np.array([len(encoded[number].input_ids) <= self._positions for number in usable], bool)
         self._empty += len(encoded) - len(usable)
         self._too_long += int((~fits).sum())
         usable = usable[fits]
-        found: dict[int, StoredRow] = {}
-        if len(usable):
-            read = [{"input_ids": encoded[n].input_ids, "labels": encoded[n].labels} for n in usable.tolist()]
-            dataset = ScoredDataset(read, end_token_ids=self._end_token_ids)
-            total, done = int(dataset.lengths.sum()), 0
-            every = np.arange(len(usable))
-            for block in self._scorer.score(self._reader, dataset, [], every, traces=every.tolist()):
-                for number, stats in block.traces.items():
-                    at = int(usable[number])
-                    found[at] = self._row(candidates[at], encoded[at], masks[at], stats)
-                done += int(dataset.lengths[block.indices].sum())
-                advance(done / total)
+        found: dict[int, StoredRow | str] = {}
+        views = [View(input_ids=np.array(encoded[n].input_ids, np.int64), scored=masks[n]) for n in usable.tolist()]
+        for number, stats in self._ask(views, advance) if views else ():
+            at = int(usable[number])
+            if isinstance(stats, str):
+                found[at] = stats
+            else:
+                found[at] = self._row(candidates[at], encoded[at], masks[at], stats)
         return [
             found.get(number) or without_numbers(candidates[number], self._key) for number in range(len(candidates))
         ]

@@ -178,9 +178,11 @@ def _check_stats(reader: Reader, view: View, stats: TokenStats, say: Verdict) ->
         if values is None:
             continue
         say.require(
-            isinstance(values, np.ndarray) and values.shape == (tokens,),
+            isinstance(values, np.ndarray)
+            and values.shape[:1] == (tokens,)
+            and values.ndim == 1 + name.startswith("top_"),
             f"{name} is not an array with one number for each of {tokens} scored tokens",
-            "Return numpy arrays: one number for each True in view.scored, in the order of the tokens",
+            "Return numpy arrays: one number (top_…: one row) for each True in view.scored, in the order of the tokens",
         )
         low, high = _BOUNDS[name]
         say.require(
@@ -210,6 +212,8 @@ _BOUNDS = {
     "near_second": (-1.0, 1.0),
     "top50": (0.0, 1.0),
     "top50_sum_p2": (0.0, 1.0),
+    "top_ids": (0.0, np.inf),
+    "top_logprobs": (-np.inf, 0.0),
 }
 
 
@@ -226,7 +230,7 @@ def _require_same(
             left, right = getattr(mine, name), getattr(yours, name)
             if left is None or right is None or name == "ties":
                 same = (left is None) == (right is None)
-            elif name == "rank":
+            elif name in ("rank", "top_ids"):
                 same = bool(np.mean(np.abs(left - right) > 0.5) <= FLIPPED_RANKS)
             else:
                 same = np.allclose(left, right, rtol=tolerance, atol=tolerance)
