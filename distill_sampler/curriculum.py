@@ -54,6 +54,8 @@ class Curriculum:
             readers than the student.
         seed: seed of all random choices in the plans.
         scorer: how the student reads.
+        scores: file of scores from `distill-sampler score` or `score_rows`, for the first pass. They must be those that
+            the student would give: the same weights, numerics and metrics. Only samples that are not in it are scored.
         teacher: column that names the teacher, for reports. If the data set has no such column, reports do not list
             teachers.
         domain: column that names the kind of task. With `observe=True`, the trainer's log has the loss by teacher and
@@ -75,6 +77,7 @@ class Curriculum:
         observe: bool = False,
         seed: int = 0,
         scorer: Scorer | None = None,
+        scores: str | Path | None = None,
         teacher: str = "teacher",
         domain: str = "domain",
     ) -> None:
@@ -95,6 +98,7 @@ class Curriculum:
         self.observe = observe
         self.seed = seed
         self.scorer = scorer or Scorer()
+        self._scores = None if scores is None else Path(scores)
         self.teacher = teacher
         self.domain = domain
         self.driven_by: str | None = None
@@ -156,6 +160,7 @@ class Curriculum:
             seed=self.seed,
             scorer=self.scorer,
             teacher=self.teacher,
+            scores=self._scores,
         )
         if self.observe:
             candidates = cycle.planner.candidates

@@ -63,6 +63,7 @@ class Cycle:
         scorer: Scorer,
         teacher: str,
         packing: Packing | None = None,
+        scores: Path | None = None,
     ) -> None:
         self.dataset = dataset
         self.metrics = dict(metrics)
@@ -99,6 +100,7 @@ class Cycle:
             rescore=rescore,
             scorer=scorer,
             seed=seed,
+            given=scores,
         )
         self.reset()
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from distill_sampler.artifacts.given_scores import Found, find_scores
 from distill_sampler.artifacts.kept_readings import load_readings, save_readings
 from distill_sampler.artifacts.passes import score_with_parts
 from distill_sampler.dataset import ScoredDataset
@@ -25,6 +26,7 @@ from distill_sampler.reading.model_reader import ModelReader
 from distill_sampler.reading.readings import Readings
 from distill_sampler.reading.reduce import columns_of, data_columns_of
 from distill_sampler.reading.scorer import Scorer
+from distill_sampler.reading.weights import content_of_weights
 from distill_sampler.serialize import described, differences, hash_of
 from distill_sampler.store import ScoreStore, ScoringPass
 from distill_sampler.types import IntArray, Missing
@@ -43,6 +45,7 @@ class PassRunner:
         rescore: the budget.
         scorer: how the student reads.
         seed: for choosing which samples to score.
+        given: a file of scores that were computed before, for the first pass; None: there is none.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class PassRunner:
         rescore: Rescore,
         scorer: Scorer,
         seed: int,
+        given: Path | None = None,
     ) -> None:
         self.dataset = dataset
         self.metrics = metrics
@@ -62,6 +66,7 @@ class PassRunner:
         self.rescore = rescore
         self.scorer = scorer
         self.seed = seed
+        self.given = given
         self.parts: Path | None = None
         """Folder that keeps the finished blocks of a pass, in case it is interrupted; None: keep nothing."""
         self.readings: Path | None = None
@@ -93,6 +98,7 @@ class PassRunner:
             rescore=self.rescore,
             scorer=self.scorer,
             seed=self.seed,
+            given=self.given,
         )
         fresh.parts, fresh._reader = self.parts, self._reader
         fresh.readings, fresh._readings, fresh._readings_from = self.readings, self._readings, self._readings_from
@@ -119,11 +125,16 @@ class PassRunner:
             indices = indices[:0]
         self.store.observed.merge(reader.ranks)
         observed = int((self.store.observed.step >= 0).sum())
-        tokens, seconds = 0, 0.0
+        tokens, from_file, seconds = 0, 0, 0.0
         tokens_of: Counter[str] = Counter()
         if len(indices) or observed:
             started = self.clock.tick()
+            found = self._from_file(reader, indices) if first and self.given is not None else None
             self.store.begin(epoch=epoch, step=step)
+            if found is not None:
+                self.store.write(found.indices, found.columns, found.missing)
+                indices = np.setdiff1d(indices, found.indices)
+                from_file = len(found.indices)
             frozen = {one.identity for metric in self.metrics.values() for one in metric.readers.values() if one.frozen}
             if frozen and self.readings is not None and self.readings != self._readings_from:
                 load_readings(self._readings, self.readings, frozen)
@@ -146,7 +157,7 @@ class PassRunner:
             scoring_pass = self.store.end()
             seconds = self.clock.tick() - started
             self.clock.add_pass(seconds, int(self.dataset.lengths[indices].sum()) if tokens else 0, first=first)
-        summary = self._summary(len(indices), observed, tokens, tokens_of, seconds, step)
+        summary = self._summary(len(indices), observed, from_file, tokens, tokens_of, seconds, step)
         if scoring_pass is not None and len(summary.non_finite):
             weights = non_finite_weights(model, reader.ranks)
             if weights and len(summary.non_finite) == len(self.candidates):
@@ -157,8 +168,32 @@ class PassRunner:
             summary = dataclasses.replace(summary, non_finite_weights=weights)
         return summary, scoring_pass
 
+    def _from_file(self, reader: ModelReader, indices: IntArray) -> Found:
+        """The scores in the given file. The first process reads it. Every process has a part in the hash."""
+        assert self.given is not None
+        weights, numerics = content_of_weights(reader.model), reader.numerics
+        found: Found | str | None = None
+        if reader.ranks.rank == 0:
+            metrics = list(self.metrics.values())
+            try:
+                found = find_scores(self.given, self.dataset, indices, metrics, weights=weights, numerics=numerics)
+            except (ValueError, OSError) as error:
+                found = str(error)
+        found = reader.ranks.gather(found)[0]
+        if isinstance(found, str):
+            raise ValueError(found)
+        assert found is not None
+        return found
+
     def _summary(
-        self, samples: int, observed: int, tokens: int, tokens_of: Mapping[str, int], seconds: float, step: int
+        self,
+        samples: int,
+        observed: int,
+        from_file: int,
+        tokens: int,
+        tokens_of: Mapping[str, int],
+        seconds: float,
+        step: int,
     ) -> ScoringSummary:
         candidates = self.candidates
         codes = {name: missing[candidates] for name, missing in self.store.missing.items()}
@@ -170,6 +205,7 @@ class PassRunner:
         return ScoringSummary(
             samples=samples,
             observed=observed,
+            from_file=from_file,
             estimated=int(self.store.estimated[candidates].sum()),
             tokens=tokens,
             tokens_of=tokens_of,

@@ -69,6 +69,8 @@ class ScoringSummary:
     """By metric, how many candidates it does not apply to."""
     non_finite_weights: str = ""
     """The student's parameters that are NaN or infinite, in words; empty if none is. Looked at only if logits are."""
+    from_file: int = 0
+    """Samples whose scores came from `Curriculum(scores=)`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +158,8 @@ class EpochSummary:
             f"  {self.num_samples} of {self.candidates} candidates, plan {self.plan_fingerprint}", style="none"
         )
         scoring = self.scoring
+        if scoring.from_file:
+            title.append(f"\ntook the scores of {scoring.from_file:,} samples from a file", style="dim")
         if scoring.tokens:
             rate = scoring.tokens / max(scoring.seconds, 1e-9)
             title.append(
