@@ -24,9 +24,23 @@
   const palette = 8;
   const colour = (code) => style(`--t${code % palette}`);
   const numTeachers = Math.max(data.teachers.length, 1);
-  const state = { off: new Set(), domain: "", correct: "", chosen: "", sort: null, down: false };
+  const state = { off: new Set(), domain: "", correct: "", chosen: "", flag: "", find: "", sort: null, down: false, at: -1 };
+
+  // what can be found by text: ids, prompts, teachers, reasons, and the text of the traces that this page holds
+  const textOf = new Map();
+  for (const prompt of data.traces)
+    for (const item of prompt.items) textOf.set(item.sample, `${prompt.prompt}\n${item.tokens.join("")}`.toLowerCase());
+  const haystack = points.sample.map((sample, row) =>
+    [`#${sample}`, points.group[row] ?? "", teacherName(points.teacher[row]), points.reason[row]].join("\n").toLowerCase());
+  const found = (row) => {
+    if (state.find === "") return true;
+    if (/^#?\d+$/.test(state.find) && Number(state.find.replace("#", "")) === points.sample[row]) return true;
+    return haystack[row].includes(state.find) || (textOf.get(points.sample[row]) ?? "").includes(state.find);
+  };
+  const flagged = (row) => state.flag === "" || (points.flags[row] >> Number(state.flag)) & 1;
 
   const visible = (row) =>
+    found(row) && flagged(row) &&
     !state.off.has(points.teacher[row]) &&
     (state.domain === "" || points.domain[row] === Number(state.domain)) &&
     (state.correct === "" || points.correct[row] === Number(state.correct)) &&
@@ -129,6 +143,28 @@
     draw("map-plot", map, { xaxis: { title: { text: "variability over passes" }, rangemode: "tozero" }, yaxis: { title: { text: `mean ${plain(nice(data.metric))}` } } });
   }
 
+  function run() {
+    const told = data.progress;
+    if (!told) return;
+    $("run").hidden = false;
+    const x = told.epochs;
+    const epoch = { title: { text: "epoch" }, dtick: x.length > 12 ? undefined : 1 };
+    const line = (name, y, more) => ({ x, y, name: plain(name, 24), mode: "lines+markers", connectgaps: true, ...more });
+    const mean = plain(nice(told.metric));
+    draw("means-plot", [line("candidates", told.candidates, { line: { color: style("--soft"), dash: "dot" } }),
+      line("chosen", told.chosen, { line: { color: style("--accent"), width: 3 } })],
+      { xaxis: epoch, yaxis: { title: { text: `mean ${mean}` } }, title: { text: "Candidates and plan", font: { size: 13 } } });
+    draw("curves-plot", told.curves.map((curve) => line(`sample ${curve.sample}`, curve.values, { mode: "lines", opacity: 0.5, line: { color: colour(curve.teacher), width: 1.5 } })),
+      { xaxis: epoch, yaxis: { title: { text: mean } }, showlegend: false, title: { text: "Single responses", font: { size: 13 } } });
+    const totals = told.shares.map((counts) => (counts ? counts.reduce((a, b) => a + b, 0) : 0));
+    draw("shares-plot", (told.shares.length ? told.teachers : []).map((name, code) => ({ type: "bar", x, name: plain(name, 24), marker: { color: colour(code) },
+      y: told.shares.map((counts, place) => (totals[place] ? (100 * counts[code]) / totals[place] : null)) })),
+      { barmode: "stack", xaxis: epoch, yaxis: { ticksuffix: " %", range: [0, 100] }, showlegend: wide(), title: { text: "Teachers in the plan", font: { size: 13 } } });
+    const age = (kind) => told.ages.map((ages) => ages?.[kind] ?? null);
+    draw("ages-plot", [line("median", age("median"), { line: { color: style("--t6") } }), line("oldest", age("max"), { line: { color: style("--t6"), dash: "dot" } })],
+      { xaxis: epoch, yaxis: { title: { text: "optimizer steps" }, rangemode: "tozero" }, title: { text: "Age of scores", font: { size: 13 } } });
+  }
+
   function composition() {
     if (!data.composition.length) return;
     $("composition").hidden = false;
@@ -219,9 +255,13 @@
     return article;
   }
 
-  const shownItems = (prompt) => prompt.items.filter((item) => !state.off.has(item.teacher) &&
+  const shownItems = (prompt) => prompt.items.filter((item) => !state.off.has(item.teacher) && foundItem(prompt, item) &&
     (state.domain === "" || item.domain === Number(state.domain)) &&
     (state.correct === "" || item.correct === Number(state.correct)) && (state.chosen === "" || item.chosen === Number(state.chosen)));
+
+  const foundItem = (prompt, item) => state.find === "" || `#${item.sample}` === state.find || String(item.sample) === state.find ||
+    prompt.group.toLowerCase().includes(state.find) || teacherName(item.teacher).toLowerCase().includes(state.find) ||
+    textOf.get(item.sample).includes(state.find);
 
   function browser() {
     if (!data.traces.length) return;
@@ -238,7 +278,10 @@
 
   // ---- The table ----
 
-  const MAX_ROWS = 200;
+  // Rows have one height, and only those in sight are in the document.
+  const ROW = 34;
+  let listed = [];
+  let shownColumns = [];
   // the mean log-probability is the mean surprisal with the other sign
   const redundant = (name) => name === "global_naturalness" && data.metrics.includes("mean_surprisal");
   const firstOf = new Map();
@@ -269,17 +312,43 @@
       head.append(cell);
     });
     document.querySelector("#rows thead").replaceChildren(head);
-    let shown = points.group.length ? rows().sort(rivals) : rows();
+    const shown = points.group.length ? rows().sort(rivals) : rows();
     if (state.sort !== null) {
       const value = columns[state.sort][1];
       const order = (a, b) => (value(a) < value(b) ? -1 : value(a) > value(b) ? 1 : 0);
       shown.sort((a, b) => (state.down ? order(b, a) : order(a, b)));
     }
-    const total = shown.length;
-    shown = shown.slice(0, MAX_ROWS);
-    document.querySelector("#rows tbody").replaceChildren(...shown.map((row) => {
-      const line = element("tr");
-      for (const [name, value] of columns) {
+    listed = shown;
+    shownColumns = columns;
+    const widths = { reason: 44, prompt: 20, teacher: 20, [data.domain]: 14 };
+    document.querySelector("#rows colgroup").replaceChildren(...columns.map(([name]) => {
+      const column = element("col");
+      column.style.width = `${widths[name] ?? Math.max(9, Math.min(nice(name).length + 2, 14))}ch`;
+      return column;
+    }));
+    $("rows").style.minWidth = `${columns.reduce((sum, [name]) => sum + (widths[name] ?? 11), 0)}ch`;
+    paintRows();
+    $("table-note").textContent = `${listed.length.toLocaleString("en")} responses pass the filters. Click a heading to sort, a row to see why. Keys in the list: ↑ ↓ move, Enter reads the trace. ${data.rule}` +
+      (data.traces.length || data.passes ? "" : " Scored with --traces, the file also holds responses token by token, and they can be read here.");
+  }
+
+  function gap(height) {
+    const line = element("tr", undefined, "gap");
+    const cell = element("td");
+    cell.colSpan = shownColumns.length;
+    cell.style.height = line.style.height = `${height}px`;
+    line.append(cell);
+    return line;
+  }
+
+  function paintRows() {
+    const box = $("rows-box");
+    const first = Math.max(0, Math.min(Math.floor(box.scrollTop / ROW) - 12, listed.length));
+    const last = Math.min(listed.length, first + Math.ceil((box.clientHeight || innerHeight) / ROW) + 24);
+    const lines = listed.slice(first, last).map((row, offset) => {
+      const line = element("tr", undefined, first + offset === state.at ? "on" : "");
+      line.dataset.place = first + offset;
+      for (const [name, value] of shownColumns) {
         const what = value(row);
         const fraction = typeof what === "number" && !Number.isInteger(what);
         const cell = element("td", fraction ? number(what) : String(what ?? "–"), name === "reason" ? "reason" : typeof what === "number" ? "number" : "");
@@ -287,17 +356,44 @@
         line.append(cell);
       }
       return line;
-    }));
-    const drawn = data.scored > points.sample.length ? ` (drawn at random from ${data.scored.toLocaleString("en")})` : "";
-    $("table-note").textContent = `${Math.min(total, MAX_ROWS).toLocaleString("en")} of ${total.toLocaleString("en")} responses that pass the filters${drawn}. Click a heading to sort.` +
-      (data.traces.length || data.passes ? "" : " Scored with --traces, the file also holds responses token by token, and they can be read here.");
+    });
+    if (first > 0) lines.unshift(gap(first * ROW));
+    if (last < listed.length) lines.push(gap((listed.length - last) * ROW));
+    document.querySelector("#rows tbody").replaceChildren(...lines);
+  }
+
+  function point(place) {
+    if (!listed.length) return;
+    state.at = Math.max(0, Math.min(place, listed.length - 1));
+    const box = $("rows-box");
+    const top = state.at * ROW, head = document.querySelector("#rows thead").offsetHeight;
+    if (top < box.scrollTop) box.scrollTop = top;
+    if (top + ROW + head > box.scrollTop + box.clientHeight) box.scrollTop = top + ROW + head - box.clientHeight;
+    paintRows();
+    const row = listed[state.at];
+    $("detail").hidden = false;
+    $("detail").textContent = shownColumns.map(([name, value]) => {
+      const what = value(row);
+      return `${nice(name)}: ${typeof what === "number" && !Number.isInteger(what) ? number(what, 4) : what ?? "–"}`;
+    }).join("\n");
+  }
+
+  function read(place) {
+    const sample = points.sample[listed[place]];
+    const prompt = data.traces.findIndex((each) => each.items.some((item) => item.sample === sample));
+    if (prompt < 0) return;
+    $("prompt").value = String(prompt);
+    browser();
+    $("browser").scrollIntoView();
   }
 
   // ---- Filters ----
 
-  const pictures = [plane, distribution, drift, composition];
+  const pictures = [plane, distribution, drift, run, composition];
   const parts = [...pictures, browser, table];
   function refresh() {
+    state.at = -1;
+    $("detail").hidden = true;
     $("count").textContent = `${rows().length.toLocaleString("en")} of ${points.sample.length.toLocaleString("en")} shown`;
     for (const part of parts) part();
   }
@@ -331,6 +427,23 @@
   choice("domain", data.domains.length > 1);
   choice("correct", points.correct.some((value) => value >= 0));
   choice("chosen", data.chosen !== null);
+  const checks = Object.keys(data.health.checks);
+  checks.forEach((name, place) => {
+    if (!points.flags.some((bits) => (bits >> place) & 1)) return;
+    const option = element("option", name);
+    option.value = String(place);
+    $("flag").append(option);
+  });
+  choice("flag", $("flag").options.length > 1);
+  let typing = 0;
+  $("find").addEventListener("input", () => {
+    clearTimeout(typing);
+    typing = setTimeout(() => {
+      state.find = $("find").value.trim().toLowerCase();
+      refresh();
+    }, 120);
+  });
+  $("filters").addEventListener("submit", (event) => event.preventDefault());
   for (const name of [data.metric, ...data.metrics.filter((name) => name !== data.metric), ...(points.tokens.length ? ["tokens"] : [])]) {
     const option = element("option", nice(name));
     option.value = name;
@@ -352,6 +465,37 @@
   $("previous").addEventListener("click", step(-1));
   $("next").addEventListener("click", step(1));
   $("paint").addEventListener("change", browser);
+  $("rows-box").addEventListener("scroll", paintRows, { passive: true });
+  $("rows-box").addEventListener("click", (event) => {
+    const line = event.target.closest("tbody tr[data-place]");
+    if (line) point(Number(line.dataset.place));
+  });
+  $("rows-box").addEventListener("keydown", (event) => {
+    const by = { ArrowDown: 1, ArrowUp: -1, PageDown: 15, PageUp: -15 }[event.key];
+    if (by) {
+      event.preventDefault();
+      point(state.at + by);
+    } else if (event.key === "Enter" && state.at >= 0 && event.target === $("rows-box")) read(state.at);
+  });
+  addEventListener("keydown", (event) => {
+    const typed = event.target.closest("input, select, textarea");
+    if (event.key === "Escape" && typed === $("find")) {
+      $("find").value = state.find = "";
+      $("find").blur();
+      refresh();
+    }
+    if (typed || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.key === "/") {
+      event.preventDefault();
+      $("find").focus();
+    } else if (event.key === "n") step(1)();
+    else if (event.key === "p") step(-1)();
+  });
+  if ($("live")) {
+    let used = 0;
+    for (const kind of ["pointerdown", "keydown", "wheel", "input"]) addEventListener(kind, () => (used = Date.now()), { passive: true });
+    setInterval(() => document.visibilityState === "visible" && Date.now() - used > 60000 && location.reload(), 20000);
+  }
   addEventListener("scroll", () => ($("tip").hidden = true), { passive: true });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", refresh);
   refresh();

@@ -21,16 +21,17 @@ from plotly.offline import get_plotlyjs
 from distill_sampler.artifacts.scorefile import Scores
 from distill_sampler.protocols import Policy
 from distill_sampler.report.payload import payload
-from distill_sampler.serialize import require_writable
+from distill_sampler.serialize import require_writable, write_atomically
 
 _HERE = Path(__file__).parent
 
 
 def write_report(
-    source: Path,
+    source: Path | Scores,
     output: Path,
     *,
     title: str | None = None,
+    live: str = "",
     policies: Sequence[Policy] = (),
     seed: int = 0,
     metric: str | None = None,
@@ -39,9 +40,11 @@ def write_report(
     """Write the page of a scores file, or of a run's folder (`scores.parquet`, and `plans.parquet` if there is one).
 
     Args:
-        source: the file that `score` wrote, or the folder of a run.
+        source: the file that `score` wrote, the folder of a run, or scores that are open.
         output: the HTML file to write.
         title: title of the page. By default it names the student and what it scored.
+        live: how far the run is, in a sentence; the page then says that it will be written anew, and reloads itself
+            while nobody uses it.
         policies: the policies whose choice is shown. By default the run's own, or the best response of each prompt.
         seed: seed of the policies.
         metric: the metric that ranks teachers. By default the Rank-Surprisal Ratio if it was scored.
@@ -54,14 +57,14 @@ def write_report(
         ValueError: `source` has no scores, or the page cannot be written.
     """
     require_writable(output, ".html", ".htm")
-    scores = Scores.open(source, **columns)
+    scores = source if isinstance(source, Scores) else Scores.open(source, **columns)
     data = payload(scores, policies=policies, seed=seed, metric=metric)
-    output.write_text(render(data, title=title), encoding="utf-8")
+    write_atomically(output, render(data, title=title, live=live).encode())
     return output
 
 
-def render(data: dict[str, Any], *, title: str | None = None) -> str:
-    """The page's HTML."""
+def render(data: dict[str, Any], *, title: str | None = None, live: str = "") -> str:
+    """The page's HTML. Arguments as of `write_report`."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
@@ -73,6 +76,7 @@ def render(data: dict[str, Any], *, title: str | None = None) -> str:
     return environment.get_template("page.html.j2").render(
         title=title or _title(data),
         data=data,
+        live=live,
         json=Markup(_escaped(json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")))),
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
         scripts=[Markup(script) for script in scripts],

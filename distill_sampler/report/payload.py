@@ -1,41 +1,36 @@
 """What the page shows, as plain values: figures for all data, points for a sample of it, and some traces in full.
 
-Text of the data set may be hostile. This module replaces what could mislead a reader (control characters, direction
+Text of the data set may be hostile. `text.visible` replaces what could mislead a reader (control characters, direction
 marks) and cuts what is too long for a browser. The page escapes the rest.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from distill_sampler.artifacts.schema import TRACE_COLUMNS
 from distill_sampler.artifacts.scorefile import Scores
 from distill_sampler.planning.why import ExplainedPlan
 from distill_sampler.policies import BestOf
 from distill_sampler.protocols import Policy
+from distill_sampler.report.correctness import correctness
+from distill_sampler.report.health import health
 from distill_sampler.report.leaderboard import Leaderboard, domain_sentence, rank_domains, rank_teachers
+from distill_sampler.report.progress import progress
+from distill_sampler.report.text import rounded, visible
+from distill_sampler.report.traces import traces
 from distill_sampler.report.verdict import Estimate
 from distill_sampler.types import EncodedColumn, FloatArray, IntArray
 
 MAX_POINTS = 4000
-"""At most this many samples are in the pictures, drawn at random; figures in tables use all samples."""
-MAX_TRACES = 300
-MAX_TRACE_TOKENS = 2000
-MAX_TOKENS = 200_000
-"""At most this many tokens in all traces together: what a phone can hold."""
-MAX_TEXT = 4000
+"""At most this many samples are in pictures and in the list; figures in tables use all samples."""
+OUTLIERS = 25
+"""So many of the lowest and of the highest scores, by each number of the ranking metric, are among them in any case."""
 MAX_NAMES = 60
 """At most this many teachers or domains are shown by name. The others are merged into one."""
-
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff]")
 
 
 def payload(
@@ -66,10 +61,11 @@ def payload(
     teacher_codes, teacher_names = _named(teachers, len(samples), board)
     domain_codes, domain_names = _named(domains, len(samples), None)
     finite = np.flatnonzero(np.isfinite(numbers[ranking.name]))
-    shown = finite
-    if len(finite) > MAX_POINTS:
-        shown = np.sort(np.random.default_rng(seed).choice(finite, MAX_POINTS, replace=False))
     tokens = scores.integers("num_tokens")
+    shown, rule = _shown(finite, [numbers[name] for name in ranking.columns], seed)
+    verdicts = _correctness(correct, len(samples))
+    found = health(scores, ranking.name, numbers, teacher_codes, teacher_names, seed)
+    flags = found.pop("flags")
     return {
         "about": {name: value and visible(value) for name, value in scores.about().items()},
         "file": scores.path.name,
@@ -90,34 +86,64 @@ def payload(
             "group": [] if groups is None else [visible(str(groups.values[c]), 60) for c in groups.codes[shown]],
             "teacher": teacher_codes[shown].tolist(),
             "domain": domain_codes[shown].tolist(),
-            "correct": _correctness(correct, len(samples))[shown].tolist(),
+            "correct": verdicts[shown].tolist(),
+            "flags": sum((flag[shown].astype(int) << place for place, flag in enumerate(flags.values()))).tolist(),
             "tokens": [] if tokens is None else tokens[shown].tolist(),
             "chosen": chosen[shown].astype(int).tolist(),
             "reason": [_reason(choice, row, plans, bool(chosen[row])) for row in shown.tolist()],
-            "scores": {name: _rounded(values[shown]) for name, values in numbers.items()},
+            "scores": {name: rounded(values[shown]) for name, values in numbers.items()},
         },
         "composition": _composition(samples, teacher_codes, len(teacher_names), finite, plans, choice),
         "chosen": int(chosen.sum()) if plans or choice else None,
         "policies": [] if choice is None else [policy.text for policy in choice.policies],
         "passes": _passes(scores, ranking.name, samples, teacher_codes, shown),
-        "traces": _traces(
-            scores, ranking.columns, numbers, choice, plans, chosen, teacher_codes, domain_codes, correct
+        "traces": traces(
+            scores,
+            ranking.columns,
+            numbers,
+            chosen=chosen,
+            reason=lambda row: _reason(choice, row, plans, bool(chosen[row])),
+            teachers=teacher_codes,
+            domains=domain_codes,
+            correct=verdicts,
         ),
+        "rule": rule,
+        "health": {**found, "rows": [_health_row(row) for row in found["rows"]]},
+        "correctness": _said(correctness(scores, verdicts, choice, policies, seed)),
+        "progress": _progress(scores, ranking.name, seed),
     }
 
 
-def visible(text: str, limit: int = MAX_TEXT) -> str:
-    """Text with control characters and direction marks made visible, cut off at `limit`."""
-    cut = text[:limit]
-    safe = _CONTROLS.sub(lambda found: _mark(found.group()), cut)
-    return safe + (f"… ({len(text) - limit:,} more characters)" if len(text) > limit else "")
+def _shown(finite: IntArray, numbers: Sequence[FloatArray], seed: int) -> tuple[IntArray, str]:
+    """The rows to show one by one, and the rule by which they were drawn; empty if all are shown."""
+    if len(finite) <= MAX_POINTS:
+        return finite, ""
+    kept = np.zeros(len(finite), bool)
+    for values in numbers:
+        order = np.argsort(values[finite], kind="stable")
+        kept[order[:OUTLIERS]] = kept[order[-OUTLIERS:]] = True
+    others = np.flatnonzero(~kept)
+    kept[np.random.default_rng(seed).choice(others, MAX_POINTS - int(kept.sum()), replace=False)] = True
+    rule = (
+        f"Of {len(finite):,} scored responses, {MAX_POINTS:,} are shown one by one: the {OUTLIERS} lowest and the "
+        f"{OUTLIERS} highest by each number, and the others drawn at random. Tables and headlines count all of them."
+    )
+    return finite[kept], rule
 
 
-def _mark(character: str) -> str:
-    code = ord(character)
-    if character == "\r":
-        return ""
-    return chr(0x2400 + code) if code < 0x20 else f"⟦U+{code:04X}⟧"
+def _health_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {**row, "teacher": visible(str(row["teacher"]), 60)}
+
+
+def _said(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The same with text that may come from the data made visible."""
+    return found and {**found, "sentences": [visible(sentence, 1000) for sentence in found["sentences"]]}
+
+
+def _progress(scores: Scores, metric: str, seed: int) -> dict[str, Any] | None:
+    """How a run goes; None if there is only one epoch to show."""
+    found = progress(scores, metric=metric, seed=seed) if scores.load_plans or len(scores.epochs) > 1 else None
+    return found and {**found, "teachers": [visible(name, 60) for name in found["teachers"]]}
 
 
 def _choice(
@@ -276,81 +302,7 @@ def _passes(
     stacked = np.stack(history)
     return {
         "epochs": scores.epochs,
-        "teachers": [_rounded(np.array(line)) for line in np.array(lines).T],
-        "mean": _rounded(stacked.mean(axis=0)),
-        "spread": _rounded(stacked.std(axis=0)),
+        "teachers": [rounded(np.array(line)) for line in np.array(lines).T],
+        "mean": rounded(stacked.mean(axis=0)),
+        "spread": rounded(stacked.std(axis=0)),
     }
-
-
-def _traces(
-    scores: Scores,
-    columns: Sequence[str],
-    numbers: dict[str, FloatArray],
-    choice: ExplainedPlan | None,
-    plans: Mapping[int, IntArray],
-    chosen: Any,
-    teachers: IntArray,
-    domains: IntArray,
-    correct: EncodedColumn | None,
-) -> list[dict[str, Any]]:
-    """Prompts with their responses token by token, as many as fit."""
-    if not set(TRACE_COLUMNS) <= set(scores.names):
-        return []
-    prompts: dict[str, dict[str, Any]] = {}
-    correctness = _correctness(correct, len(teachers))
-    position, budget, count = 0, MAX_TOKENS, 0
-    names = [*TRACE_COLUMNS, *([scores.group] if scores.group else [])]
-    with pq.ParquetFile(scores.path) as file:
-        for batch in file.iter_batches(batch_size=512, columns=names):
-            begin, position = position, position + batch.num_rows
-            kept = np.flatnonzero(np.asarray(pc.is_valid(batch["tokens"])))
-            for offset in kept.tolist():
-                row = begin + offset
-                texts = batch["tokens"][offset]
-                length = len(texts)
-                stop = min(length, MAX_TRACE_TOKENS, budget)
-                if stop == 0 or count == MAX_TRACES:
-                    break
-                budget, count = budget - stop, count + 1
-                group = str(batch[scores.group][offset].as_py()) if scores.group else str(row)
-                prompt = prompts.setdefault(
-                    group,
-                    {
-                        "group": visible(group, 60),
-                        "prompt": visible(batch["prompt_text"][offset].as_py() or ""),
-                        "items": [],
-                    },
-                )
-                prompt["items"].append(
-                    {
-                        "sample": row,
-                        "teacher": int(teachers[row]),
-                        "domain": int(domains[row]),
-                        "correct": int(correctness[row]),
-                        "chosen": int(chosen[row]),
-                        "reason": _reason(choice, row, plans, bool(chosen[row])),
-                        "scores": {name: _rounded(numbers[name][row : row + 1])[0] for name in columns},
-                        "tokens": [visible(text or "", 400) for text in _first(texts, stop)],
-                        "ranks": _first(batch["token_ranks"][offset], stop),
-                        "surprisals": [
-                            round(value, 3) if math.isfinite(value) else None
-                            for value in _first(batch["token_surprisals"][offset], stop)
-                        ],
-                        "more": length - stop,
-                    }
-                )
-    sign = -1 if scores.metrics[columns[-1]].higher_is_better else 1
-    for prompt in prompts.values():
-        prompt["items"].sort(key=lambda item: sign * (item["scores"][columns[-1]] or math.inf * sign))
-    return list(prompts.values())
-
-
-def _first(values: pa.ListScalar, stop: int) -> list[Any]:
-    """The first elements, without creating Python objects for the others."""
-    found: list[Any] = values.values.slice(0, stop).to_pylist()
-    return found
-
-
-def _rounded(values: Any) -> list[float | None]:
-    """Numbers with four significant digits, enough for a picture; None for NaN, which JSON does not have."""
-    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values.tolist()]

@@ -2,8 +2,9 @@
 
 import json
 import re
-import shutil
-import subprocess
+import runpy
+import struct
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,13 @@ import pytest
 
 from distill_sampler.artifacts.scorefile import Scores
 from distill_sampler.report.page import render, write_report
-from distill_sampler.report.payload import MAX_POINTS, MAX_TRACE_TOKENS, payload, visible
+from distill_sampler.report.payload import MAX_POINTS, payload
+from distill_sampler.report.text import visible
+from distill_sampler.report.traces import MAX_TRACE_TOKENS
 from tests.cli.conftest import call, write_lines
 
+SCREENSHOTS = runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "screenshots.py"), run_name="imported")
+chromium = SCREENSHOTS["chromium"]
 HOSTILE = [
     "<script>document.documentElement.dataset.owned = 'script'</script>",
     "</script><script>document.documentElement.dataset.owned = 'closed'</script>",
@@ -103,22 +108,34 @@ def test_long_traces_are_cut_and_say_so(hostile: Path) -> None:
     assert len(json.dumps(data)) < 2_000_000
 
 
-def test_large_data_is_sampled_and_the_page_stays_small(tmp_path: Path) -> None:
-    size = 3 * MAX_POINTS
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A scores file of more samples than a page shows one by one, with an outlier."""
+    size = 5 * MAX_POINTS
     rng = np.random.default_rng(0)
     rank, surprisal = rng.uniform(1, 9, size), rng.uniform(0.1, 3, size)
+    rank[1234] = 99.0
     columns = {
         "sample": np.arange(size),
         "prompt_id": [f"p{number // 3}" for number in range(size)],
         "teacher": [f"t{number % 3}" for number in range(size)],
+        "correct": rng.random(size) < 0.4,
+        "num_tokens": rng.integers(20, 200, size),
         "mean_rank": rank,
         "mean_surprisal": surprisal,
         "rank_surprisal_ratio": rank / surprisal,
     }
-    pq.write_table(pa.table(columns), tmp_path / "scores.parquet")
-    data = payload(Scores.open(tmp_path / "scores.parquet"))
+    path = tmp_path_factory.mktemp("large") / "scores.parquet"
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_large_data_is_sampled_and_the_page_stays_small(large: Path) -> None:
+    data = payload(Scores.open(large))
     assert len(data["points"]["sample"]) == MAX_POINTS
-    assert data["chosen"] == size // 3  # of all, not of those drawn
+    assert 1234 in data["points"]["sample"]  # outliers are kept
+    assert "highest" in data["rule"]
+    assert data["chosen"] == -(-5 * MAX_POINTS // 3)  # of all, not of those drawn
     assert data["traces"] == []
     assert len(json.dumps(data)) < 2_000_000
 
@@ -184,17 +201,15 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "scores.parquet"
 
 
-def opened(page: Path, profile: Path) -> str:
+def opened(page: Path) -> str:
     """The document after its scripts have run."""
-    browser = next(
-        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-    )
-    if browser is None:
+    return chromium("--virtual-time-budget=20000", "--window-size=1200,900", "--dump-dom", page.as_uri()).stdout
+
+
+@pytest.fixture
+def needs_chromium() -> None:
+    if SCREENSHOTS["browser"]() is None:
         pytest.skip("no Chromium is installed")
-    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", *quiet, f"--user-data-dir={profile}"]
-    command += ["--virtual-time-budget=20000", "--dump-dom", page.as_uri()]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=180).stdout
 
 
 DRIVER = """
@@ -225,18 +240,46 @@ addEventListener("load", () => {
   told.unpainted = all("#traces bdi").filter((node) => node.style.background).length;
   all("#rows thead th")[1].click();
   told.sorted = all("#rows thead th")[1].textContent.includes("↑");
+  const press = (key, target) => target.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+  all("#rows tbody tr")[3].children[0].click();
+  told.why = document.getElementById("detail").textContent.includes("reason: ");
+  const box = document.getElementById("rows-box");
+  press("ArrowDown", box);
+  told.at = document.querySelector("#rows tr.on").dataset.place;
+  const promptBefore = document.getElementById("prompt").value;
+  press("n", document.body);
+  told.next = promptBefore !== document.getElementById("prompt").value;
+  press("Enter", box);
+  told.read = document.getElementById("traces").textContent.length > 0;
+  press("/", document.body);
+  const find = document.getElementById("find");
+  told.focused = document.activeElement === find;
+  find.value = "#11";
+  find.dispatchEvent(new Event("input", { bubbles: true }));
+  setTimeout(() => {
+  told.byId = all("#rows tbody tr").length;
+  told.byIdTraces = all("#traces article").length;
+  press("Escape", find);
+  told.cleared = all("#rows tbody tr").length;
+  find.value = "{% raw %}";
+  find.dispatchEvent(new Event("input", { bubbles: true }));
+  setTimeout(() => {
+  told.byText = all("#rows tbody tr").length;
   told.strays = all("#traces script, #traces img, #traces a, #rows a, #rows img, .plot a, blockquote *").length;
   told.owned = document.documentElement.dataset.owned || null;
   document.documentElement.dataset.told = JSON.stringify(told);
+  }, 400);
+  }, 400);
 });
 </script>
 """
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("needs_chromium")
 def test_no_code_from_the_data_runs_and_the_page_works(hostile: Path, tmp_path: Path) -> None:
     page = write_report(hostile, tmp_path / "report.html")
-    document = opened(page, tmp_path / "profile")
+    document = opened(page)
     head = document[: document.index("<head")]
     assert 'data-ready="yes"' in head, "the page's own scripts run under its policy"
     assert "data-owned" not in head
@@ -246,7 +289,7 @@ def test_no_code_from_the_data_runs_and_the_page_works(hostile: Path, tmp_path: 
     text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
     driven = tmp_path / "driven.html"
     driven.write_text(text.replace("</body>\n</html>", DRIVER + "</body>\n</html>"), encoding="utf-8")
-    document = opened(driven, tmp_path / "profile")
+    document = opened(driven)
     told = re.search(r'data-told="([^"]*)"', document)
     assert told is not None
     found = json.loads(told.group(1).replace("&quot;", '"'))
@@ -263,3 +306,79 @@ def test_no_code_from_the_data_runs_and_the_page_works(hostile: Path, tmp_path: 
     assert found["painted"]
     assert found["unpainted"] == 0
     assert found["sorted"]
+    assert found["why"]
+    assert found["at"] == "4"
+    assert found["next"]
+    assert found["read"]
+    assert found["focused"]
+    assert found["byId"] == found["byIdTraces"] == 1
+    assert found["cleared"] == 24
+    assert 4 <= found["byText"] < 24
+
+
+SCROLL = """
+<script>
+addEventListener("load", () => {
+  const told = {};
+  const box = document.getElementById("rows-box");
+  told.inDocument = document.querySelectorAll("#rows tbody tr").length;
+  told.high = box.scrollHeight;
+  box.scrollTop = 60000;
+  box.dispatchEvent(new Event("scroll"));
+  told.first = document.querySelector("#rows tr[data-place]").dataset.place;
+  told.note = document.getElementById("table-note").textContent;
+  document.documentElement.dataset.told = JSON.stringify(told);
+});
+</script>
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("needs_chromium")
+def test_a_long_list_scrolls_with_few_rows_in_the_document(large: Path, tmp_path: Path) -> None:
+    page = write_report(large, tmp_path / "report.html")
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text(encoding="utf-8"))
+    page.write_text(text.replace("</body>\n</html>", SCROLL + "</body>\n</html>"), encoding="utf-8")
+    told = re.search(r'data-told="([^"]*)"', opened(page))
+    assert told is not None
+    found = json.loads(told.group(1).replace("&quot;", '"'))
+    assert found["inDocument"] < 100
+    assert found["high"] > 30 * MAX_POINTS
+    assert int(found["first"]) > 1000
+    assert "drawn at random" in found["note"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("needs_chromium")
+@pytest.mark.parametrize("view", ["light", "dark", "phone"])
+def test_pictures_of_the_page_can_be_taken(view: str, large: Path, tmp_path: Path) -> None:
+    page = write_report(large, tmp_path / "report.html")
+    taken = SCREENSHOTS["screenshot"](page, tmp_path / "page.png", view=view, height=900)
+    pixels = first_rows(taken, 200)[:, : SCREENSHOTS["VIEWS"][view][0]]
+    assert len(np.unique(pixels)) > 50  # not one colour: the page was drawn
+    assert (np.median(pixels) < 60) == (view == "dark")
+
+
+def first_rows(png: Path, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """`[count, width]` the brightness of a PNG's first rows, from its 8-bit colours (RFC 2083, filters 0 to 4)."""
+    content = png.read_bytes()
+    width, _, depth, kind = struct.unpack(">IIBB", content[16:26])
+    assert depth == 8
+    channels = {2: 3, 6: 4}[kind]
+    data, at = b"", 8
+    while at < len(content):
+        (length,) = struct.unpack(">I", content[at : at + 4])
+        data += content[at + 8 : at + 8 + length] if content[at + 4 : at + 8] == b"IDAT" else b""
+        at += length + 12
+    raw = zlib.decompressobj().decompress(data, count * (width * channels + 1))
+    rows = [[0] * (width * channels)]
+    for line in range(count):
+        begin = line * (width * channels + 1)
+        filtered, above, row = raw[begin + 1 : begin + 1 + width * channels], rows[-1], []
+        for place, value in enumerate(filtered):
+            left, up = row[place - channels] if place >= channels else 0, above[place]
+            corner = above[place - channels] if place >= channels else 0
+            nearest = min((left, up, corner), key=lambda each: abs(left + up - corner - each))
+            row.append((value + (0, left, up, (left + up) // 2, nearest)[raw[begin]]) % 256)
+        rows.append(row)
+    return np.array(rows[1:]).reshape(count, width, channels)[:, :, :3].mean(axis=2)
