@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from distill_sampler.integrations.accelerate import CurriculumLoop
     from distill_sampler.integrations.rows import score_rows
     from distill_sampler.integrations.transformers import attach
+    from distill_sampler.integrations.transformers import attach, detach
     from distill_sampler.metrics.aslec_drop import AslecDrop
     from distill_sampler.metrics.aslec_parts import AslecParts
     from distill_sampler.metrics.compression_ratio import CompressionRatio
@@ -76,6 +77,7 @@ _HOMES = {
     "integrations.accelerate": ("CurriculumLoop",),
     "integrations.rows": ("score_rows",),
     "integrations.transformers": ("attach",),
+    "integrations.transformers": ("attach", "detach"),
     "metrics": (
         "AslecDrop",
         "AslecParts",
@@ -208,6 +210,7 @@ __all__ = [
     "WithinLength",
     "attach",
     "score_rows",
+    "detach",
 ]
 
 

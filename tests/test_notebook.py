@@ -1,5 +1,8 @@
 """What a notebook shows of a run."""
 
+import ast
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,3 +88,23 @@ def test_the_picture_has_a_line_for_every_curve(run: Curriculum) -> None:
     empty.bind(run.dataset)
     with pytest.raises(ValueError, match="Nothing has been scored"):
         empty.plot()
+
+
+def test_the_recipes_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = json.loads((Path(__file__).parents[1] / "recipes" / "notebook.ipynb").read_text(encoding="utf-8"))["cells"]
+    assert all(not cell.get("outputs") for cell in cells)  # it is kept without its outputs
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    shown = []
+    for number, cell in enumerate(cells):
+        if cell["cell_type"] != "code":
+            continue
+        tree = ast.parse("".join(cell["source"]))
+        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, f"cell {number}", "exec"), names)
+        if last is not None:
+            assert isinstance(last, ast.Expr)
+            shown.append(eval(compile(ast.Expression(last.value), f"cell {number}", "eval"), names))
+    assert [type(each).__name__ for each in shown].count("Curriculum") == 4
+    assert (tmp_path / "run.html").exists()
+    assert (tmp_path / "notebook-run" / "report.html").exists()

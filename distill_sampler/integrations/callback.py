@@ -31,8 +31,14 @@ from distill_sampler.integrations.seams import output_of
 from distill_sampler.integrations.trackers import numbers_of, show_plan, trackers_of_callbacks
 from distill_sampler.planning.summary import PREFIX, Logs
 from distill_sampler.protocols import Tap
+from distill_sampler.report.page import write_report
 
 logger = logging.getLogger(__name__)
+
+ABSENT = object()
+"""In place of the value of an attribute that the trainer did not have of its own."""
+REPORT = "report.html"
+"""Name of the page that `report_every` writes into the output folder."""
 
 
 class CurriculumCallback(TrainerCallback):
@@ -47,6 +53,7 @@ class CurriculumCallback(TrainerCallback):
         accept_changes: bool = False,
         manifests: bool = True,
         logs: Logs = "few",
+        report_every: int | None = None,
     ) -> None:
         self.trainer = trainer
         self.curriculum = curriculum
@@ -59,7 +66,11 @@ class CurriculumCallback(TrainerCallback):
         self.compares = manifests
         """Whether checkpoints get manifests, and are compared with them."""
         self._manifests = Manifests(write=trainer.args.should_save)
+        self.replaced: dict[str, tuple[Any, Any]] = {}
+        """By name, the trainer's attributes that `attach` set, and what was there before (or `ABSENT`)."""
+        self.training = False
         self._accept_changes = accept_changes
+        self._report_every = report_every
         self._logs: Logs = logs
         self._open_taps = ExitStack()
         """The contexts of the open taps, with their hooks and files."""
@@ -136,6 +147,7 @@ class CurriculumCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.training = True
         self._num_epochs = state.num_train_epochs
         step = self._resumed.schedule_step
         if step is not None and _entries(state)[STATE_ENTRY]["files"]:  # otherwise the schedule starts afresh
@@ -168,6 +180,11 @@ class CurriculumCallback(TrainerCallback):
             kwargs["train_dataloader"].base_dataloader.generator = torch.Generator().manual_seed(args.seed)
         if len(summaries) > planned:
             self._tell_of_plan(state)
+        if self._report_every is not None and self._epoch % self._report_every == 0:
+            of = f" of {self._num_epochs}" if self._num_epochs else ""
+            self._write_report(
+                state, live=f"Epoch {self._epoch + 1}{of} begins, at optimizer step {state.global_step}."
+            )
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -207,9 +224,21 @@ class CurriculumCallback(TrainerCallback):
             self.curriculum.save_run(self._output)
         except OSError as error:
             logger.warning("scores.parquet and plans.parquet cannot be written: %s", error)
+        if self._report_every is not None:
+            self._write_report(state)
+
+    def _write_report(self, state: TrainerState, *, live: str = "") -> None:
+        """Write the page of the run so far. A failure does not stop training."""
+        if not state.is_world_process_zero:
+            return
+        try:
+            write_report(self.curriculum.cycle.scores(), self._output / REPORT, live=live)
+        except (OSError, ValueError) as error:
+            logger.warning("report_every=%s: the report was not written: %s", self._report_every, error)
 
     def finish(self) -> None:
         """Close the taps, whether or not training ended in an error, and wait for the last manifest."""
+        self.training = False
         self._open_taps.close()
         self._manifests.wait()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import transformers
@@ -19,8 +19,8 @@ from transformers import Trainer
 from distill_sampler.contract import checked_objectives
 from distill_sampler.curriculum import Curriculum
 from distill_sampler.dataset import ScoredDataset
-from distill_sampler.integrations.callback import CurriculumCallback
-from distill_sampler.integrations.checkpoints import FOLDER
+from distill_sampler.integrations.callback import ABSENT, CurriculumCallback
+from distill_sampler.integrations.checkpoints import FOLDER, STATE_ENTRY
 from distill_sampler.integrations.loss_weights import LossWeights
 from distill_sampler.integrations.observed_scores import ObservedScores
 from distill_sampler.integrations.packs import (
@@ -84,6 +84,7 @@ def attach(
     batch_tokens: int | None = None,
     pack_window: int | None = None,
     pack_overlong: Overlong = "refuse",
+    report_every: int | None = None,
 ) -> None:
     """Let a curriculum decide what each epoch of this trainer trains on. Call it once, before `trainer.train()`.
 
@@ -143,6 +144,9 @@ def attach(
             None: 64, and with `batch_tokens` 1024, as batches need more samples to find like lengths among.
         pack_overlong: what to do with samples that have more tokens than a pack: `"refuse"`; `"truncate"` keeps their
             first tokens; `"split"` makes several samples of each, which are scored and chosen on their own.
+        report_every: write the report (`report.html` in the output folder) after the plan of every so many epochs, and
+            when training ends. A page that is open reloads itself. None: write none; `distill-sampler report OUTPUT`
+            makes one at any time.
 
     Raises:
         ValueError: the trainer's settings rule out a curriculum, or the data set lacks rows or columns; the message
@@ -152,7 +156,10 @@ def attach(
         raise ValueError(f"logs={logs!r}: choose 'few' or 'all'.")
     refuse_settings(trainer)
     refuse_second_host(curriculum)
+    if report_every is not None and report_every < 1:
+        raise ValueError(f"attach(report_every={report_every}): give a number of epochs, at least 1, or None.")
     args = trainer.args
+    before = dict(vars(trainer))
     trained_rows: Any = trainer.train_dataset
     refuse_packed(trained_rows)
     packing = packing_of(trainer, pack_to, batch_tokens, pack_window)
@@ -200,7 +207,13 @@ def attach(
         taps.append(SeparateSamples(trainer, setting.models))
     trainer.train_dataset = trained_rows
     callback = CurriculumCallback(
-        trainer, curriculum, taps=taps, accept_changes=accept_changes, manifests=manifests, logs=logs
+        trainer,
+        curriculum,
+        taps=taps,
+        accept_changes=accept_changes,
+        manifests=manifests,
+        logs=logs,
+        report_every=report_every,
     )
     sample_through(trainer, sampler)
     if packing is not None:
@@ -219,6 +232,46 @@ def attach(
         prepare_through(trainer, objectives)
     set_timeout(args.ddp_timeout)
     curriculum.driven_by = type(trainer).__name__
+    callback.replaced = {
+        name: (value, before.get(name, ABSENT))
+        for name, value in vars(trainer).items()
+        if before.get(name, ABSENT) is not value
+    }
 
 
-__all__ = ["CurriculumCallback", "attach", "end_token_ids"]
+def detach(trainer: Trainer) -> Curriculum:
+    """Undo `attach`: the trainer draws its samples, logs and saves as before, from the data set that it had.
+
+    What the run knows stays in the curriculum (`history`, `samples`, `plot`) and in the output folder. In a notebook,
+    call it before another curriculum is attached to the same trainer.
+
+    Returns:
+        The curriculum. It can be attached again, which starts a new run.
+
+    Raises:
+        ValueError: nothing is attached to the trainer, it is training, or something else has wrapped its methods since.
+    """
+    attached = [each for each in trainer.callback_handler.callbacks if isinstance(each, CurriculumCallback)]
+    if not attached:
+        raise ValueError("detach(trainer): no curriculum is attached to this trainer.")
+    (callback,) = attached
+    if callback.training:
+        raise ValueError("detach(trainer): the trainer is training. Detach after train() has returned.")
+    for name, (ours, _) in callback.replaced.items():
+        if callable(ours) and vars(trainer).get(name) is not ours:
+            raise ValueError(
+                f"detach(trainer): trainer.{name} was replaced after attach, so it cannot be restored. Undo that "
+                "first, or make a new trainer."
+            )
+    for name, (_, old) in callback.replaced.items():
+        if old is ABSENT:
+            vars(trainer).pop(name, None)
+        else:
+            setattr(trainer, name, old)
+    trainer.remove_callback(callback)
+    cast("dict[str, Any]", trainer.state.stateful_callbacks).pop(STATE_ENTRY, None)
+    callback.curriculum.driven_by = None
+    return callback.curriculum
+
+
+__all__ = ["CurriculumCallback", "attach", "detach", "end_token_ids"]
