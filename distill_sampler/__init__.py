@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from distill_sampler.dataset import ScoredDataset
     from distill_sampler.integrations.accelerate import CurriculumLoop
     from distill_sampler.integrations.rows import score_rows
-    from distill_sampler.integrations.transformers import attach
     from distill_sampler.integrations.transformers import attach, detach
     from distill_sampler.metrics.aslec_drop import AslecDrop
     from distill_sampler.metrics.aslec_parts import AslecParts
@@ -76,7 +75,6 @@ _HOMES = {
     "dataset": ("ScoredDataset",),
     "integrations.accelerate": ("CurriculumLoop",),
     "integrations.rows": ("score_rows",),
-    "integrations.transformers": ("attach",),
     "integrations.transformers": ("attach", "detach"),
     "metrics": (
         "AslecDrop",
@@ -209,8 +207,8 @@ __all__ = [
     "WeightBySoftmax",
     "WithinLength",
     "attach",
-    "score_rows",
     "detach",
+    "score_rows",
 ]
 
 
