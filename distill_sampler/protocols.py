@@ -94,6 +94,12 @@ class Reader(Protocol):
         return None
 
     @property
+    def vocabulary(self) -> int | None:
+        """How many columns its output has, or how many different tokens it can read. A reader without a tokenizer that
+        has another vocabulary than the student is refused. None: unknown."""
+        return None
+
+    @property
     def block_tokens(self) -> int:
         """How many tokens of views it wants at a time. Must be the same in all processes."""
         return 16384

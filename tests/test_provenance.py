@@ -18,8 +18,10 @@ from distill_sampler import (
     BestOf,
     Curriculum,
     ExcessLoss,
+    Metric,
     ModelReader,
     Provenance,
+    Rho1Share,
     ScoredDataset,
     Scorer,
     TeacherSentences,
@@ -373,3 +375,38 @@ def test_in_the_trainer_each_epoch_takes_the_response_with_most_teacher_sentence
         best = [scores[start : start + len(ANSWERS)].max() for start in (0, len(ANSWERS))]
         assert scores[plan.indices].tolist() == best
     assert first.tolist() != second.tolist()
+
+
+def other_than_the_student_s(kind: type[Metric], vocab_size: int) -> Metric:
+    teacher = ModelReader(tiny.model(1, vocab_size=vocab_size, **NO_SPECIALS))
+    argument = "reference" if kind in (ExcessLoss, Rho1Share) else "teacher"
+    return kind(**{argument: teacher})
+
+
+NO_SPECIALS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+WITH_TEACHER = [TeacherSentences, TeacherStudentGap, ExcessLoss, Rho1Share]
+
+
+@pytest.mark.parametrize("kind", WITH_TEACHER)
+@pytest.mark.parametrize("vocab_size", [200, 2000], ids=["smaller", "larger"])
+def test_a_teacher_of_another_vocabulary_and_no_tokenizer_is_refused(
+    kind: type[Metric], vocab_size: int, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    metric = other_than_the_student_s(kind, vocab_size)
+    argument = next(iter(metric.readers))
+    with pytest.raises(ValueError, match=rf"{kind.__name__}\({argument}=\).*{vocab_size}.*tokenizer="):
+        metric.with_tokenizer(tokenizer)
+
+
+@pytest.mark.parametrize("kind", WITH_TEACHER)
+def test_a_padded_vocabulary_is_the_student_s(
+    kind: type[Metric], dataset: ScoredDataset, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    padded = other_than_the_student_s(kind, tiny.VOCAB + 126).with_tokenizer(tokenizer)
+    assert np.isfinite(scores_of([padded], dataset, tiny.model())[padded.name]).all()
+
+
+def test_without_any_tokenizer_the_tokens_themselves_tell(dataset: ScoredDataset) -> None:
+    """Losses of whole responses need no text, so no tokenizer may be known."""
+    with pytest.raises(ValueError, match=r"ExcessLoss\(reference=\).*tokenizer="):
+        scores_of([other_than_the_student_s(ExcessLoss, 100)], dataset, tiny.model())

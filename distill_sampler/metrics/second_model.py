@@ -34,6 +34,7 @@ from distill_sampler.metrics.steps import Splitter, sentences
 from distill_sampler.protocols import Metric, Reader
 from distill_sampler.serialize import described
 from distill_sampler.types import FloatArray, IntArray, Sample, TokenStats, View
+from distill_sampler.vocabulary import shared_columns
 
 _TEXTS: WeakKeyDictionary[Sample, dict[int, ResponseText]] = WeakKeyDictionary()
 _VIEWS: WeakKeyDictionary[Sample, dict[tuple[str, str, str | None], OwnTokens]] = WeakKeyDictionary()
@@ -192,7 +193,35 @@ class SecondModelMetric(Metric):
         return tuple(dict.fromkeys(name for name in (self.prompt, key) if name is not None))
 
     def with_tokenizer(self, tokenizer: Any) -> Self:
-        return replace(self, tokenizer=tokenizer) if self.tokenizer is None else self
+        made = replace(self, tokenizer=tokenizer) if self.tokenizer is None else self
+        made.check_vocabulary()
+        return made
+
+    def check_vocabulary(self, sample: Sample | None = None) -> None:
+        """Check, as far as sizes tell, that a second model without a tokenizer of its own has the student's vocabulary.
+
+        Args:
+            sample: what it is to read.
+
+        Raises:
+            ValueError: it has another one.
+        """
+        name, model = self.second
+        size = model.vocabulary if isinstance(model, Reader) and model.tokenizer is None else None
+        if size is None:
+            return
+        if self.tokenizer is not None:
+            tokens, told = len(self.tokenizer), "the student's tokenizer has {} tokens"
+        elif sample is not None:
+            tokens, told = max(size, int(sample.input_ids.max()) + 1), "the student reads tokens up to number {}"
+        else:
+            return
+        wrong = (
+            f"{type(self).__name__}({name}=): the model predicts {size} tokens and {told.format(tokens)}, so it has "
+            "another vocabulary and cannot read the student's tokens. Give its own tokenizer: "
+            f"{name}=ModelReader(model, tokenizer=…)."
+        )
+        shared_columns(size, tokens=tokens, otherwise=wrong)
 
     def views(self, sample: Sample) -> Sequence[View] | None:
         name, model = self.second
@@ -242,6 +271,7 @@ class SecondModelMetric(Metric):
     def _own(self, sample: Sample, name: str, reader: Reader) -> OwnTokens | None:
         """The sample as a second model reads it; None if it has no token to say something of."""
         if self.second_reads_same_tokens(sample):
+            self.check_vocabulary(sample)
             return OwnTokens(view=replace(response_view(sample), reader=name), begins=None)
         self.text(sample)  # refuses without a tokenizer
         return own_tokens(sample, name, reader, self.tokenizer, self.prompt)

@@ -76,7 +76,7 @@ class AttentionTransfer(Objective):
 
 class _AttentionTransferTap(FollowsTeacher):
     def __init__(self, objective: AttentionTransfer, setting: Setting) -> None:
-        super().__init__(objective.name, setting.live(objective.teacher))
+        super().__init__(objective.name, setting, objective.teacher)
         self.objective = objective
         self._layers: dict[int, int] = {}
 

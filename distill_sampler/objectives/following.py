@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill_sampler.objectives.live import LiveTeacher, Seen, Watch
+from distill_sampler.objectives.live import Seen, Setting, Watch
 from distill_sampler.objectives.places import predicting, weights_of_positions
 from distill_sampler.protocols import ObjectiveTap
 from distill_sampler.reading.forward import unwrap
 from distill_sampler.types import Batch
+from distill_sampler.vocabulary import shared_columns
 
 
 class FollowsStudent(ObjectiveTap):
@@ -145,16 +146,31 @@ class FollowsTeacher(FollowsStudent):
 
     Args:
         name: the objective's name.
+        setting: what is known of the run.
         teacher: reads the same batches.
     """
 
-    def __init__(self, name: str, teacher: LiveTeacher) -> None:
+    columns: int
+    """How many columns the output heads of student and teacher have in common. Known when training starts."""
+
+    def __init__(self, name: str, setting: Setting, teacher: nn.Module) -> None:
         super().__init__(name)
-        self.teacher = teacher
+        self.teacher = setting.live(teacher)
+        self._num_tokens = None if setting.tokenizer is None else len(setting.tokenizer)
 
     @contextmanager
     def open(self, model: nn.Module, *, step: int) -> Iterator[None]:
-        self.teacher.watch.model.to(next(unwrap(model).parameters()).device)
+        student, teacher = unwrap(model), self.teacher.watch.model
+        sizes = [each.config.get_text_config().vocab_size for each in (student, teacher)]
+        self.columns = shared_columns(
+            *sizes,
+            tokens=self._num_tokens,
+            otherwise=f"objective={self.name} (teacher=): the student predicts {sizes[0]} tokens and the teacher "
+            f"{sizes[1]}, so they have different vocabularies, and the teacher cannot read the student's tokens. Use a "
+            "teacher with the student's tokenizer. To choose traces with another teacher, use TeacherSentences, which "
+            "compares text.",
+        )
+        teacher.to(next(student.parameters()).device)
         with super().open(model, step=step):
             yield
 

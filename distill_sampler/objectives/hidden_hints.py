@@ -96,7 +96,7 @@ class HiddenHints(Objective):
 
 class _HiddenHintsTap(FollowsTeacher):
     def __init__(self, objective: HiddenHints, setting: Setting) -> None:
-        super().__init__(objective.name, setting.live(objective.teacher))
+        super().__init__(objective.name, setting, objective.teacher)
         self.objective = objective
         self._layers: dict[int, int] = {}
 

@@ -233,30 +233,3 @@ def chosen_layers(layers: Mapping[int, int], student: nn.Module, teacher: nn.Mod
             found.append(number % total)
         chosen[found[0]] = found[1]
     return chosen
-
-
-def shared_columns(student: nn.Module, teacher: nn.Module, *, tokens: int | None = None) -> int:
-    """How many columns, starting with the first, the output heads of student and teacher have in common. Vocabularies
-    are often padded.
-
-    Args:
-        student: the student.
-        teacher: the teacher.
-        tokens: how many tokens the student's tokenizer has; None: unknown.
-
-    Raises:
-        ValueError: one of them lacks a column for some tokens, so they have different vocabularies.
-    """
-    sizes = [unwrap(model).config.get_text_config().vocab_size for model in (student, teacher)]
-    columns: int = min(sizes)
-    if columns < (tokens or 0) or (tokens is None and max(sizes) - columns > _PADDING):
-        raise ValueError(
-            f"SoftTargets(teacher=): the student predicts {sizes[0]} tokens and the teacher {sizes[1]}, so they have "
-            "different vocabularies, and their distributions cannot be compared. Use a teacher with the student's "
-            "tokenizer. To choose traces with another teacher, use TeacherSentences, which compares text."
-        )
-    return columns
-
-
-_PADDING = 1024
-"""How many more columns one padded vocabulary may have than the other, if the tokenizer is unknown."""

@@ -14,7 +14,7 @@ from distill_sampler.engines.stored_teacher import StoredTeacher
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.objectives.divergence import Divergence, Head, Targets, soft_target_loss
 from distill_sampler.objectives.following import FollowsStudent, FollowsTeacher, require_model, scheduled
-from distill_sampler.objectives.live import Seen, Setting, Watch, shared_columns
+from distill_sampler.objectives.live import Seen, Setting, Watch
 from distill_sampler.objectives.stored import StoredTargets, Tail
 from distill_sampler.protocols import Objective, ObjectiveTap
 from distill_sampler.reading.forward import autocast_dtype, forward_of
@@ -141,13 +141,8 @@ class _SoftTargetsTap(FollowsStudent):
 
 class _FromModel(_SoftTargetsTap, FollowsTeacher):
     def __init__(self, objective: SoftTargets, setting: Setting, teacher: nn.Module) -> None:
-        super().__init__(objective.name, setting.live(teacher))
+        super().__init__(objective.name, setting, teacher)
         self.objective = objective
-        self._num_tokens = None if setting.tokenizer is None else len(setting.tokenizer)
-
-    def begin(self, student: Watch) -> None:
-        super().begin(student)
-        self.columns = shared_columns(student.model, self.teacher.watch.model, tokens=self._num_tokens)
 
     def compare(self, student: Seen, shown: Seen, counted: Tensor, weights: Tensor) -> Tensor:
         targets = self.teacher.targets(

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distill_sampler import Curriculum, GlobalNaturalness, Shuffle, SoftTargets, WeightBySoftmax, attach
+from distill_sampler import (
+    Curriculum,
+    GlobalNaturalness,
+    HiddenHints,
+    Shuffle,
+    SoftTargets,
+    WeightBySoftmax,
+    attach,
+)
 from distill_sampler.objectives.places import IGNORED
 from tests import tiny
 from tests.online.test_loss_weights import RATE, trainer_of
@@ -161,6 +169,16 @@ def test_a_larger_vocabulary_of_padding_is_handled_and_another_vocabulary_refuse
             teacher(vocab_size=tiny.VOCAB - 30, pad_token_id=None, bos_token_id=None, eos_token_id=None)
         ),
     )
+    with pytest.raises(ValueError, match=r"teacher=.*different vocabularies"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("kind", [SoftTargets, HiddenHints])
+def test_a_teacher_with_a_far_larger_vocabulary_is_not_taken_for_a_padded_one(
+    kind: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    trainer = trainer_of("SFTTrainer", tmp_path, tokenizer, max_steps=1)
+    attach(trainer, curriculum(), objective=kind(teacher(vocab_size=tiny.VOCAB + 2000)))
     with pytest.raises(ValueError, match=r"teacher=.*different vocabularies"):
         trainer.train()
 
