@@ -34,6 +34,7 @@ LAYERS = [
     {"curriculum"},
     {"objectives"},
     {"integrations", "testing"},
+    {"compare"},
     {"cli"},
 ]
 """From the bottom up. A module imports from layers below its own, and from its own package."""

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from distill_sampler.cli.compare_command import compare
 from distill_sampler.cli.options import (
     Config,
     CorrectColumn,
@@ -351,3 +352,4 @@ def doctor(
 
 app.command()(trace)
 app.command()(teacher_logprobs)
+app.command()(compare)
