@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from distill_sampler.cli.loading import load_model, load_tokenizer, locate, model_files, pick_device
 from distill_sampler.cli.score import join, quiet
 from distill_sampler.compare.arms import CONTROLS, CORE, parse_arms
 from distill_sampler.compare.budget import Budget
@@ -20,6 +19,7 @@ from distill_sampler.compare.runner import Comparison, metrics_for, runs_in, sco
 from distill_sampler.compare.student import Training
 from distill_sampler.compare.table import costs, picture, tables
 from distill_sampler.contract import checked_metrics
+from distill_sampler.integrations.loading import load_model, load_tokenizer, locate, model_files, pick_device
 from distill_sampler.integrations.transformers import end_token_ids
 from distill_sampler.protocols import Metric
 from distill_sampler.serialize import hash_of, write_atomically
