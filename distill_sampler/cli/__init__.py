@@ -50,11 +50,11 @@ def main(
 @app.command()
 def demo(
     prompts: Annotated[
-        int, typer.Option(min=1, help="Number of competition problems, with a trace of each teacher.")
-    ] = 12,
+        int, typer.Option(min=1, help="Number of competition problems to train on, with a trace of each teacher.")
+    ] = 5,
     max_length: Annotated[
         int, typer.Option(min=64, help="Longest prompt with its trace, in tokens; longer problems are left out.")
-    ] = 640,
+    ] = 768,
     epochs: Annotated[
         int, typer.Option(min=1, help="Number of epochs. The student scores all traces before each.")
     ] = 2,
@@ -62,17 +62,35 @@ def demo(
         "distill-sampler-demo"
     ),
     full: Annotated[bool, typer.Option("--full", help="Train all weights instead of a LoRA.")] = False,
+    control: Annotated[
+        bool,
+        typer.Option(
+            "--control", help="Also train a student on random traces with the same mixture of teachers, to compare."
+        ),
+    ] = False,
+    show: Annotated[bool, typer.Option("--open", help="Open the report in the browser at the end.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the plans and of training.")] = 0,
 ) -> None:
     """Fine-tune a small student on real traces of four teachers, and choose the traces anew before each epoch.
 
     The data is real, and small enough for two CPU cores: SmolLM2-135M-Instruct learns competition mathematics from
     GPT-3.5, GPT-4, GPT-4 Turbo and PaLM 2. For each problem it trains on the trace with the best Rank-Surprisal Ratio.
+    At the end it says whether what was chosen is correct, what KeepCorrect and chance would have chosen, and what the
+    student learnt.
     """
     from distill_sampler.cli.demo import run
 
     try:
-        run(prompts=prompts, max_length=max_length, epochs=epochs, output=output, full=full, seed=seed)
+        run(
+            prompts=prompts,
+            max_length=max_length,
+            epochs=epochs,
+            output=output,
+            full=full,
+            control=control,
+            show=show,
+            seed=seed,
+        )
     except ValueError as error:
         typer.secho(f"Error: {error}", fg="red", err=True)
         raise typer.Exit(1) from error

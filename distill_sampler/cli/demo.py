@@ -3,31 +3,46 @@
 from __future__ import annotations
 
 import logging
-import textwrap
+import math
 import time
 import warnings
+import webbrowser
 from pathlib import Path
-from typing import Any
 
 from datasets import disable_progress_bars
 from peft import LoraConfig
 from rich.console import Console
-from rich.panel import Panel
-from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
-from distill_sampler import BestOf, Curriculum, GlobalNaturalness, RankSurprisalRatio, Shuffle, attach
+from distill_sampler import BestOf, Curriculum, GlobalNaturalness, MatchTeachers, RankSurprisalRatio, Shuffle, attach
+from distill_sampler.cli import demo_truth as truth
 from distill_sampler.cli.demo_parts import candidates, fastest_dtype, student_folder
 from distill_sampler.planning.summary import PREFIX
 from distill_sampler.report.page import write_report
 
-RSR = "rank_surprisal_ratio"
+METRICS = [RankSurprisalRatio(), GlobalNaturalness()]
+BEST = BestOf("rank_surprisal_ratio", per="prompt_id")
+CONTROL = MatchTeachers(of=BEST, teacher="teacher", per="prompt_id")
+HELD_OUT = 2
+"""So many problems are held out."""
 
 
-def run(*, prompts: int, max_length: int, epochs: int, output: Path, full: bool, seed: int) -> None:
+def run(
+    *, prompts: int, max_length: int, epochs: int, output: Path, full: bool, control: bool, show: bool, seed: int
+) -> None:
     """Run the demo, and write its results to the folder `output`.
+
+    Args:
+        prompts: number of problems to train on.
+        max_length: tokens of the longest prompt with its trace.
+        epochs: number of epochs.
+        output: the folder.
+        full: train all weights instead of a LoRA.
+        control: train a second student on random traces with the same mixture of teachers.
+        show: open the report in the browser at the end.
+        seed: seed of plans and training.
 
     Raises:
         ValueError: a package of the demo is not installed, or no problem fits into `max_length`.
@@ -40,92 +55,79 @@ def run(*, prompts: int, max_length: int, epochs: int, output: Path, full: bool,
     output.mkdir(parents=True, exist_ok=True)
 
     dtype = fastest_dtype()
-    say.print("[bold]1/5[/] Student: SmolLM2-135M-Instruct (converted once, takes half a minute the first time)")
+    say.print("[bold]1/4[/] Student: SmolLM2-135M-Instruct (converted once, takes half a minute the first time)")
     folder = student_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
-    rows = candidates(tokenizer, prompts=prompts, max_length=max_length)
-    found = len(rows) // 4
-    say.print(f"[bold]2/5[/] Candidates: {len(rows)} traces, {found} competition problems x 4 teachers (CHAMP)")
+    rows = candidates(tokenizer, prompts=prompts + HELD_OUT, max_length=max_length, contested=True)
+    found = max(len(rows) // 4 - HELD_OUT, 1)
+    train, rest = rows.select(range(4 * found)), rows.select(range(4 * found, len(rows)))
+    held_out = rest.filter(lambda row: row["correct"])
+    say.print(
+        f"[bold]2/4[/] Candidates: {len(train)} traces, {found} competition problems x 4 teachers (CHAMP). Some of the "
+        f"traces of each problem are right, some are wrong. Held out: {len(held_out)} right traces of {len(rest) // 4} "
+        "other problems"
+    )
     if found < prompts:
         say.print(f"      only {found} problems have traces of up to {max_length} tokens; raise --max-length for more")
 
-    trainer = SFTTrainer(
-        model=model,
-        processing_class=tokenizer,
-        train_dataset=rows,
-        peft_config=None if full else LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
-        args=SFTConfig(
-            output_dir=str(output),
-            num_train_epochs=epochs,
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=4,
-            learning_rate=2e-5 if full else 2e-4,
-            max_length=max_length,
-            bf16=False,  # no autocast: the weights are already in the fastest dtype of this machine
-            gradient_checkpointing=False,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=False,
-            dataloader_pin_memory=False,
-            seed=seed,
-        ),
-    )
-    curriculum = Curriculum(
-        metrics=[RankSurprisalRatio(), GlobalNaturalness()],
-        policies=[BestOf(RSR, per="prompt_id"), Shuffle()],
-        seed=seed,
-    )
+    def trainer_of(folder_of_run: Path) -> SFTTrainer:
+        return SFTTrainer(
+            model=AutoModelForCausalLM.from_pretrained(folder, dtype=dtype),
+            processing_class=tokenizer,
+            train_dataset=train,
+            eval_dataset=held_out if len(held_out) else None,
+            peft_config=None if full else LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
+            args=SFTConfig(
+                output_dir=str(folder_of_run),
+                num_train_epochs=epochs,
+                per_device_train_batch_size=1,
+                per_device_eval_batch_size=1,
+                learning_rate=2e-5 if full else 2e-4,
+                max_length=max_length,
+                bf16=False,  # no autocast: the weights are already in the fastest dtype of this machine
+                gradient_checkpointing=False,
+                logging_steps=1,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                dataloader_pin_memory=False,
+                seed=seed,
+            ),
+        )
+
+    trainer = trainer_of(output)
+    curriculum = Curriculum(metrics=METRICS, policies=[BEST, Shuffle()], seed=seed)
     attach(trainer, curriculum)
-
     kind, precision = "all weights" if full else "a LoRA", str(dtype).removeprefix("torch.")
-    say.print(f"[bold]3/5[/] Training {kind} for {epochs} epochs in {precision}; scoring before each")
+    say.print(f"[bold]3/4[/] Training {kind} for {epochs} epochs in {precision}; scoring before each")
+    before = held_out_loss(trainer)
     trainer.train()
+    losses = {"before training": before, "after training on the chosen traces": held_out_loss(trainer)}
+    if control:
+        say.print("      The control: another student, on random traces with the same mixture of teachers")
+        other = trainer_of(output / "control")
+        attach(other, Curriculum(metrics=METRICS, policies=[CONTROL, Shuffle()], seed=seed))
+        other.train()
+        losses["after training on the control's traces"] = held_out_loss(other)
 
-    say.print("\n[bold]4/5[/] Scoring the traces again with the trained student")
-    curriculum.score(trainer.model_wrapped, epoch=epochs, step=trainer.state.global_step)
-
-    say.print(f"[bold]5/5[/] Writing {output}/")
-    _write(trainer, curriculum, output)
-    _show(say, curriculum, rows)
-    _figures(say, trainer, curriculum, time.perf_counter() - started)
-
-
-def _write(trainer: SFTTrainer, curriculum: Curriculum, output: Path) -> None:
+    say.print(f"\n[bold]4/4[/] Writing {output}/\n")
     trainer.save_model(str(output / "model"))
     curriculum.save_run(output)
-    write_report(output, output / "scores.html", title="SmolLM2-135M-Instruct reads four teachers")
+    page = write_report(output, output / "scores.html", title="SmolLM2-135M-Instruct reads four teachers").resolve()
+    truth.show(say, curriculum.cycle.scores(), train, best=BEST, control=CONTROL)
+    truth.show_losses(say, losses)
+    _figures(say, trainer, curriculum, time.perf_counter() - started)
+    say.print(f"[bold]The report:[/] {page.as_uri()}", soft_wrap=True)
+    if show:
+        webbrowser.open(page.as_uri())
 
 
-def _show(say: Console, curriculum: Curriculum, rows: Any) -> None:
-    """Show the best and the worst trace of the problem with the largest difference in the first epoch's scores."""
-    first = curriculum.cycle.record.passes[0].columns
-    prompt_ids = rows["prompt_id"]
-    groups: dict[str, list[int]] = {}
-    for index, prompt_id in enumerate(prompt_ids):
-        groups.setdefault(prompt_id, []).append(index)
-
-    def gap(group: list[int]) -> float:
-        scores = [float(first[RSR][index]) for index in group]
-        return max(scores) - min(scores)
-
-    group = max(groups.values(), key=gap)
-    order = sorted(group, key=lambda index: float(first[RSR][index]))
-    problem = rows[group[0]]["prompt"][1]["content"].split("\n\n", 1)[-1]
-    say.print(Panel(Text(textwrap.shorten(problem, 400)), title="the problem where the choice mattered most"))
-    for index, verdict in ((order[0], "chosen: lowest RSR of the four"), (order[-1], "last of the four")):
-        numbers = (
-            f"RSR {first[RSR][index]:.2f} = mean clipped rank {first['mean_rank'][index]:.2f} / "
-            f"mean surprisal {first['mean_surprisal'][index]:.2f} nats, {curriculum.dataset.num_scored[index]} tokens"
-        )
-        excerpt = textwrap.shorten(rows[index]["completion"][0]["content"], 420)
-        say.print(Panel(Text(excerpt), title=f"{rows[index]['teacher']}, {verdict}", subtitle=numbers))
-    say.print(
-        "A low ratio means that the student did not expect the tokens (high surprisal: there is something to learn), "
-        "but ranked them near the top (low rank: they are within reach).\n"
-    )
+def held_out_loss(trainer: SFTTrainer) -> float:
+    """Mean negative log-probability of the held-out responses, in nats a token; NaN if there are none."""
+    if trainer.eval_dataset is None:
+        return math.nan
+    return float(trainer.evaluate()["eval_loss"])
 
 
 def _figures(say: Console, trainer: SFTTrainer, curriculum: Curriculum, seconds: float) -> None:
@@ -133,10 +135,8 @@ def _figures(say: Console, trainer: SFTTrainer, curriculum: Curriculum, seconds:
     shares = [line[name] for line in trainer.state.log_history if name in line]
     tokens = sum(summary.scoring.tokens for summary in curriculum.summaries)
     scoring = sum(summary.scoring.seconds for summary in curriculum.summaries)
-    say.print(f"wall time            {seconds:.0f} s")
-    say.print(f"scoring throughput   {tokens / scoring:,.0f} tokens/s")
-    say.print(f"scoring share        {', '.join(f'{share:.0%}' for share in shares)} of each epoch's time")
+    shown = ", ".join(f"{share:.0%}" for share in shares)
     say.print(
-        "\n[bold]scores.html[/] has pictures of the scores before and after training, [bold]scores.parquet[/] and "
-        "[bold]plans.parquet[/] have the numbers, and [bold]model/[/] is the student."
+        f"wall time {seconds:.0f} s, scoring {tokens / scoring:,.0f} tokens/s, {shown} of the epochs' time. "
+        "[bold]scores.parquet[/] and [bold]plans.parquet[/] have the numbers, [bold]model/[/] is the student."
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 import time
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -59,39 +61,92 @@ def _convert(gguf: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
 
 
-def candidates(tokenizer: Any, *, prompts: int, max_length: int) -> Dataset:
+_NUMBER = re.compile(r"(?<![\w})/^])-?\d[\d,]*(?:\.\d+)?(?![\w/^])")
+_EXPERT = "No C w/o H"
+"""The setting that experts read: the `0-Shot` conversation under another name."""
+
+
+def candidates(tokenizer: Any, *, prompts: int, max_length: int, contested: bool = False) -> Dataset:
     """Competition problems with one trace by each of four teachers, in TRL's prompt-completion format.
 
     They are the conversations of the `0-Shot` setting in the wheel `champ-dataset` (CHAMP, MIT). Only problems whose
     four traces are complete and have at most `max_length` tokens are used, so that nothing is truncated; of these, the
     `prompts` problems with the shortest traces.
 
+    Args:
+        tokenizer: counts tokens.
+        prompts: at most so many problems.
+        max_length: tokens of the longest trace with its prompt.
+        contested: only problems that some of the four traces solve and others do not, the shortest in all first.
+
     Returns:
-        Columns `prompt`, `completion` (messages), `prompt_id`, `teacher`, `category`.
+        Columns `prompt`, `completion` (messages), `prompt_id`, `teacher`, `category`; `correct`, whether the trace's
+        own summary gives the problem's answer (null where that is not a whole number); and `wrong_step`, where an
+        expert who read the trace saw the first wrong step (the number of a character; -1: nowhere; null: not read).
 
     Raises:
         ValueError: the wheel is not installed, or no problem fits.
     """
-    problems = json.loads(_packaged_file("champ-dataset", "v0.json").read_text(encoding="utf-8"))["problems"]
     groups: list[tuple[int, list[dict[str, Any]]]] = []
-    for prompt_id, problem in problems.items():
+    for prompt_id, problem in _problems().items():
         group, lengths = [], []
         for setting, conversation in problem["conversations"].items():
             teacher, _, shots = setting.partition("|")
-            system, user, answer, *_ = conversation["messages"]
+            system, user, answer, _, summary = conversation["messages"][:5]
             if shots != "0-Shot" or answer["error"] is not None:
                 continue
             prompt = [{"role": "system", "content": system["text"]}, {"role": "user", "content": user["text"]}]
             completion = [{"role": "assistant", "content": answer["text"]}]
             lengths.append(len(tokenizer.apply_chat_template(prompt + completion, return_dict=True)["input_ids"]))
             row = {"prompt": prompt, "completion": completion, "prompt_id": prompt_id, "teacher": teacher}
-            group.append({**row, "category": problem["category"]})
-        if len(group) == 4 and max(lengths) <= max_length:
-            groups.append((max(lengths), group))
+            read = problem["fws_annotations"].get(f"{teacher}|{_EXPERT}")
+            group.append(
+                {
+                    **row,
+                    "category": problem["category"],
+                    "correct": _is_right(summary["text"] or "", problem["_answer"].strip()),
+                    "wrong_step": None if read is None else -1 if read["start_idx"] is None else read["start_idx"],
+                }
+            )
+        right = {row["correct"] for row in group}
+        if len(group) == 4 and max(lengths) <= max_length and (not contested or right == {True, False}):
+            groups.append((sum(lengths) if contested else max(lengths), group))
     if not groups:
-        raise ValueError(f"No problem has four traces of up to {max_length} tokens. Try --max-length 640.")
+        raise ValueError(f"No problem has four traces of up to {max_length} tokens. Try --max-length 768.")
     groups.sort(key=lambda item: item[0])
     return Dataset.from_list([row for _, group in groups[:prompts] for row in group])
+
+
+def experts_on_right_answers() -> tuple[int, int]:
+    """Of the traces with a right answer that an expert read, in how many the expert saw a wrong step, and how many
+    there are."""
+    steps = []
+    for problem in _problems().values():
+        for setting, read in problem["fws_annotations"].items():
+            teacher, _, name = setting.partition("|")
+            if name == _EXPERT:
+                summary = problem["conversations"][f"{teacher}|0-Shot"]["messages"][4]["text"]
+                if _is_right(summary or "", problem["_answer"].strip()):
+                    steps.append(read["start_idx"] is not None)
+    return sum(steps), len(steps)
+
+
+@cache
+def _problems() -> dict[str, Any]:
+    content = _packaged_file("champ-dataset", "v0.json").read_text(encoding="utf-8")
+    problems: dict[str, Any] = json.loads(content)["problems"]
+    return problems
+
+
+def _is_right(summary: str, answer: str) -> bool | None:
+    """Whether a sentence such as `The value is 11, for m = 1.` gives this answer: as the first number after its verb,
+    or as its last number. None: the answer is not a whole number, and cannot be compared."""
+    if not re.fullmatch(r"-?\d+", answer):
+        return None
+    verb = re.search(r"\b(?:is|are)\b|=", summary)
+    found = [match.group().replace(",", "") for match in _NUMBER.finditer(summary)]
+    after = [match.group().replace(",", "") for match in _NUMBER.finditer(summary, verb.end() if verb else 0)]
+    return answer in (found[-1:] + after[:1])
 
 
 def fastest_dtype() -> torch.dtype:
