@@ -148,21 +148,22 @@
     if (!told) return;
     $("run").hidden = false;
     const x = told.epochs;
-    const epoch = { title: { text: "epoch" }, dtick: x.length > 12 ? undefined : 1 };
+    const epoch = { tickprefix: x.length > 6 ? "" : "epoch ", dtick: x.length > 12 ? undefined : 1 };
+    const below = { orientation: "h", y: -0.12, x: 0 };
     const line = (name, y, more) => ({ x, y, name: plain(name, 24), mode: "lines+markers", connectgaps: true, ...more });
     const mean = plain(nice(told.metric));
     draw("means-plot", [line("candidates", told.candidates, { line: { color: style("--soft"), dash: "dot" } }),
       line("chosen", told.chosen, { line: { color: style("--accent"), width: 3 } })],
-      { xaxis: epoch, yaxis: { title: { text: `mean ${mean}` } }, title: { text: "Candidates and plan", font: { size: 13 } } });
+      { xaxis: epoch, yaxis: { title: { text: `mean ${mean}` } }, legend: below, title: { text: "Candidates and plan", font: { size: 13 } } });
     draw("curves-plot", told.curves.map((curve) => line(`sample ${curve.sample}`, curve.values, { mode: "lines", opacity: 0.5, line: { color: colour(curve.teacher), width: 1.5 } })),
       { xaxis: epoch, yaxis: { title: { text: mean } }, showlegend: false, title: { text: "Single responses", font: { size: 13 } } });
     const totals = told.shares.map((counts) => (counts ? counts.reduce((a, b) => a + b, 0) : 0));
     draw("shares-plot", (told.shares.length ? told.teachers : []).map((name, code) => ({ type: "bar", x, name: plain(name, 24), marker: { color: colour(code) },
       y: told.shares.map((counts, place) => (totals[place] ? (100 * counts[code]) / totals[place] : null)) })),
-      { barmode: "stack", xaxis: epoch, yaxis: { ticksuffix: " %", range: [0, 100] }, showlegend: wide(), title: { text: "Teachers in the plan", font: { size: 13 } } });
+      { barmode: "stack", xaxis: epoch, yaxis: { ticksuffix: " %", range: [0, 100] }, showlegend: false, title: { text: "Teachers in the plan", font: { size: 13 } } });
     const age = (kind) => told.ages.map((ages) => ages?.[kind] ?? null);
     draw("ages-plot", [line("median", age("median"), { line: { color: style("--t6") } }), line("oldest", age("max"), { line: { color: style("--t6"), dash: "dot" } })],
-      { xaxis: epoch, yaxis: { title: { text: "optimizer steps" }, rangemode: "tozero" }, title: { text: "Age of scores", font: { size: 13 } } });
+      { xaxis: epoch, yaxis: { title: { text: "optimizer steps" }, rangemode: "tozero" }, legend: below, title: { text: "Age of scores", font: { size: 13 } } });
   }
 
   function composition() {

@@ -110,7 +110,7 @@ def payload(
         "rule": rule,
         "health": {**found, "rows": [_health_row(row) for row in found["rows"]]},
         "correctness": _said(correctness(scores, verdicts, choice, policies, seed)),
-        "progress": _progress(scores, ranking.name, seed),
+        "progress": _progress(scores, ranking.name, seed, teacher_codes, teacher_names),
     }
 
 
@@ -140,10 +140,11 @@ def _said(found: dict[str, Any] | None) -> dict[str, Any] | None:
     return found and {**found, "sentences": [visible(sentence, 1000) for sentence in found["sentences"]]}
 
 
-def _progress(scores: Scores, metric: str, seed: int) -> dict[str, Any] | None:
-    """How a run goes; None if there is only one epoch to show."""
-    found = progress(scores, metric=metric, seed=seed) if scores.load_plans or len(scores.epochs) > 1 else None
-    return found and {**found, "teachers": [visible(name, 60) for name in found["teachers"]]}
+def _progress(scores: Scores, metric: str, seed: int, codes: IntArray, names: list[str]) -> dict[str, Any] | None:
+    """How a run goes; None if there is only one epoch to show. Teachers have the codes of the whole page."""
+    if not scores.load_plans and len(scores.epochs) < 2:
+        return None
+    return progress(scores, metric=metric, seed=seed, teachers=(codes, names or ["all"]))
 
 
 def _choice(

@@ -16,13 +16,20 @@ MAX_TEACHERS = 12
 """At most this many teachers are told apart: those with the most samples."""
 
 
-def progress(scores: Scores, *, metric: str | None = None, seed: int = 0) -> dict[str, Any]:
+def progress(
+    scores: Scores,
+    *,
+    metric: str | None = None,
+    seed: int = 0,
+    teachers: tuple[IntArray, list[str]] | None = None,
+) -> dict[str, Any]:
     """The numbers of a run by epoch, ready for JSON. Lists have one entry for each of `epochs`; None: not known.
 
     Args:
         scores: the scores of a run.
         metric: the metric to follow. By default the Rank-Surprisal Ratio if it was scored.
         seed: draws the samples that have a curve.
+        teachers: `[samples]` codes and their names. By default the teachers with the most samples first.
 
     Raises:
         ValueError: there is no such metric.
@@ -32,8 +39,7 @@ def progress(scores: Scores, *, metric: str | None = None, seed: int = 0) -> dic
     epochs = sorted({*scores.epochs, *plans})
     samples = scores.integers("sample")
     assert samples is not None
-    teachers = scores.column(scores.teacher)
-    codes, names = _most_frequent(teachers, len(samples))
+    codes, names = teachers or _most_frequent(scores.column(scores.teacher), len(samples))
     by_epoch = np.stack([scores.numbers(epoch=epoch)[ranking.name] for epoch in epochs])  # [epochs, samples]
     row = np.full(int(samples.max(initial=-1)) + 1, -1, np.int64)
     row[samples] = np.arange(len(samples))

@@ -169,6 +169,8 @@ def test_a_run_shows_its_passes_and_its_plans(tmp_path: Path) -> None:
         ("epoch 1", [1, 1]),
     ]
     assert data["points"]["chosen"] == [0, 1, 1, 0]
+    assert data["progress"]["teachers"] == data["teachers"]  # one colour for a teacher on the whole page
+    assert data["progress"]["shares"] == [[2, 0], [1, 1], None]
     assert render(data, title="run").count("<h1>run</h1>") == 1
 
 
