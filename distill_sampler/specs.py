@@ -18,7 +18,7 @@ import logging
 import os
 import sys
 import tokenize
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -32,19 +32,42 @@ from distill_sampler.types import unknown_name
 
 logger = logging.getLogger(__name__)
 
+SHORT_NAMES = {
+    "rsr": "rank_surprisal_ratio",
+    "ln": "local_naturalness",
+    "gn": "global_naturalness",
+    "ifd": "instruction_following_difficulty",
+    "rho1": "rho1_share",
+}
+"""Short names of metrics, for people who type."""
+
 _COLON = "__colon__"
 """Stands for the colon of an import path while Python parses the text."""
 
 
-def parse_policies(texts: Sequence[str]) -> list[Policy]:
+def full_name(name: str, known: Collection[str] = ()) -> str:
+    """The metric's name that a short one stands for: `"rsr" -> "rank_surprisal_ratio"`; any other name as it is.
+
+    Args:
+        name: what a user typed.
+        known: the names of the metrics that are scored. If `name` is one of them, it means that one.
+    """
+    return name if name in known else SHORT_NAMES.get(name.lower(), name)
+
+
+def parse_policies(texts: Sequence[str], metrics: Collection[str] = ()) -> list[Policy]:
     """`["BestOf(rank_surprisal_ratio, per=prompt_id)", "Shuffle"]` as policies, in this order.
+
+    Args:
+        texts: policies as users type them. Metrics may have their short names: `BestOf(rsr, per=prompt_id)`.
+        metrics: the names of the metrics that are scored. A short name that is one of them means that one.
 
     Raises:
         ValueError: there is no such policy, its arguments are wrong, or it cannot be imported.
     """
     made: list[Policy] = []
     for text in texts:
-        names = _Names(what="policy", where=f"--policy {text}", kinds=("policy",), own=_own_policies())
+        names = _Names(what="policy", where=f"--policy {text}", kinds=("policy",), own=_own_policies(), scored=metrics)
         for node in _parsed(text, "--policy"):
             if not isinstance(node, (ast.Name, ast.Attribute, ast.Call)):
                 raise ValueError(f"--policy {text}: write it like 'BestOf(rank_surprisal_ratio, per=prompt_id)'.")
@@ -166,6 +189,8 @@ class _Names:
     """The kinds of entry points for names within arguments; empty: the same as `kinds`."""
     imports: bool = True
     """Whether import paths are followed."""
+    scored: Collection[str] = ()
+    """The names of the metrics that are scored."""
     from_file: bool = False
     """Whether the text comes from a file. Then a name of the library always means the library's own class."""
 
@@ -234,7 +259,7 @@ class _Names:
             raise ValueError(f"{self.where}: '{_shown(node)}' cannot be read. Write Name or package.module:Name.")
         name = node.id
         offers = self._offers(name, kinds)
-        own = self.own.get(name)
+        own = self.own.get(name) or (None if offers or self.from_file else self.own.get(full_name(name)))
         if own is not None and (self.from_file or not offers):
             return own
         if not offers:
@@ -261,6 +286,12 @@ class _Names:
         by_class = {each.path: each for each in every if each.path.partition(":")[2] == name}
         return list(by_class.values())
 
+    def _metrics(self, value: Any) -> Any:
+        """The value of an argument that names metrics, with their full names."""
+        if isinstance(value, tuple):
+            return tuple(self._metrics(each) for each in value)
+        return full_name(value, self.scored) if isinstance(value, str) else value
+
     def _call(self, item: Any, positional: list[Any], named: dict[str, Any]) -> Any:
         called = getattr(item, "__name__", repr(item))
         if not callable(item):
@@ -269,7 +300,14 @@ class _Names:
             )
         try:
             if is_dataclass(item) and isinstance(item, type):
-                require_fields(item, inspect.signature(item).bind_partial(*positional, **named).arguments)
+                bound = inspect.signature(item).bind_partial(*positional, **named)
+                require_fields(item, bound.arguments)
+                bound.arguments |= {
+                    name: self._metrics(bound.arguments[name])
+                    for name in ("metric", "metrics")
+                    if name in bound.arguments
+                }
+                return item(*bound.args, **bound.kwargs)
             return item(*positional, **named)
         except TypeError as error:
             reason = str(error).removeprefix(f"{called}.__init__() ").removeprefix("__init__() ")

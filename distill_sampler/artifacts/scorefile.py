@@ -30,6 +30,7 @@ from distill_sampler.policies.stages import unfolded
 from distill_sampler.protocols import Metric, Policy, Pool
 from distill_sampler.serialize import decode_facts
 from distill_sampler.showing import html_table
+from distill_sampler.specs import full_name
 from distill_sampler.store import drifted
 from distill_sampler.types import BoolArray, EncodedColumn, EpochPlan, FloatArray, HashArray, IntArray, unknown_name
 
@@ -170,6 +171,7 @@ class Scores:
         """
         if name is None:
             name = self._default_metric
+        name = full_name(name, self.metrics)
         if name not in self.metrics:
             raise ValueError(f"{self.path}: {unknown_name('metric', name, self.metrics, 'in the scores')}")
         return self.metrics[name]

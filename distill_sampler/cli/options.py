@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from distill_sampler import _HOME_OF
 
 
 class OnError(StrEnum):
@@ -20,13 +25,66 @@ class OnError(StrEnum):
 
 
 @contextmanager
-def refusals() -> Iterator[None]:
-    """End a command with the error's message and exit code 1, not a traceback, where the user can correct the error."""
+def refusals(as_json: bool = False, *, code: int = 1) -> Iterator[dict[str, Any]]:
+    """End a command with the error's message and an exit code, not a traceback, where the user can correct the error.
+
+    Gives a dictionary for the command's result. With `--json` it is printed at the end, as one JSON object on stdout;
+    after an error, that object has only `"error"`.
+
+    Args:
+        as_json: the command's `--json`.
+        code: the exit code after an error.
+    """
+    result: dict[str, Any] = {}
     try:
-        yield
+        yield result
     except (ValueError, OSError) as error:
         typer.secho(f"Error: {error}", fg="red", err=True)
-        raise typer.Exit(1) from error
+        if as_json:
+            _print_json({"error": str(error)})
+        raise typer.Exit(code) from error
+    if as_json:
+        _print_json(result)
+
+
+def _print_json(result: Any) -> None:
+    if os.environ.get("RANK", "0") == "0":  # under `accelerate launch`, the first process speaks
+        typer.echo(json.dumps(_plain(result), ensure_ascii=False, indent=2, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON can have it: paths as text, NaN and infinities as null."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (str, bool, int)) else str(value)
+
+
+def complete_metrics(incomplete: str) -> list[str]:
+    """What may follow in a list of metrics, for the shell's completion. Loads none of them."""
+    *before, last = incomplete.split(",")
+    beginning = "".join(f"{each}," for each in before)
+    return [beginning + name for name in [*_public("metrics"), "rsr", "ln", "gn", "ifd"] if name.startswith(last)]
+
+
+def complete_policies(incomplete: str) -> list[str]:
+    """The policies that a word may become, for the shell's completion."""
+    return [name for name in _public("policies") if name.startswith(incomplete)]
+
+
+def _public(package: str) -> list[str]:
+    """The public names that a package of the library offers."""
+    home = f"{package}."
+    return sorted(name for name, module in _HOME_OF.items() if module.startswith(home))
+
+
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print the result as one JSON object on stdout. Messages go to stderr."),
+]
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:

@@ -59,7 +59,7 @@ def run(
     require_writable(output, ".jsonl", ".parquet")
     scores = Scores.open(path)
     seed = int(scores.facts.get("seed") or 0) if seed is None else seed
-    choice = scores.choose(parse_policies(policies), seed=seed, epoch=epoch)
+    choice = scores.choose(parse_policies(policies, scores.metrics), seed=seed, epoch=epoch)
     columns = scores.facts.get("layout")
     if columns is None and data:
         raise ValueError(

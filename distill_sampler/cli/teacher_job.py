@@ -18,6 +18,7 @@ from distill_sampler.artifacts.score_output import ScoreOutput
 from distill_sampler.cli.teacher_columns import LogprobFiles
 from distill_sampler.cli.teacher_sources import Outage, TeacherSource, key_of, without_numbers
 from distill_sampler.engines.writing import StoredRow, key_hash, schema, store_facts, table_of
+from distill_sampler.progress import Lines
 from distill_sampler.rows.chunks import SHOWN_BAD, Intake
 from distill_sampler.sources.candidates import Candidate
 from distill_sampler.types import HashArray
@@ -171,7 +172,8 @@ class TeacherJob:
     # ---- Messages ----
 
     def _progress(self) -> Any:
-        if not self._output.is_first or not self._say.is_terminal:
+        """A context that gives what tells how far the work is: how much of the current piece is done."""
+        if not self._output.is_first:
             return nullcontext(lambda share: None)
         return _Bar(self._say, self._intake, self._output)
 
@@ -196,26 +198,33 @@ class TeacherJob:
 
 
 class _Bar:
-    """A progress bar in bytes of the data, as a context that gives what moves it."""
+    """Progress in bytes of the data, as a context that gives what moves it: a bar, or lines off a terminal."""
 
     def __init__(self, say: Console, intake: Intake, output: ScoreOutput) -> None:
         columns = TextColumn("Log-probabilities"), BarColumn(), TextColumn("{task.fields[rows]:,} responses")
         self._bar = Progress(*columns, TimeElapsedColumn(), console=say, transient=True)
-        self._task = self._bar.add_task("", total=intake.sources.size or None, rows=output.rows)
+        self._task = self._bar.add_task("", total=intake.size or None, rows=output.rows)
+        self._lines = Lines("Log-probabilities", total=intake.size, say=lambda line: say.print(line, markup=False))
+        self._draws = say.is_terminal
         self._intake, self._output = intake, output
         self._before = 0
 
     def __enter__(self) -> Callable[[float], None]:
-        self._bar.start()
+        if self._draws:
+            self._bar.start()
         return self._move
 
     def __exit__(self, *error: object) -> None:
-        self._bar.stop()
+        if self._draws:
+            self._bar.stop()
 
     def _move(self, share: float) -> None:
-        position = self._intake.sources.position
+        position = self._intake.position
         done = self._before + share * (position - self._before)
-        self._bar.update(self._task, completed=done, rows=self._output.rows)
+        if self._draws:
+            self._bar.update(self._task, completed=done, rows=self._output.rows)
+        else:
+            self._lines.at(done, f"{self._output.rows:,} responses")
         if share >= 1:
             self._before = position
 

@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 from rich.table import Table
-from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from distill_sampler import ModelReader, Provenance
@@ -36,6 +35,7 @@ from distill_sampler.integrations.loading import (
 )
 from distill_sampler.metrics.provenance import CLASSES
 from distill_sampler.policies.keep_correct import is_correct
+from distill_sampler.progress import progress_of
 from distill_sampler.report.trace_page import write_trace
 from distill_sampler.serialize import hash_of, require_writable, write_atomically
 from distill_sampler.sources.candidates import Candidate, Layout, read_candidates
@@ -114,9 +114,7 @@ def run(options: Options) -> Trace:
         model = load_model(
             names[name], revision=commit, dtype=dtype, device=device, trust_remote_code=options.trust_remote_code
         )
-        with tqdm(
-            desc=f"The {name} reads", unit="tok", unit_scale=True, leave=False, disable=not say.is_terminal
-        ) as bar:
+        with progress_of(f"The {name} reads") as bar:
             readings[name] = read_responses(
                 ModelReader(model, batch_tokens=options.batch_tokens),
                 responses,

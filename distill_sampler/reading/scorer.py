@@ -18,13 +18,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from torch import nn
-from tqdm.auto import tqdm
 
 from distill_sampler.correlation import spearman
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.distributed import Ranks
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.metrics.response import response_view
+from distill_sampler.progress import progress_of
 from distill_sampler.protocols import Metric, PassInfo, Read, Reader
 from distill_sampler.reading.block_views import BlockViews
 from distill_sampler.reading.blocks import blocks_of, in_reading_order
@@ -129,14 +129,9 @@ class Scorer:
         block_tokens = reader.block_tokens
         unit_tokens = block_tokens // ranks.world_size if reader.shares_prompts else None
         indices, units = in_reading_order(dataset, indices, unit_tokens=unit_tokens)
-        bar = tqdm(
+        bar = progress_of(
+            "Scoring",
             total=int(dataset.lengths[indices].sum()),
-            desc="Scoring",
-            unit="tok",
-            unit_scale=True,
-            leave=False,
-            delay=2,
-            dynamic_ncols=True,
             disable=not self.progress or ranks.rank > 0,
         )
         with bar, watch(ranks) as watching, ExitStack() as opened:

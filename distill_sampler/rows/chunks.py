@@ -137,13 +137,14 @@ class Intake:
         self.bad = 0
         """How many rows were left out."""
         self.before = 0
-        """How many bytes of the data were read before the current chunk."""
+        """The `position` before the current chunk."""
         self._read = tuple(read)
         self._prompts = prompts
         self._traces = traces
         self._stop = on_error == "stop"
         self._say = say
         self._kept = kept
+        self._wanted = _OfTheFirst(prompts)
         self.layout = given
         self.kinds: dict[str, set[type]] = {}
         """The types of values that the user's other columns have in the first rows, by name."""
@@ -175,6 +176,16 @@ class Intake:
         self.bad = 0  # the rows before it will be read and counted again
         return first
 
+    @property
+    def size(self) -> int:
+        """How much there is to do: the number of prompts if only some are scored, otherwise the bytes of the data."""
+        return self._prompts or self.sources.size
+
+    @property
+    def position(self) -> int:
+        """How much of `size` has been read."""
+        return self._wanted.seen if self._prompts else self.sources.position
+
     def candidates(self, misfit: Callable[[Candidate], str | None] = lambda candidate: None) -> Iterator[Candidate]:
         """The candidates that are to be scored, in the order of the data.
 
@@ -190,6 +201,7 @@ class Intake:
         """The candidates of `candidates` that belong to the shard, each with its number among all, and whether the
         scores of its tokens are kept."""
         wanted, traced = _OfTheFirst(self._prompts), _OfTheFirst(self._traces)
+        self._wanted = wanted
         number, of = self.shard or (1, 1)
         place = -1
         for item in read_candidates(self.sources, self.layout, read=self._read):
@@ -249,7 +261,7 @@ class Intake:
             size += sum(len(each.input_ids) for each in encoded)
             if size >= tokens or len(waiting) >= MAX_ROWS:
                 yield chunk_of(waiting, end_token_ids)
-                waiting, size, self.before = [], 0, self.sources.position
+                waiting, size, self.before = [], 0, self.position
         if waiting:
             yield chunk_of(waiting, end_token_ids)
 
@@ -286,6 +298,11 @@ class _OfTheFirst:
     def __init__(self, number: int | None) -> None:
         self._number = number
         self._groups: set[str] = set()
+
+    @property
+    def seen(self) -> int:
+        """How many of these prompts have been seen."""
+        return len(self._groups)
 
     def __call__(self, candidate: Candidate) -> bool:
         if self._number is None:

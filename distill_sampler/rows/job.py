@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from distill_sampler.artifacts.schema import run_facts
 from distill_sampler.artifacts.score_output import ScoreOutput
 from distill_sampler.dataset import ScoredDataset
+from distill_sampler.progress import Lines
 from distill_sampler.protocols import Metric
 from distill_sampler.reading.model_reader import ModelReader
 from distill_sampler.reading.reduce import columns_of
@@ -112,7 +113,7 @@ class Job:
                 "are still in the data are not scored again."
             )
         started = time.perf_counter()
-        with self._progress() as (progress, task):
+        with self._progress() as tell:
             chunks = self.intake.chunks(
                 self.encoder,
                 self.end_token_ids,
@@ -120,7 +121,7 @@ class Job:
                 skip=output.rows,
                 misfit=lambda candidate: self.rows.misfit(candidate) or self.encoder.misfit(candidate),
             )
-            while (table := self._next(chunks, progress, task)) is not None:
+            while (table := self._next(chunks, tell)) is not None:
                 yield table
         if not output.rows and self.intake.shard is None:
             raise ValueError(f"None of the rows could be used ({self.intake.bad} bad). The reasons are above.")
@@ -138,14 +139,14 @@ class Job:
             output.join(run_facts(run=None, metrics=self.metrics, group=group, teacher=teacher, **self.facts()))
         self._notes(time.perf_counter() - started)
 
-    def _next(self, chunks: Iterator[Chunk], progress: Progress | None, task: Any) -> pa.Table | None:
+    def _next(self, chunks: Iterator[Chunk], tell: Callable[[float, str], None]) -> pa.Table | None:
         """The next chunk, scored and kept; None after the last one."""
         output = self.output
         try:
             chunk = next(chunks, None)
             if chunk is None:
                 return None
-            table = self._table(chunk, lambda share: self._advance(progress, task, share))
+            table = self._table(chunk, lambda share: self._advance(tell, share))
             output.add(table)
             return table
         except KeyboardInterrupt:
@@ -218,28 +219,20 @@ class Job:
     # ---- Messages ----
 
     def _progress(self) -> Any:
-        if self.ranks.rank or not (self.say.is_terminal or self.say.is_jupyter):
-            return nullcontext((None, None))
-        progress = Progress(
-            TextColumn("Scoring"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=self.say,
-            transient=True,
-        )
-        return _Entered(progress, progress.add_task("", total=self.intake.sources.size or None, rate=""))
+        """A context that gives what tells how far the work is: `(position, note)`."""
+        if self.ranks.rank:
+            return nullcontext(lambda position, note: None)
+        size = self.intake.size or None
+        if self.say.is_terminal or self.say.is_jupyter:
+            return _Bar(self.say, size)
+        lines = Lines("Scoring", total=size, say=lambda line: self.say.print(line, markup=False))
+        return nullcontext(lines.at)
 
-    def _advance(self, progress: Progress | None, task: Any, share: float) -> None:
-        """Move the progress bar, which counts bytes of the data, when this share of the current chunk is scored."""
-        if progress is not None:
-            before = self.intake.before
-            position = before + share * (self.intake.sources.position - before)
-            rate = f"{self.output.rows:,} rows  {self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
-            progress.update(task, completed=position, rate=rate)
+    def _advance(self, tell: Callable[[float, str], None], share: float) -> None:
+        """Tell how far the work is when this share of the current chunk is scored."""
+        before = self.intake.before
+        position = before + share * (self.intake.position - before)
+        tell(position, f"{self.output.rows:,} rows, {self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s")
 
     def _print_renamed(self) -> None:
         if renamed := self.rows.renamed:
@@ -276,15 +269,26 @@ class Job:
                 self.say.print(f"[yellow]note:[/] {what}: {number:,}.")
 
 
-class _Entered:
-    """A context that shows a progress bar, and returns the bar and its task."""
+class _Bar:
+    """A progress bar, as a context that gives what moves it."""
 
-    def __init__(self, progress: Progress, task: Any) -> None:
-        self.progress, self.task = progress, task
+    def __init__(self, say: Console, total: int | None) -> None:
+        self._progress = Progress(
+            TextColumn("Scoring"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=say,
+            transient=True,
+        )
+        self._task = self._progress.add_task("", total=total, note="")
 
-    def __enter__(self) -> tuple[Progress, Any]:
-        self.progress.start()
-        return self.progress, self.task
+    def __enter__(self) -> Callable[[float, str], None]:
+        self._progress.start()
+        return lambda position, note: self._progress.update(self._task, completed=position, note=note)
 
     def __exit__(self, *error: object) -> None:
-        self.progress.stop()
+        self._progress.stop()
