@@ -302,11 +302,8 @@ class _Names:
             if is_dataclass(item) and isinstance(item, type):
                 bound = inspect.signature(item).bind_partial(*positional, **named)
                 require_fields(item, bound.arguments)
-                bound.arguments |= {
-                    name: self._metrics(bound.arguments[name])
-                    for name in ("metric", "metrics")
-                    if name in bound.arguments
-                }
+                for name in bound.arguments.keys() & {"metric", "metrics"}:
+                    bound.arguments[name] = self._metrics(bound.arguments[name])
                 return item(*bound.args, **bound.kwargs)
             return item(*positional, **named)
         except TypeError as error:

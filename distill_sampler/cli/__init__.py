@@ -10,21 +10,22 @@ import typer
 from distill_sampler.cli.compare_command import compare
 from distill_sampler.cli.options import (
     Config,
-    CorrectColumn,
-    DomainColumn,
     GroupColumn,
+    Json,
     OnError,
     TeacherColumn,
     TrustRemoteCode,
+    complete_metrics,
+    complete_policies,
     parse_shard,
     refusals,
 )
+from distill_sampler.cli.report_commands import report, teachers
 from distill_sampler.cli.teacher_command import teacher_logprobs
 from distill_sampler.cli.trace_command import trace
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_show_locals=False,
     help="Train a student on the traces that it can learn from.",
 )
@@ -70,6 +71,7 @@ def demo(
     ] = False,
     show: Annotated[bool, typer.Option("--open", help="Open the report in the browser at the end.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the plans and of training.")] = 0,
+    as_json: Json = False,
 ) -> None:
     """Fine-tune a small student on real traces of four teachers, and choose the traces anew before each epoch.
 
@@ -78,9 +80,9 @@ def demo(
     At the end it says whether what was chosen is correct, what KeepCorrect and chance would have chosen, and what the
     student learnt.
     """
-    from distill_sampler.cli.demo import run
+    with refusals(as_json) as result:
+        from distill_sampler.cli.demo import run
 
-    try:
         run(
             prompts=prompts,
             max_length=max_length,
@@ -91,9 +93,7 @@ def demo(
             show=show,
             seed=seed,
         )
-    except ValueError as error:
-        typer.secho(f"Error: {error}", fg="red", err=True)
-        raise typer.Exit(1) from error
+        result.update(output=output, files=sorted(path.name for path in output.iterdir()))
 
 
 @app.command()
@@ -105,20 +105,19 @@ def verify(
         Path | None,
         typer.Option(help="Folder of the sample log. By default distill_sampler/ beside the checkpoint."),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Check that a run trained on the samples that its checkpoints' plans list, in that order.
 
     The run must have recorded a sample log: attach(trainer, curriculum, sample_log=True). The exit code is 0 if log and
     plans agree, 1 if they do not, and 2 if a checkpoint or the log cannot be read.
     """
-    from distill_sampler.cli.verify import run
+    with refusals(as_json, code=2) as result:
+        from distill_sampler.cli.verify import run
 
-    try:
-        agree = run(checkpoints, log)
-    except ValueError as error:
-        typer.secho(f"Error: {error}", fg="red", err=True)
-        raise typer.Exit(2) from error
-    if not agree:
+        found = run(checkpoints, log, to_stderr=as_json)
+        result.update(found)
+    if not found["agree"]:
         raise typer.Exit(1)
 
 
@@ -135,7 +134,9 @@ def score(
     metrics: Annotated[
         str,
         typer.Option(
-            help="Metrics, separated by commas: names, or calls such as 'RankSurprisalRatio(rank_clip=50, name=rsr50)'."
+            help="Metrics, separated by commas: names, short ones (rsr, ln, gn, ifd), or calls such as "
+            "'RankSurprisalRatio(rank_clip=50, name=rsr50)'.",
+            autocompletion=complete_metrics,
         ),
     ] = "rank_surprisal_ratio,global_naturalness",
     prompt_column: Annotated[str | None, typer.Option(help="Column with the prompt, as text or messages.")] = None,
@@ -191,6 +192,7 @@ def score(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Discard scores that the output holds already.")
     ] = False,
+    as_json: Json = False,
     config: Config = None,
 ) -> None:
     """Score every response of a data set with a student.
@@ -199,11 +201,11 @@ def score(
     continues where it stopped. Under `accelerate launch`, the processes share the work. With --shard, the file has the
     shard's number in its name: scores-03-of-64.parquet.
     """
-    with refusals():
+    with refusals(as_json) as result:
         from distill_sampler.cli.score import run
         from distill_sampler.integrations.rows import RowOptions
 
-        run(
+        found = run(
             data,
             model=model,
             output=output,
@@ -236,6 +238,7 @@ def score(
                 shard=parse_shard(shard),
             ),
         )
+        result.update(found)
 
 
 @app.command()
@@ -245,85 +248,17 @@ def merge(
     ],
     output: Annotated[Path, typer.Option(help="Parquet file for all scores.")] = Path("scores.parquet"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Join files of scores that the same student gave with the same settings.
 
     Files of `score --shard` are joined in the order of the data, as if one process had scored it, and none may be
     missing. Other files are joined one after the other.
     """
-    with refusals():
+    with refusals(as_json) as result:
         from distill_sampler.cli.merge import run
 
-        run(files, output, overwrite=overwrite)
-
-
-@app.command()
-def teachers(
-    scores: Annotated[Path, typer.Argument(help="File that `score` wrote, or the output folder of a run.")],
-    metric: Annotated[str | None, typer.Option(help="Metric to rank by.")] = None,
-    teacher_column: TeacherColumn = None,
-    group_column: GroupColumn = None,
-    domain_column: DomainColumn = None,
-    correct_column: CorrectColumn = None,
-    epoch: Annotated[
-        int | None, typer.Option(help="Epoch of a run whose scores count. By default the last one.")
-    ] = None,
-    shared_prompts: Annotated[
-        bool, typer.Option("--shared-prompts", help="Compare only on prompts that all teachers answered.")
-    ] = False,
-    config: Config = None,
-) -> None:
-    """Rank teachers by the student's scores of their responses."""
-    with refusals():
-        from distill_sampler.cli.teachers import run
-
-        run(
-            scores,
-            metric=metric,
-            epoch=epoch,
-            shared=shared_prompts,
-            teacher=teacher_column,
-            group=group_column,
-            domain=domain_column,
-            correct=correct_column,
-        )
-
-
-@app.command()
-def report(
-    source: Annotated[Path, typer.Argument(help="File that `score` wrote, or the output folder of a run.")],
-    output: Annotated[Path, typer.Option(help="HTML file to write; it needs no network.")] = Path("report.html"),
-    policy: Annotated[
-        list[str] | None,
-        typer.Option(help="Policy whose choice is shown. By default the run's, or the best of each prompt."),
-    ] = None,
-    metric: Annotated[str | None, typer.Option(help="Metric to rank by.")] = None,
-    title: Annotated[str | None, typer.Option(help="Title of the page.")] = None,
-    teacher_column: TeacherColumn = None,
-    group_column: GroupColumn = None,
-    domain_column: DomainColumn = None,
-    correct_column: CorrectColumn = None,
-    seed: Annotated[int, typer.Option(help="Seed of the policies.")] = 0,
-    config: Config = None,
-) -> None:
-    """Draw the scores as one HTML page: teachers, distributions, what was chosen, and traces token by token."""
-    with refusals():
-        from distill_sampler.report.page import write_report
-        from distill_sampler.specs import parse_policies
-
-        write_report(
-            source,
-            output,
-            title=title,
-            policies=parse_policies(policy or []),
-            seed=seed,
-            metric=metric,
-            teacher=teacher_column,
-            group=group_column,
-            domain=domain_column,
-            correct=correct_column,
-        )
-        typer.echo(f"Wrote {output} ({output.stat().st_size / 1e6:.1f} MB). Open it in a browser.")
+        result.update(output=output, rows=run(files, output, overwrite=overwrite))
 
 
 @app.command()
@@ -332,23 +267,25 @@ def select(
     policy: Annotated[
         list[str],
         typer.Option(
-            help="Policy, such as 'BestOf(rank_surprisal_ratio, per=prompt_id)'. Repeat it to apply several in order."
+            help="Policy, such as 'BestOf(rsr, per=prompt_id)'. Repeat it to apply several in order.",
+            autocompletion=complete_policies,
         ),
     ],
     output: Annotated[Path, typer.Option(help="Training set to write: .jsonl or .parquet.")] = Path("selected.jsonl"),
     data: Annotated[list[str] | None, typer.Option(help="Where the scored data is now, if it has been moved.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the policies. By default the run's, or 0.")] = None,
     epoch: Annotated[int | None, typer.Option(help="Epoch of a run to plan. By default the last one.")] = None,
+    as_json: Json = False,
     config: Config = None,
 ) -> None:
     """Choose from scored data with the library's policies, and write a training set with the reason for each row.
 
     The output folder of a run holds no text. From it, the rows of the plan are listed by number and by your columns.
     """
-    with refusals():
+    with refusals(as_json) as result:
         from distill_sampler.cli.select import run
 
-        run(scores, policies=policy, output=output, data=data or [], seed=seed, epoch=epoch)
+        result.update(run(scores, policies=policy, output=output, data=data or [], seed=seed, epoch=epoch))
 
 
 @app.command()
@@ -360,14 +297,22 @@ def doctor(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     seconds: Annotated[float, typer.Option(min=0, help="How long to measure, in seconds.")] = 20.0,
     trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
 ) -> None:
     """Show what is installed, and how fast scoring is on this machine compared with the limit."""
-    with refusals():
+    with refusals(as_json) as result:
+        from rich.console import Console
+
         from distill_sampler.cli.doctor import run
 
-        run(model=model, device=device, dtype=dtype, seconds=seconds, trust_remote_code=trust_remote_code)
+        say = Console(stderr=as_json)
+        result.update(
+            run(model=model, device=device, dtype=dtype, seconds=seconds, trust_remote_code=trust_remote_code, say=say)
+        )
 
 
+app.command()(teachers)
+app.command()(report)
 app.command()(trace)
 app.command()(teacher_logprobs)
 app.command()(compare)

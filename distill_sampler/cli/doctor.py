@@ -27,22 +27,23 @@ PACKAGES = ("distill_sampler", "torch", "transformers", "trl", "accelerate", "da
 LENGTH = 512
 
 
-def run(*, model: str | None, device: str, dtype: str, seconds: float, trust_remote_code: bool) -> None:
-    """Print versions, hardware, plug-ins and a throughput test.
+def run(
+    *, model: str | None, device: str, dtype: str, seconds: float, trust_remote_code: bool, say: Console
+) -> dict[str, Any]:
+    """Print versions, hardware, plug-ins and a throughput test. Returns them as data.
 
     Raises:
         ValueError: there is no such device or model.
     """
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    say = Console()
     place = pick_device(device)
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="dim")
     table.add_column()
     table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     for name in PACKAGES:
-        table.add_row(name, _version(name))
+        table.add_row(name, _installed(name) or "[dim]not installed[/]")
     for label, value in _machine(place):
         table.add_row(label, value)
     for plugin in plugins():
@@ -64,13 +65,23 @@ def run(*, model: str | None, device: str, dtype: str, seconds: float, trust_rem
             "  [yellow]Scoring is far from the limit. The output head may be a large part of this model, or the "
             "machine is busy.[/]"
         )
+    return {
+        "python": platform.python_version(),
+        "packages": {name: version for name in PACKAGES if (version := _installed(name))},
+        "machine": dict(_machine(place)),
+        "plugins": [{"kind": each.kind, "name": each.name, "package": each.package} for each in plugins()],
+        "student": what,
+        "kernel": kernel,
+        "bare_tokens_per_second": bare,
+        "scoring_tokens_per_second": scored,
+    }
 
 
-def _version(name: str) -> str:
+def _installed(name: str) -> str | None:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
-        return "[dim]not installed[/]"
+        return None
 
 
 def _whose(plugin: Plugin) -> Text:

@@ -77,8 +77,7 @@ def complete_policies(incomplete: str) -> list[str]:
 
 def _public(package: str) -> list[str]:
     """The public names that a package of the library offers."""
-    home = f"{package}."
-    return sorted(name for name, module in _HOME_OF.items() if module.startswith(home))
+    return sorted(name for name, module in _HOME_OF.items() if module.partition(".")[0] == package)
 
 
 Json = Annotated[

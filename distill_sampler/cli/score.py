@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import torch
@@ -42,8 +43,8 @@ def run(
     subset: str | None = None,
     rank_clip: int | None = None,
     overwrite: bool = False,
-) -> None:
-    """Score the data, and write the scores to a file.
+) -> dict[str, Any]:
+    """Score the data, and write the scores to a file. Returns the counts.
 
     Args:
         data: paths, and names of data sets on the hub.
@@ -95,6 +96,7 @@ def run(
         say.print(f"The scores of this shard are in {output}. Join all shards with `distill-sampler merge`.")
     elif ranks.rank == 0:
         _show(output, say)
+    return {"output": output, "model": model, "metrics": [metric.name for metric in found], **job.counts()}
 
 
 def shard_file(output: Path, number: int, of: int) -> Path:

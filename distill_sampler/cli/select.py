@@ -41,8 +41,8 @@ _OURS = ("prompt", "completion", "messages", "input_ids", "labels", "tools", "we
 
 def run(
     path: Path, *, policies: Sequence[str], output: Path, data: Sequence[str], seed: int | None, epoch: int | None
-) -> None:
-    """Choose rows, and write them.
+) -> dict[str, Any]:
+    """Choose rows, and write them. Returns the counts.
 
     Args:
         path: a file of `score`, or a run's folder.
@@ -89,12 +89,14 @@ def run(
     say.print(
         f"{output}: {len(plan):,} rows ({distinct:,} distinct of {len(wanted):,} candidates) by {chain}.", markup=False
     )
+    counts = {"output": output, "rows": len(plan), "distinct": distinct, "candidates": len(wanted)}
     if columns is None:
         say.print(
             f"{path} holds no text, so this is a list: 'sample' is a row's number in the data set that the trainer "
             "prepared, 'source_row' its number in the trainer's original data, 'weight' its weight in the loss.",
             markup=False,
         )
+    return {**counts, "policies": [policy.text for policy in choice.policies]}
 
 
 def _keep(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from distill_sampler.cli.options import Config, OnError, TrustRemoteCode, refusals
+from distill_sampler.cli.options import Config, Json, OnError, TrustRemoteCode, refusals
 
 
 class Form(StrEnum):
@@ -83,6 +83,7 @@ def teacher_logprobs(
     trust_remote_code: TrustRemoteCode = False,
     on_error: Annotated[OnError, typer.Option(help="What to do with a response that cannot be used.")] = OnError.stop,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard what the output holds already.")] = False,
+    as_json: Json = False,
     config: Config = None,
 ) -> None:
     """Keep a teacher's log-probabilities of every response, computed once.
@@ -91,11 +92,11 @@ def teacher_logprobs(
     was written when it generated them (--logprobs-column). If the command is killed or stopped, run it again: it
     continues where it stopped.
     """
-    with refusals():
+    with refusals(as_json) as result:
         from distill_sampler.cli.teacher_logprobs import Options, run
         from distill_sampler.sources.candidates import Layout
 
-        run(
+        rows = run(
             Options(
                 data=data,
                 output=output,
@@ -139,3 +140,4 @@ def teacher_logprobs(
                 overwrite=overwrite,
             )
         )
+        result.update(output=output, responses=rows)

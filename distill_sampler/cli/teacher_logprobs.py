@@ -148,8 +148,8 @@ class Options:
             raise ValueError("--tokenizer is for columns and for --endpoint; a model is loaded with its own.")
 
 
-def run(options: Options) -> None:
-    """Make the store.
+def run(options: Options) -> int:
+    """Make the store. Returns how many responses it has.
 
     Raises:
         ValueError: an option, the data or the model cannot be used; the message names it and the cure.
@@ -213,6 +213,7 @@ def run(options: Options) -> None:
         job.run({**facts, **more, "system_prompt": options.system_prompt, "paths": paths})
     if beside is not None:
         beside.copy.unlink(missing_ok=True)
+    return output.rows
 
 
 Made = tuple[Any, TeacherSource, dict[str, Any]]

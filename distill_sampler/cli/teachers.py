@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,17 +14,21 @@ from rich.text import Text
 
 from distill_sampler.artifacts.scorefile import Scores
 from distill_sampler.report.leaderboard import Leaderboard, cut_note, domain_sentence, rank_domains, rank_teachers
+from distill_sampler.report.students import board_facts
 from distill_sampler.report.verdict import Estimate
 
 
-def run(path: Path, *, metric: str | None, epoch: int | None, shared: bool, **columns: str | None) -> None:
-    """Print the leaderboard.
+def run(
+    path: Path, *, metric: str | None, epoch: int | None, shared: bool, say: Console, **columns: str | None
+) -> dict[str, Any]:
+    """Print the leaderboard. Returns it as data.
 
     Args:
         path: a file of `score`, or a run's folder.
         metric: the metric to rank by.
         epoch: the epoch of a run whose scores count; None: the last.
         shared: compare only on prompts that every teacher answered.
+        say: where to print.
         columns: the names of the user's columns, as for `Scores.open`.
 
     Raises:
@@ -36,11 +41,13 @@ def run(path: Path, *, metric: str | None, epoch: int | None, shared: bool, **co
             f"No column of {scores.path} names the teachers. If one does under another name, give it with "
             "--teacher-column; otherwise score again with --teacher-column."
         )
-    say = Console()
     say.print(_table(board, wide=say.width >= 110), _sentences(board), sep="\n")
-    if by_domain := rank_domains(scores, metric=metric, epoch=epoch, shared=shared):
+    by_domain = rank_domains(scores, metric=metric, epoch=epoch, shared=shared)
+    if by_domain:
         say.print(f"\n{domain_sentence(board, by_domain)}\n", markup=False, highlight=False)
         say.print(_domains(board, by_domain))
+    domains = {domain: board_facts(own) for domain, own in by_domain.items()}
+    return {"scores": scores.path, **board_facts(board), **({"domains": domains} if domains else {})}
 
 
 def summary(path: Path, say: Console, *, ranked: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from distill_sampler.cli.options import Config, CorrectColumn, OnError, TrustRemoteCode, refusals
+from distill_sampler.cli.options import Config, CorrectColumn, Json, OnError, TrustRemoteCode, refusals
 
 
 def trace(
@@ -49,6 +49,7 @@ def trace(
     shown: Annotated[int, typer.Option(min=0, help="Number of responses on the page; the table has all.")] = 30,
     on_error: Annotated[OnError, typer.Option(help="What to do with a row that cannot be used.")] = OnError.stop,
     trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
     config: Config = None,
 ) -> None:
     """Find out which sentences of responses come from the teacher, from the student, or from neither.
@@ -56,11 +57,12 @@ def trace(
     The three models read the responses one after the other, each in its own tokens and chat template. What they have
     read is kept beside the table, so the command can be repeated with other thresholds without reading again.
     """
-    with refusals():
+    with refusals(as_json) as result:
         from distill_sampler.cli.tracing import Options, run
+        from distill_sampler.metrics.provenance import CLASSES
         from distill_sampler.sources.candidates import Layout
 
-        run(
+        found = run(
             Options(
                 data=data,
                 teacher=teacher,
@@ -88,4 +90,13 @@ def trace(
                 skip_bad=on_error is OnError.skip,
                 trust_remote_code=trust_remote_code,
             )
+        )
+        result.update(
+            output=output,
+            table=table,
+            responses=len(found.traced),
+            left_out=len(found.left_out),
+            sentences=found.num_sentences,
+            shares=dict(zip(CLASSES, found.shares.tolist(), strict=True)),
+            flips=found.flips,
         )

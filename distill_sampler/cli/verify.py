@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -14,13 +15,13 @@ from distill_sampler.serialize import unpacked
 from distill_sampler.types import EpochPlan
 
 
-def run(checkpoints: Sequence[Path], log: Path | None) -> bool:
-    """Print one line for each checkpoint. Returns whether the log agrees with all of them.
+def run(checkpoints: Sequence[Path], log: Path | None, *, to_stderr: bool = False) -> dict[str, Any]:
+    """Print one line for each checkpoint. Returns whether the log agrees with all of them, and what differs in each.
 
     Raises:
         ValueError: a checkpoint cannot be read, or there is no log.
     """
-    agree = True
+    found: list[dict[str, Any]] = []
     for checkpoint in checkpoints:
         if not checkpoint.is_dir():
             raise ValueError(f"{checkpoint}: there is no such folder.")
@@ -40,13 +41,22 @@ def run(checkpoints: Sequence[Path], log: Path | None) -> bool:
             where += f" ({of_epoch - len(plan)} of them are the plan's first samples, which complete the last step)"
         if of_epoch < len(plan):
             where += f" (drop_last=True leaves out the last {len(plan) - of_epoch} of the plan)"
+        found.append(
+            {
+                "checkpoint": checkpoint,
+                "epoch": epoch,
+                "plan": plan.fingerprint,
+                "trained": trained,
+                "of_epoch": of_epoch,
+                "differences": differing,
+            }
+        )
         if differing:
-            agree = False
-            typer.secho(f"{where}. The log DISAGREES in {len(differing)} places", fg="red")
+            typer.secho(f"{where}. The log DISAGREES in {len(differing)} places", fg="red", err=to_stderr)
             for sentence in differing[:5]:
-                typer.echo(f"  {sentence}")
+                typer.echo(f"  {sentence}", err=to_stderr)
         else:
             beyond = {line["epoch"] for line in lines} - {epoch}
             others = f"; to compare its epochs {sorted(beyond)}, give a checkpoint of each" if beyond else ""
-            typer.echo(f"{where}. The log agrees{others}")
-    return agree
+            typer.echo(f"{where}. The log agrees{others}", err=to_stderr)
+    return {"agree": not any(each["differences"] for each in found), "checkpoints": found}

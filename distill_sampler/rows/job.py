@@ -214,6 +214,7 @@ class Job:
             read += block.tokens
             advance(read / int(some.offsets[-1]))
             started = time.perf_counter()
+        advance(1.0)  # shared prompts are read once, so the sum above stays below the chunk's tokens
         return ChunkScores(columns=columns, missing=missing, traces=traces)
 
     # ---- Messages ----
@@ -233,6 +234,19 @@ class Job:
         before = self.intake.before
         position = before + share * (self.intake.position - before)
         tell(position, f"{self.output.rows:,} rows, {self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s")
+
+    def counts(self) -> dict[str, float]:
+        """What this run has done, and what it could not do."""
+        return {
+            "rows": self.output.rows,
+            "tokens": self.tokens,
+            "seconds_in_student": round(self.seconds, 3),
+            "taken_from_earlier_run": self.output.taken,
+            "bad_rows": self.intake.bad,
+            "emptied": self.emptied,
+            "non_finite": self.non_finite,
+            "too_long": self.too_long,
+        }
 
     def _print_renamed(self) -> None:
         if renamed := self.rows.renamed:
