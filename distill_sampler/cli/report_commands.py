@@ -89,9 +89,9 @@ def report(
         columns = {"teacher": teacher_column, "group": group_column, "domain": domain_column, "correct": correct_column}
         pages = [output] if len(source) == 1 else named_pages(source, output)
         for path, page in zip(source, pages, strict=True):
-            names = Scores.open(path).metrics if policy else ()
-            chosen = parse_policies(policy or [], names)
-            write_report(path, page, title=title, policies=chosen, seed=seed, metric=metric, **columns)
+            scores = Scores.open(path, **columns)
+            chosen = parse_policies(policy or [], scores.metrics)
+            write_report(scores, page, title=title, policies=chosen, seed=seed, metric=metric)
         if len(source) > 1:
             write_comparison(source, pages, output, title=title, metric=metric, **columns)
         result.update(output=output, bytes=output.stat().st_size, pages=pages)
