@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-import distill_sampler
+from distill_sampler import _HOME_OF
 
 
 class OnError(StrEnum):
@@ -77,7 +77,7 @@ def complete_policies(incomplete: str) -> list[str]:
 
 def _public(package: str) -> list[str]:
     """The public names that a package of the library offers."""
-    return sorted(name for name, module in distill_sampler._HOME_OF.items() if module.partition(".")[0] == package)
+    return sorted(name for name, module in _HOME_OF.items() if module.partition(".")[0] == package)
 
 
 Json = Annotated[
