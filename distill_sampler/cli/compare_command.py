@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import nullcontext, redirect_stdout
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from distill_sampler.cli.options import Config, CorrectColumn, GroupColumn, TeacherColumn, TrustRemoteCode, refusals
+from distill_sampler.cli.options import (
+    Config,
+    CorrectColumn,
+    GroupColumn,
+    Json,
+    TeacherColumn,
+    TrustRemoteCode,
+    refusals,
+)
 
 
 class Unit(StrEnum):
@@ -76,6 +86,7 @@ def compare(
         Path | None, typer.Option(help="Only print the tables of this folder, or of a runs.jsonl; trains nothing.")
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
     config: Config = None,
 ) -> None:
     """Train the student with several ways to choose, on equal budgets, and say which differences are real.
@@ -85,11 +96,13 @@ def compare(
     killed, run it again. Several may work on one folder at the same time. Under `accelerate launch`, the processes
     train together.
     """
-    with refusals():
+    printed = io.StringIO()
+    with refusals(as_json) as result, redirect_stdout(printed) if as_json else nullcontext():
         from distill_sampler.cli.compare import Options, run, show_runs
 
         if show is not None:
             show_runs(show)
+            result.update(output=show, report=printed.getvalue())
             return
         if not data or model is None:
             raise ValueError("compare needs data and --model, or --show with a folder of results.")
@@ -127,3 +140,4 @@ def compare(
                 trust_remote_code=trust_remote_code,
             )
         )
+        result.update(output=output, report=printed.getvalue())
