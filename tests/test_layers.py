@@ -39,7 +39,7 @@ LAYERS = [
 ]
 """From the bottom up. A module imports from layers below its own, and from its own package."""
 LONGEST_FILE = 430
-HOSTS = {"transformers", "trl", "deepspeed", "peft"}
+HOSTS = {"transformers", "trl", "deepspeed", "peft", "datatrove", "ray"}
 MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
 
 

@@ -116,13 +116,17 @@ class ScoreOutput:
         origin: returns what the scores belong to. Only the first process calls it.
         overwrite: discard the scores of earlier runs.
         ranks: the first process reads and writes files, and sends the others what they need.
+        recheck: match the rows of a complete output with the data by content, because nobody knows whether it changed,
+            instead of taking the output as it is.
 
     Raises:
         ValueError: the scores of earlier runs belong to another model, to other settings or, if the output is complete,
             to other data.
     """
 
-    def __init__(self, output: Path, origin: Callable[[], Origin], *, overwrite: bool, ranks: Ranks) -> None:
+    def __init__(
+        self, output: Path, origin: Callable[[], Origin], *, overwrite: bool, ranks: Ranks, recheck: bool = False
+    ) -> None:
         self.output = output
         self.rows = 0
         """How many candidates are scored and written."""
@@ -138,6 +142,7 @@ class ScoreOutput:
         self._earlier = Parts(output.with_name(output.name + ".parts.earlier"))
         self._read = lru_cache(_PIECES_HELD)(read_part)
         self._ranks = ranks
+        self._recheck = recheck
         failure: str | None = None
         if ranks.rank == 0:
             try:
@@ -155,6 +160,8 @@ class ScoreOutput:
             self._parts.remove()
             self._earlier.remove()
             self.output.unlink(missing_ok=True)
+        if self.output.exists() and self._recheck:
+            self._take_apart()
         if self.output.exists():
             found, made = _origin_of(self.output), str(self.output)
             if why := self.origin.other_scores(found, made) or self.origin.other_rows(found, made):
@@ -184,6 +191,14 @@ class ScoreOutput:
             self.schema = self.schema or pq.read_schema(path)
             self.rows += pq.read_metadata(path).num_rows
         self._index()
+
+    def _take_apart(self) -> None:
+        """Make the complete output an unfinished one again."""
+        self._parts.begin(_origin_of(self.output))
+        with pq.ParquetFile(self.output) as file:
+            for batch in file.iter_batches(batch_size=ROW_GROUP):
+                self._parts.add(pa.Table.from_batches([batch]).replace_schema_metadata(None))
+        self.output.unlink()
 
     # ---- Scores from before the data changed ----
 

@@ -19,18 +19,10 @@ SCORES = ("mean_rank", "mean_surprisal", "rank_surprisal_ratio", "global_natural
 
 
 @pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("student")
-    tiny.model().save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def by_command(tmp_path_factory: pytest.TempPathFactory, student: Path) -> pa.Table:
+def by_command(tmp_path_factory: pytest.TempPathFactory, student_path: Path) -> pa.Table:
     folder = tmp_path_factory.mktemp("scored")
     data = write_lines(folder / "d.jsonl", rows())
-    ended = call("score", data, "--model", student, "--output", folder / "s.parquet", "--traces", 0)
+    ended = call("score", data, "--model", student_path, "--output", folder / "s.parquet", "--traces", 0)
     assert ended.code == 0, ended.said
     return pq.read_table(folder / "s.parquet")
 
@@ -63,8 +55,8 @@ def test_rows_of_every_kind_give_the_numbers_of_the_command_bit_for_bit(form: st
         assert table[name].to_pylist() == by_command[name].to_pylist(), name
 
 
-def test_a_model_in_memory_and_its_folder_give_one_table(student: Path, by_command: pa.Table) -> None:
-    by_name = score_rows(student, rows(), progress=False)
+def test_a_model_in_memory_and_its_folder_give_one_table(student_path: Path, by_command: pa.Table) -> None:
+    by_name = score_rows(student_path, rows(), progress=False)
     assert by_name.equals(by_command.replace_schema_metadata(None))
     identity = decode_facts(by_name.schema.metadata)["identity"]
     assert identity == decode_facts(by_command.schema.metadata)["identity"]
@@ -73,8 +65,8 @@ def test_a_model_in_memory_and_its_folder_give_one_table(student: Path, by_comma
     assert decode_facts(in_memory.schema.metadata)["identity"] == identity
 
 
-def test_the_table_is_a_frame_and_a_file_for_the_commands(tmp_path: Path, student: Path) -> None:
-    table = score_rows(student, rows(), progress=False)
+def test_the_table_is_a_frame_and_a_file_for_the_commands(tmp_path: Path, student_path: Path) -> None:
+    table = score_rows(student_path, rows(), progress=False)
     assert table.to_pandas().groupby("teacher")["rank_surprisal_ratio"].mean().index.tolist() == ["ada", "bob", "cy"]
     pq.write_table(table, tmp_path / "scores.parquet")
     ended = call("teachers", tmp_path / "scores.parquet")
