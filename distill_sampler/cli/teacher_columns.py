@@ -56,6 +56,10 @@ class FromColumns:
         self._tokenizer = tokenizer
         self._beside = beside
 
+    @property
+    def known_by_content(self) -> bool:
+        return True
+
     def misfit(self, candidate: Candidate) -> str | None:
         if candidate.messages:
             return None

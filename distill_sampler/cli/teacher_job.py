@@ -26,6 +26,8 @@ from distill_sampler.types import HashArray
 CHUNK_CHARACTERS = 1 << 19
 """Text of a chunk: what a kill costs at most."""
 CHUNK_ROWS = 1024
+_SAME_TEACHER = 0.1
+"""How far the numbers of two runs may lie apart on average, in nats: more than the rounding of bfloat16."""
 
 
 class TeacherJob:
@@ -79,6 +81,8 @@ class TeacherJob:
         output, say = self._output, self._say
         if output.rows:
             say.print(f"Continuing after {output.rows:,} responses of an earlier run.")
+            if not self._source.known_by_content:
+                self._require_same_teacher()
         elif output.earlier:
             output.require_some(self._intake.content_hashes())
             say.print(
@@ -105,6 +109,30 @@ class TeacherJob:
         if output.is_first:
             output.join(store_facts(output.tables(), top_k=self._top_k, **facts))
         self._notes(time.perf_counter() - started)
+
+    def _require_same_teacher(self) -> None:
+        """Have the first response read again and compare, because a server's model may be another under the same name.
+
+        Raises:
+            ValueError: it gives other numbers than before.
+        """
+        kept = next(self._output.tables())["logprobs"].to_pylist()
+        candidates = (each for each in self._intake.readable() if self._source.misfit(each) is None)
+        for candidate, before in zip(candidates, kept, strict=False):
+            if not before:
+                continue
+            (now,) = self._source.rows([candidate], lambda share: None)
+            if isinstance(now, str):
+                raise ValueError(f"{candidate.where}: {now} What is done is kept.")
+            same = len(now.surprisal) == len(before)
+            off = float(np.abs(np.array(before) + now.surprisal).mean()) if same else np.inf
+            if off > _SAME_TEACHER:
+                raise ValueError(
+                    f"The server's log-probabilities of {candidate.where} differ from those of the earlier run by "
+                    f"{off:.2g} nats a token, so it runs other weights under the same name. Continue with the earlier "
+                    "ones, give another --output and --revision, or start over with --overwrite."
+                )
+            return
 
     def _chunks(self, skip: int) -> Iterator[list[Candidate]]:
         """The candidates that are not done, in pieces that depend on the data alone."""

@@ -20,7 +20,7 @@ from distill_sampler.artifacts.score_output import Origin, ScoreOutput
 from distill_sampler.cli.score import join, quiet
 from distill_sampler.cli.teacher_columns import Columns, FromColumns, LogprobFiles
 from distill_sampler.cli.teacher_job import TeacherJob, check_keys
-from distill_sampler.cli.teacher_sources import FromReader, TeacherSource, engine_reads, model_reads
+from distill_sampler.cli.teacher_sources import Ask, FromReader, TeacherSource, engine_reads, model_reads
 from distill_sampler.engines.completions import Form
 from distill_sampler.engines.endpoint import EndpointReader
 from distill_sampler.engines.writing import VERSION
@@ -288,16 +288,8 @@ def _from_model(options: Options, intake: Intake, say: Console) -> Made:
         lora = str(options.lora) if options.lora else None
         return {"model": options.model, "lora": lora, "commit": commit, "files": files, "settings": settings}
 
-    scorer = Scorer(batch_tokens=batch_tokens, progress=False, impl=impl)
-    source = FromReader(
-        model_reads(reader, scorer),
-        positions=reader.positions,
-        encoder=Encoder(tokenizer, template=template, max_length=options.max_length, whole_text=options.whole_text),
-        end_token_ids=end_token_ids(tokenizer, model),
-        tokenizer=tokenizer,
-        system_prompt=options.system_prompt,
-        key=options.key_column,
-    )
+    ask = model_reads(reader, Scorer(batch_tokens=batch_tokens, progress=False, impl=impl))
+    source = _reading(options, ask, reader.positions, tokenizer, template, end_token_ids(tokenizer, model), known=True)
     told = {"revision": revision, "weights": digest(files), "source": "model"}
     return origin, source, {**_facts_of_reading(options, settings, tokenizer), **told}
 
@@ -337,15 +329,8 @@ def _from_endpoint(options: Options, intake: Intake, say: Console) -> Made:
     def origin() -> dict[str, Any]:
         return {"model": options.model, "files": {}, "settings": settings}
 
-    source = FromReader(
-        engine_reads(reader),
-        positions=reader.positions,
-        encoder=Encoder(tokenizer, template=template, max_length=options.max_length, whole_text=options.whole_text),
-        end_token_ids=end_token_ids(tokenizer, None),
-        tokenizer=tokenizer,
-        system_prompt=options.system_prompt,
-        key=options.key_column,
-    )
+    ask, ends = engine_reads(reader), end_token_ids(tokenizer, None)
+    source = _reading(options, ask, reader.positions, tokenizer, template, ends, known=False)
     told = {"revision": options.revision, "source": "endpoint"}
     return origin, source, {**_facts_of_reading(options, settings, tokenizer), **told}
 
@@ -362,6 +347,28 @@ def _tokenizer_and_template(
     if options.system_prompt is not None and not template:
         raise ValueError("--system-prompt is written by a chat template, and none is applied here. Leave it out.")
     return tokenizer, template
+
+
+def _reading(
+    options: Options,
+    ask: Ask,
+    positions: float,
+    tokenizer: Any,
+    template: bool,
+    ends: Sequence[int],
+    *,
+    known: bool,
+) -> FromReader:
+    return FromReader(
+        ask,
+        positions=positions,
+        encoder=Encoder(tokenizer, template=template, max_length=options.max_length, whole_text=options.whole_text),
+        end_token_ids=ends,
+        tokenizer=tokenizer,
+        system_prompt=options.system_prompt,
+        key=options.key_column,
+        known_by_content=known,
+    )
 
 
 def _settings_of_reading(

@@ -27,6 +27,11 @@ from distill_sampler.types import BoolArray, FloatArray, IntArray, TokenStats, V
 class TeacherSource(Protocol):
     """Gives the rows of a store for candidates."""
 
+    @property
+    def known_by_content(self) -> bool:
+        """Whether what the numbers come from is identified by its content, so that it cannot have changed unnoticed."""
+        ...
+
     def misfit(self, candidate: Candidate) -> str | None:
         """Why a candidate is not to be asked for; None if it is."""
         ...
@@ -104,6 +109,7 @@ class FromReader:
         tokenizer: the teacher's.
         system_prompt: put before conversations that have none; None: nothing.
         key: the column that tells samples apart.
+        known_by_content: whether the teacher's weights are known.
     """
 
     def __init__(
@@ -116,7 +122,9 @@ class FromReader:
         tokenizer: Any,
         system_prompt: str | None,
         key: str | None,
+        known_by_content: bool,
     ) -> None:
+        self._known_by_content = known_by_content
         self._ask = ask
         self._positions = positions
         self._encoder = encoder
@@ -125,6 +133,10 @@ class FromReader:
         self._system_prompt = system_prompt
         self._key = key
         self._empty = self._too_long = self._non_finite = 0
+
+    @property
+    def known_by_content(self) -> bool:
+        return self._known_by_content
 
     def misfit(self, candidate: Candidate) -> str | None:
         return self._encoder.misfit(candidate)

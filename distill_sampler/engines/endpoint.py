@@ -115,7 +115,12 @@ class EndpointReader(Reader):
     @cached_property
     def positions(self) -> float:
         """One less than the server's limit, since it generates a token; no limit if it names none."""
-        models = self._client.get("/models").get("data")
+        try:
+            models = self._client.get("/models").get("data")
+        except Unanswered:
+            raise
+        except (ServerGone, Refusal):  # it has no such list
+            return float("inf")
         for each in models if isinstance(models, list) else ():
             if isinstance(each, dict) and each.get("id") == self._model and each.get("max_model_len"):
                 return int(each["max_model_len"]) - 1

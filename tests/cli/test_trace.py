@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill_sampler import ModelReader, Provenance
 from distill_sampler.cli import tracing as tracing_module
@@ -190,6 +191,43 @@ def test_a_response_that_one_model_cannot_read_is_left_out_and_said(texts: Path,
     ended = tracing(texts, models)
     assert ended.code == 0
     assert "responses left out, for the teacher it has more tokens than the model has positions for: 1" in ended.said
+
+
+def with_nan(folder: Path, output: Path, text: str) -> Path:
+    """A model like another one, whose logits are NaN from the first byte of this text on."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer(text)["input_ids"][0]] = torch.nan
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    return output
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_response_for_which_logits_are_nan_is_left_out_and_said(
+    texts: Path, models: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    broken = with_nan(models[name], tmp_path / "broken", "Ç")  # only the last answer has it
+    whole = tracing(texts, models)
+    assert whole.code == 0
+    before = pq.read_table(tmp_path / "trace.parquet").to_pylist()
+    for _ in range(2):  # the second run takes what was read from disk
+        ended = tracing(texts, models, **{name: broken})
+        assert ended.code == 0, ended.said
+        assert f"responses left out, for the {name} the logits for it are NaN or infinite: 1" in ended.said
+        after = pq.read_table(tmp_path / "trace.parquet").to_pylist()
+        assert [row["text"] for row in after] == [row["text"] for row in before if row["response"] < 2]
+        assert all(np.isfinite(value) for row in after for value in row.values() if isinstance(value, float))
+        assert not re.search(r"\bnan\b", (tmp_path / "trace.html").read_text(encoding="utf-8"), re.IGNORECASE)
+
+
+def test_a_model_whose_logits_are_all_nan_ends_the_trace(texts: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    broken = with_nan(models["student"], tmp_path / "broken", "W")  # all prompts begin with it
+    ended = tracing(texts, models, student=broken)
+    assert ended.code == 1
+    assert "the student" in ended.said
+    assert "NaN or infinite" in ended.said
+    assert not (tmp_path / "trace.html").exists()
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ class Served:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     max_model_len: int | None = 512
+    has_models: bool = True
+    """Whether it lists its models."""
     url: str = ""
     asked: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
@@ -73,7 +75,7 @@ def serving(served: Served) -> Iterator[Served]:
 
         def do_GET(self) -> None:
             card = {"id": "tiny", "max_model_len": served.max_model_len}
-            self.send(200, json.dumps({"object": "list", "data": [card]}).encode())
+            self.send(200 if served.has_models else 404, json.dumps({"object": "list", "data": [card]}).encode())
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

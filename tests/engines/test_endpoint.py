@@ -321,6 +321,8 @@ def test_the_longest_view_leaves_room_for_a_token(served: Served) -> None:
     served.max_model_len = None
     assert reader(served).positions == float("inf")
     assert reader(served, model="another").positions == float("inf")
+    served.has_models = False
+    assert reader(served).positions == float("inf")
 
 
 # ---- A store ----
@@ -414,6 +416,20 @@ def test_numbers_of_another_model_are_not_mixed_in(
     for more in (("--model", "other"), ("--revision", "later"), ("--top-k", 2), ("--form", "echo")):
         ended = made(served, data, tmp_path / "t.arrow", *more)
         assert (ended.code, "--overwrite" in ended.said) == (1, True), more
+
+
+def test_other_weights_under_the_same_name_are_noticed(
+    served: Served, data: Path, teacher_path: Path, tmp_path: Path
+) -> None:
+    served.changes = [lambda found: found] * 8
+    served.always = lambda found: 503
+    assert made(served, data, tmp_path / "t.arrow", "--concurrency", 1).code == 1
+    served.always, own = None, served.model
+    served.model = tiny.model(4).eval()
+    ended = made(served, data, tmp_path / "t.arrow")
+    assert (ended.code, "other weights" in ended.said, "--revision" in ended.said) == (1, True, True)
+    served.model = own
+    assert made(served, data, tmp_path / "t.arrow").code == 0
 
 
 OPTIONS = {
