@@ -1,4 +1,4 @@
-"""Do a distilled model's own sentences come from its teacher? A real student on two cores, in minutes.
+"""Do a distilled model's own sentences come from its teacher? A real student on two cores.
 
     python recipes/provenance.py --output provenance-run
 

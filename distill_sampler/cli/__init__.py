@@ -311,6 +311,23 @@ def doctor(
         )
 
 
+@app.command()
+def recipes(
+    copy: Annotated[
+        Path | None, typer.Option(help="Folder to copy them into: scripts, their configurations, accelerate's.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there already.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the recipes that come with the library, or copy them."""
+    with refusals(as_json) as result:
+        from rich.console import Console
+
+        from distill_sampler.cli.recipes import run
+
+        result.update(run(copy, overwrite=overwrite, say=Console(stderr=as_json)))
+
+
 app.command()(teachers)
 app.command()(report)
 app.command()(trace)
