@@ -16,8 +16,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-import distill_sampler
-
 FOLDERS = ("recipes", "accelerate_configs")
 """The folders that are copied."""
 _SHARE = ("share", "distill_sampler")
@@ -66,7 +64,7 @@ def run(copy_to: Path | None, *, overwrite: bool, say: Console) -> dict[str, Any
 
 def _files() -> Iterator[tuple[PurePath, Path]]:
     """Each file of the recipes, by its name below the folder that they are copied into."""
-    root = Path(distill_sampler.__file__).parents[1]
+    root = Path(__file__).parents[2]
     if (root / "recipes" / "sft.py").exists():
         for folder in FOLDERS:
             for path in sorted((root / folder).rglob("*")):
