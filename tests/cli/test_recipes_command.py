@@ -59,7 +59,9 @@ def test_the_wheel_has_the_recipes(tmp_path: Path) -> None:
     held = set(zipfile.ZipFile(wheel).namelist())
     for name in WANTED:
         assert any(member.endswith(f"data/share/distill_sampler/{name}") for member in held), name
-    subprocess.run([*pip, "install", "--no-deps", "--prefix", str(tmp_path / "site"), str(wheel)], check=True)
+    subprocess.run(
+        [*pip, "install", "--no-deps", "--ignore-installed", "--prefix", str(tmp_path / "site"), str(wheel)], check=True
+    )
     (package,) = (tmp_path / "site").rglob("distill_sampler/__init__.py")
     command = [sys.executable, "-c", "from distill_sampler.cli import app; app()", "recipes", "--copy", "copied"]
     environment = {**os.environ, "PYTHONPATH": str(package.parents[1])}
