@@ -81,6 +81,12 @@ def test_what_a_page_points_to_is_there(page: Path) -> None:
         assert (ROOT / path).exists(), path
 
 
+def test_every_metric_and_policy_is_in_the_tables() -> None:
+    tables = (DOCS / "choosing.md").read_text(encoding="utf-8")
+    public = [name for name, home in distill_sampler._HOME_OF.items() if home.split(".")[0] in ("metrics", "policies")]
+    assert [name for name in public if f"`{name}" not in tables] == []
+
+
 def test_every_guide_is_in_the_index_and_in_the_site() -> None:
     index = (DOCS / "index.md").read_text(encoding="utf-8")
     site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
