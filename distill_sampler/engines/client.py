@@ -60,13 +60,11 @@ class Client:
         self.url = url.rstrip("/")
         self._timeout = timeout
         self._retries = retries
-        self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if key_variable is not None:
-            if not os.environ.get(key_variable):
-                raise ValueError(
-                    f"key_variable={key_variable!r}: there is no such environment variable. Set it to the server's key."
-                )
-            self._headers["Authorization"] = f"Bearer {os.environ[key_variable]}"
+        self._key_variable = key_variable
+        if key_variable is not None and not os.environ.get(key_variable):
+            raise ValueError(
+                f"key_variable={key_variable!r}: there is no such environment variable. Set it to the server's key."
+            )
 
     def post(self, path: str, body: Mapping[str, Any], *, stop: threading.Event) -> dict[str, Any]:
         """The answer to a request.
@@ -102,7 +100,10 @@ class Client:
         )
 
     def _once(self, path: str, body: bytes | None) -> dict[str, Any]:
-        request = urllib.request.Request(self.url + path, data=body, headers=self._headers)
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if self._key_variable is not None:  # the key itself is never kept, so it is in no copy of a reader
+            headers["Authorization"] = f"Bearer {os.environ.get(self._key_variable, '')}"
+        request = urllib.request.Request(self.url + path, data=body, headers=headers)
         try:
             with urllib.request.urlopen(request, timeout=self._timeout) as answer:
                 content = answer.read()

@@ -35,8 +35,9 @@ class EndpointReader(Reader):
     """Reads with an engine behind OpenAI's completions endpoint, such as vLLM.
 
     The engine must be able to say how likely the tokens of a *prompt* are. Tested with a real vLLM (0.32, on a CPU) in
-    both forms. SGLang documents the same answer to `"echo"`, and was not tried. Servers that only tell about the tokens
-    that they generate, such as llama.cpp's own, are refused.
+    both forms. By its source, SGLang answers to `"echo"` in the same way, with the texts of tokens; only such answers
+    were tested, not SGLang. Servers that only tell about the tokens that they generate, such as llama.cpp's own, are
+    refused.
 
     When a pass begins, a short text is sent, to check that the server answers, knows the tokenizer's vocabulary, adds
     no token of its own and, if it echoes, gives each token its own number.

@@ -40,7 +40,7 @@ class Served:
         with torch.no_grad():
             logprobs = self.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
         text = self.tokenizer.decode
-        generated = int(logprobs[-1].argmax())
+        generated = int(logprobs[-1][:64].argmax())  # a letter, a digit or the like
         choice: dict[str, Any] = {"index": 0, "text": text([generated]), "finish_reason": "length", "logprobs": None}
         if "prompt_logprobs" in body:
             k = body["prompt_logprobs"]

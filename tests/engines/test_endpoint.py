@@ -4,6 +4,7 @@ The server answers in the shapes that vLLM 0.32 was seen to answer in; `test_rea
 """
 
 import json
+import pickle
 import socket
 import time
 from collections.abc import Iterator
@@ -77,6 +78,24 @@ def test_it_gives_the_numbers_of_the_model(settings: dict[str, Any], served: Ser
             np.testing.assert_array_equal(found.rank, own.rank)
 
 
+def test_an_echo_may_give_tokens_as_text(served: Served) -> None:
+    """As SGLang does, by its source."""
+
+    def as_texts(found: dict[str, Any]) -> dict[str, Any]:
+        given = found["choices"][0]["logprobs"]
+        ids = [int(token.partition(":")[2]) for token in given["tokens"]]
+        given["tokens"] = [served.tokenizer.decode([token]) for token in ids]
+        return found
+
+    expected = read(reader(served, form="echo"), views())
+    served.always = as_texts
+    for own, found in zip(expected, read(reader(served, form="echo"), views()), strict=True):
+        np.testing.assert_array_equal(found.surprisal, own.surprisal)
+    served.always = lambda found: shifted(as_texts(found))
+    with pytest.raises(ValueError, match="echo is of other places"):
+        read(reader(served, form="echo"), views())
+
+
 def test_ranks_that_count_equal_logits_are_counted_again() -> None:
     """Logits 3 2 2 2 1 1 0: vLLM counts with >=."""
     top = np.log(np.array([0.4, 0.2, 0.2, 0.2]))
@@ -126,6 +145,7 @@ def test_a_key_is_read_from_the_environment_and_kept_nowhere(served: Served, mon
     read(it, views(1))
     assert served.headers[-1]["Authorization"] == "Bearer s3cret"
     assert "s3cret" not in it.identity + repr(it)
+    assert b"s3cret" not in pickle.dumps(it)
 
 
 def test_a_metric_reads_its_reference_through_it(served: Served) -> None:

@@ -38,7 +38,7 @@ TEXTS = [
 ]
 ANSWERS = [{"prompt": f"What is {n} + {n}?", "response": f"Let us add. {n} + {n} = {2 * n}. É 🎉"} for n in range(3, 9)]
 NATS = 1e-3
-"""How far float32 numbers of two engines may lie apart. Seen: 8e-5."""
+"""How far float32 numbers of two engines may lie apart. Seen: 1.1e-4."""
 
 
 def free_port() -> int:
