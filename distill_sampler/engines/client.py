@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import os
 import random
 import threading
@@ -12,6 +13,8 @@ import urllib.request
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
+
+logger = logging.getLogger(__name__)
 
 _BUSY = (408, 409, 425, 429, 500, 502, 503, 504)
 """Status codes after which the same request may succeed later."""
@@ -60,38 +63,49 @@ class Client:
         self.url = url.rstrip("/")
         self._timeout = timeout
         self._retries = retries
+        self._in_trouble = False
+        """Whether the last answer was a failure, which is told once."""
         self._key_variable = key_variable
         if key_variable is not None and not os.environ.get(key_variable):
             raise ValueError(
                 f"key_variable={key_variable!r}: there is no such environment variable. Set it to the server's key."
             )
 
-    def post(self, path: str, body: Mapping[str, Any], *, stop: threading.Event) -> dict[str, Any]:
+    def post(
+        self, path: str, body: Mapping[str, Any], *, stop: threading.Event, most_retries: int | None = None
+    ) -> dict[str, Any]:
         """The answer to a request.
 
         Args:
             path: what follows the address: `"/completions"`.
             body: the request.
             stop: when it is set, nothing is tried again.
+            most_retries: how often it is sent again at most; None: as often as any request.
 
         Raises:
             Refusal: the server refuses this request.
             Unanswered: all tries failed.
             ServerGone: the server refuses every request, as without a key.
         """
-        return self._ask(path, json.dumps(body).encode(), stop)
+        retries = self._retries if most_retries is None else min(most_retries, self._retries)
+        return self._ask(path, json.dumps(body).encode(), stop, retries)
 
     def get(self, path: str) -> dict[str, Any]:
         """What the server has at a path. The errors are those of `post`."""
-        return self._ask(path, None, threading.Event())
+        return self._ask(path, None, threading.Event(), self._retries)
 
-    def _ask(self, path: str, body: bytes | None, stop: threading.Event) -> dict[str, Any]:
-        for number in range(self._retries + 1):
+    def _ask(self, path: str, body: bytes | None, stop: threading.Event, retries: int) -> dict[str, Any]:
+        for number in range(retries + 1):
             try:
-                return self._once(path, body)
+                found = self._once(path, body)
+                self._in_trouble = False
+                return found
             except _Passing as error:
                 trouble = error
-            if number == self._retries or stop.wait(_wait(number, trouble.after)):
+            if retries and not self._in_trouble:
+                self._in_trouble = True
+                logger.warning("%s%s: %s. It is asked again, up to %d times.", self.url, path, trouble, retries)
+            if number == retries or stop.wait(_wait(number, trouble.after)):
                 break
         tries = f"{number + 1} tries" if number else "one try"
         raise Unanswered(

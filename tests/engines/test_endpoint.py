@@ -196,6 +196,21 @@ def test_what_passes_is_tried_again(kind: str, served: Served) -> None:
         np.testing.assert_array_equal(own.surprisal, other.surprisal)
 
 
+def test_trouble_is_told_once_until_it_is_over(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    it = reader(served, concurrency=1)
+    with it.open(PassInfo()) as function:
+        served.changes = [lambda found: 503, lambda found: 503, lambda found: found, lambda found: 429]
+        function(views())
+    assert [record.message.partition("status ")[2][:3] for record in caplog.records] == ["503", "429"]
+    assert "up to 2 times" in caplog.text
+
+
+def test_a_mistyped_address_is_told_soon(served: Served) -> None:
+    served.always = lambda found: 503
+    with pytest.raises(ServerGone, match="4 tries"):
+        read(reader(served, retries=50), views())
+
+
 def test_a_server_that_asks_for_patience_gets_it(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     assert client._wait(0, "7") == 7
     assert client._wait(0, "3600") == 60
