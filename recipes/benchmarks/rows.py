@@ -1,9 +1,9 @@
-"""How the commands' time and memory grow with the rows: `python recipes/benchmarks/rows.py [--sizes N ...]`.
+"""How commands grow with the rows: `python recipes/benchmarks/rows.py [COMMAND ...] [--sizes N ...]`.
 
-For each size, `score`, `teachers`, `select` and `report` run on a file of short candidates with four teachers per
-prompt, each in its own process. The student has one layer, 64 words and one thread, so the cost of the rows remains.
-Memory is the process's high-water mark (`ru_maxrss`), read after the command's imports and at its end. A million rows
-take about ten minutes.
+For each size, `score`, the second of four shards of it, `merge` of all four, `teachers`, `select` and `report` run on a
+file of short candidates with four teachers per prompt, each in its own process. The student has one layer, 64 words and
+one thread, so the cost of the rows remains. Memory is the process's high-water mark (`ru_maxrss`), read after the
+command's imports and at its end. A million rows take about ten minutes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 
 TEACHERS = ("ada", "bob", "cy", "dee")
 WORDS = 62
+COMMANDS = ("score", "shard", "merge", "teachers", "select", "report")
 BEST = "BestOf(rank_surprisal_ratio, per=prompt_id)"
 IMPORTS = {"report": "distill_sampler.report.page"}
 """The module that a command loads, if it does not have the command's name."""
@@ -105,32 +106,43 @@ def do(what: str, *arguments: str) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("commands", nargs="*", metavar="COMMAND", help=f"some of {', '.join(COMMANDS)}; default: all")
     parser.add_argument("--sizes", type=int, nargs="+", default=[10**3, 10**4, 10**5, 10**6], help="numbers of rows")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)  # what the subprocess is asked for
     options = parser.parse_args()
     if options.one:
         print("\n" + json.dumps(do(*options.one)))
         return
+    wanted = options.commands or COMMANDS
     head = ["rows", "seconds", "rows/s", "imports MB", "peak MB", "output MB"]
     print("| command | " + " | ".join(head) + " |\n|---|" + "---:|" * len(head), flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        student, data, scores, chosen, page = (
-            Path(folder) / name for name in ("m", "d.jsonl", "s.parquet", "c.jsonl", "r.html")
+        student, data, scores, joined, chosen, page = (
+            Path(folder) / name for name in ("m", "d.jsonl", "s.parquet", "j.parquet", "c.jsonl", "r.html")
         )
         apart("student", student)
         for size in options.sizes:
             apart("candidates", data, size)
-            for output, *command in (
-                (scores, "score", data, "--model", student, "--output", scores, "--device", "cpu", "--overwrite"),
-                (None, "teachers", scores),
-                (chosen, "select", scores, "--policy", BEST, "--output", chosen),
-                (page, "report", scores, "--output", page),
+            scoring = ("score", data, "--model", student, "--device", "cpu", "--overwrite", "--output")
+            shards = [Path(folder) / f"shards-{number}-of-4.parquet" for number in range(1, 5)]
+            if "merge" in wanted:
+                for number in (1, 3, 4):
+                    apart(*scoring, Path(folder) / "shards.parquet", "--shard", f"{number}/4")
+            for name, output, *command in (
+                ("score", scores, *scoring, scores),
+                ("shard", shards[1], *scoring, Path(folder) / "shards.parquet", "--shard", "2/4"),
+                ("merge", joined, "merge", *shards, "--output", joined, "--overwrite"),
+                ("teachers", None, "teachers", scores),
+                ("select", chosen, "select", scores, "--policy", BEST, "--output", chosen),
+                ("report", page, "report", scores, "--output", page),
             ):
+                if name not in wanted:
+                    continue
                 row = apart(*command)
                 written = "" if output is None else f"{output.stat().st_size / 1e6:.1f}"
                 cells = [f"{size:,}", f"{row['seconds']:.1f}", f"{size / row['seconds']:,.0f}"]
                 cells += [f"{row['imports MB']:.0f}", f"{row['peak MB']:.0f}", written]
-                print(f"| {command[0]} | " + " | ".join(cells) + " |", flush=True)
+                print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":
