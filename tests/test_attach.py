@@ -110,7 +110,7 @@ def sft_trainer(
         model=extra.pop("model", None) or tiny.model(),
         processing_class=tokenizer,
         train_dataset=tiny.candidates() if rows is None else rows,
-        args=SFTConfig(**arguments(output, bf16=False, gradient_checkpointing=False, **changes)),
+        args=SFTConfig(**{"bf16": False, **arguments(output, gradient_checkpointing=False, **changes)}),
         **extra,
     )
 

@@ -172,6 +172,12 @@ def score(
         int | None, typer.Option(help="Largest rank that Rank-Surprisal Ratio counts (100 in the paper).")
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    autocast: Annotated[
+        str | None,
+        typer.Option(
+            help="bfloat16 or float16: compute as trainers with bf16=True or fp16=True do, from float32 weights."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Revision of a model on the hub.")] = None,
     lora: Annotated[Path | None, typer.Option(help="Adapter to load on top of the model.")] = None,
@@ -203,7 +209,7 @@ def score(
     """
     with refusals(as_json) as result:
         from distill_sampler.cli.score import run
-        from distill_sampler.integrations.rows import RowOptions
+        from distill_sampler.integrations.student import RowOptions
 
         found = run(
             data,
@@ -228,6 +234,7 @@ def score(
                 batch_tokens=batch_tokens,
                 share_prompts=share_prompts,
                 dtype=dtype,
+                autocast=autocast,  # type: ignore[arg-type]  # load_model refuses others
                 device=device,
                 revision=revision,
                 lora=lora,

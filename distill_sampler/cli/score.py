@@ -22,7 +22,8 @@ from distill_sampler.artifacts.score_output import Origin, ScoreOutput
 from distill_sampler.contract import checked_metrics
 from distill_sampler.distributed import Ranks
 from distill_sampler.integrations.loading import pick_device, pick_dtype
-from distill_sampler.integrations.rows import RowOptions, RowScorer, Student, intake_of
+from distill_sampler.integrations.rows import RowScorer, intake_of
+from distill_sampler.integrations.student import RowOptions, Student
 from distill_sampler.reading.reduce import extras_of
 from distill_sampler.serialize import require_writable
 from distill_sampler.sources.files import Sources

@@ -25,7 +25,8 @@ from rich.console import Console
 
 from distill_sampler.artifacts.score_output import ScoreOutput
 from distill_sampler.distributed import Ranks
-from distill_sampler.integrations.rows import METRICS, RowOptions, RowScorer, Student, in_python, intake_of, metrics_of
+from distill_sampler.integrations.rows import METRICS, RowScorer, in_python, intake_of, metrics_of
+from distill_sampler.integrations.student import RowOptions, Student
 from distill_sampler.protocols import Metric
 from distill_sampler.reading.reduce import columns_of
 from distill_sampler.sources.files import GivenRows

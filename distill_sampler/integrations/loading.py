@@ -6,9 +6,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
+from accelerate.utils import convert_outputs_to_fp32  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.hub import cached_file
 
@@ -90,13 +92,16 @@ def load_model(
     device: torch.device,
     lora: Path | None = None,
     trust_remote_code: bool = False,
+    autocast: str | None = None,
 ) -> Any:
-    """Load a causal language model, with a LoRA on top if one is given.
+    """Load a causal language model, with a LoRA on top if one is given, and under autocast to a dtype if one is given.
 
     Raises:
-        ValueError: there is no such model, it is not a causal language model, it needs remote code that
+        ValueError: there is no such model or dtype, it is not a causal language model, it needs remote code that
             `trust_remote_code` does not allow, or the adapter does not fit.
     """
+    if autocast not in (None, "bfloat16", "float16"):
+        raise ValueError(f"--autocast {autocast}: choose bfloat16 or float16.")
     if lora is not None:
         _require_adapter(lora)
     with _refusals(name):
@@ -106,6 +111,9 @@ def load_model(
     if lora is not None:
         model = _with_lora(model, lora)
     model = model.to(device).eval()
+    if autocast is not None:  # as accelerate does it for a trainer
+        rounded = torch.autocast(device.type, getattr(torch, autocast))(model.forward.__func__)
+        model.forward = MethodType(convert_outputs_to_fp32(rounded), model)
     with reading(model):  # refuses models that are not causal
         pass
     return model

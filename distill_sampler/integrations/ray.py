@@ -15,7 +15,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from distill_sampler.integrations.rows import METRICS, RowOptions, RowScorer, Student, in_python, metrics_of
+from distill_sampler.integrations.rows import METRICS, RowScorer, in_python, metrics_of
+from distill_sampler.integrations.student import RowOptions, Student
 from distill_sampler.protocols import Metric
 
 

@@ -9,10 +9,8 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 from rich.console import Console
@@ -22,25 +20,15 @@ from distill_sampler import __version__
 from distill_sampler.artifacts.schema import VERSION
 from distill_sampler.artifacts.score_output import Origin
 from distill_sampler.contract import checked_metrics
-from distill_sampler.field_docs import documents_fields
-from distill_sampler.integrations.loading import (
-    load_model,
-    load_tokenizer,
-    locate,
-    model_files,
-    pick_device,
-    pick_dtype,
-)
+from distill_sampler.integrations.student import RowOptions, Student
 from distill_sampler.protocols import Metric
 from distill_sampler.reading.reduce import data_columns_of, extras_of
 from distill_sampler.reading.scorer import Scorer
 from distill_sampler.reading.token_stats import fastest
-from distill_sampler.reading.weights import content_of_weights
 from distill_sampler.rows.chunks import Intake
 from distill_sampler.rows.job import Job, Output
 from distill_sampler.rows.memory import TablesInMemory
 from distill_sampler.serialize import described
-from distill_sampler.sources.candidates import Layout
 from distill_sampler.sources.encoding import Encoder, choose_template
 from distill_sampler.sources.files import GivenRows, Sources
 from distill_sampler.sources.templates import end_token_ids
@@ -48,138 +36,6 @@ from distill_sampler.specs import parse_metrics
 
 METRICS = "rank_surprisal_ratio,global_naturalness"
 """What is scored by default."""
-
-
-@documents_fields
-@dataclass(frozen=True, kw_only=True)
-class RowOptions:
-    """How rows are read and scored. The options of `distill-sampler score`, by the same names."""
-
-    prompt_column: str | None = None
-    """Column with the prompt, as text or messages. This and the other columns are found by their usual names, if they
-    are not given."""
-    response_column: str | None = None
-    """Column with the response, as text or messages."""
-    messages_column: str | None = None
-    """Column with whole conversations."""
-    candidates_column: str | None = None
-    """Column with several responses to the row's prompt."""
-    group_column: str | None = None
-    """Column that is equal for rows that answer the same prompt."""
-    teacher_column: str | None = None
-    """Column with the teacher who wrote each response."""
-    plain: bool = False
-    """Read prompt and response as plain text, one after the other, without a chat template."""
-    whole_text: bool = False
-    """Score all of a text in which no response can be found."""
-    chat_template: Path | None = None
-    """File with a chat template to use instead of the model's."""
-    max_length: int | None = None
-    """Truncate rows to this many tokens; None: never."""
-    batch_tokens: int | None = None
-    """Tokens in a batch, padding included; None: 2048 on a CPU and 16384 elsewhere."""
-    share_prompts: bool = True
-    """Read a prompt that several candidates share only once."""
-    dtype: str = "auto"
-    """The dtype of a model that is loaded by name, or `"auto"`."""
-    device: str = "auto"
-    """The device of a model that is loaded by name, or `"auto"`."""
-    revision: str | None = None
-    """Revision of a model on the hub."""
-    lora: Path | None = None
-    """Adapter to load on top of the model."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
-    prompts: int | None = None
-    """Score only the candidates of this many prompts, the first ones; None: of all."""
-    traces: int = 0
-    """For this many prompts, the first ones, the scores of every token are kept."""
-    on_error: Literal["skip", "stop"] = "stop"
-    """What to do with a row that cannot be used."""
-    shard: tuple[int, int] | None = None
-    """`(number, of)`, from 1: score only this share of the candidates; None: all."""
-
-    def __post_init__(self) -> None:
-        if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"--max-length {self.max_length}: a prompt and a response have at least 2 tokens.")
-        if self.batch_tokens is not None and self.batch_tokens < 1:
-            raise ValueError(f"--batch-tokens {self.batch_tokens}: give a positive number, such as 8192.")
-        if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
-            number, of = self.shard
-            raise ValueError(f"--shard {number}/{of}: shards are counted from 1, so give one of 1/{of} to {of}/{of}.")
-
-    @property
-    def layout(self) -> Layout:
-        """The columns that the user has named."""
-        names = {name.removesuffix("_column"): value for name, value in vars(self).items() if name.endswith("_column")}
-        return Layout(**names)
-
-
-class Student:
-    """A model that scores, with its tokenizer. Of a model with a name, the tokenizer is loaded first.
-
-    Args:
-        model: the model, its folder, or its name on the hub.
-        tokenizer: its tokenizer; None: that of the name.
-        options: how it is loaded.
-
-    Raises:
-        ValueError: there is no such model or tokenizer; the message names the option and the cure.
-    """
-
-    def __init__(self, model: nn.Module | str | Path, tokenizer: Any, options: RowOptions) -> None:
-        self._options = options
-        self.commit: str | None = None
-        """Commit of a model from the hub."""
-        if isinstance(model, nn.Module):
-            if tokenizer is None:
-                raise ValueError("tokenizer= is missing: a model that is given as an object needs its tokenizer.")
-            self.model = model  # in the place of the cached property
-            self.name = type(model).__name__
-            """Its folder, its name on the hub, or its class."""
-            self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-            self.device = next(model.parameters()).device
-            self._folder: Path | None = None
-        else:
-            self.name = str(model)
-            self.device = pick_device(options.device)
-            self.dtype = pick_dtype(options.dtype, self.device)
-            self._folder, self.commit = locate(self.name, revision=options.revision)
-        self.tokenizer = tokenizer or load_tokenizer(
-            self.name,
-            revision=self.revision,
-            chat_template=options.chat_template,
-            trust_remote_code=options.trust_remote_code,
-        )
-
-    @property
-    def revision(self) -> str | None:
-        """The revision to load: the commit that was found first, so that all files are of the same one."""
-        return self.commit or self._options.revision
-
-    @cached_property
-    def model(self) -> Any:
-        """The model, loaded when it is first used."""
-        options = self._options
-        return load_model(
-            self.name,
-            revision=self.revision,
-            dtype=self.dtype,
-            device=self.device,
-            lora=options.lora,
-            trust_remote_code=options.trust_remote_code,
-        )
-
-    @cached_property
-    def weights(self) -> str:
-        """A hash of its weights."""
-        return content_of_weights(self.model)
-
-    def files(self) -> Mapping[str, str]:
-        """Hashes of what it is made of, by part and name."""
-        if self._folder is None:
-            return {"weights/in memory": self.weights}
-        return model_files(self._folder, self._options.lora)
 
 
 class RowScorer:

@@ -62,4 +62,5 @@ def _has_untrained_adapter(model: nn.Module) -> bool:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.reshape(-1).cpu().contiguous().view(torch.uint8).numpy().data
+    # a copy, because FSDP cannot resize memory that numpy has seen
+    return tensor.reshape(-1).to("cpu", copy=True).view(torch.uint8).numpy().data

@@ -44,6 +44,7 @@ parser.add_argument("--batch-tokens", type=int, default=150)
 parser.add_argument("--pack-to", type=int)
 parser.add_argument("--rows", type=int, help="Only the first rows.")
 parser.add_argument("--metrics", default="RankSurprisalRatio")
+parser.add_argument("--scores", help="File of scores for the first pass.")
 parser.add_argument("--lora", action="store_true")
 parser.add_argument("--checkpointing", action="store_true")
 parser.add_argument("--compile", action="store_true")
@@ -134,6 +135,7 @@ curriculum = Curriculum(
     observe=options.online,
     rescore=Rescore(every_steps=1, lag=2, fraction=0.3) if options.online else None,
     scorer=Scorer(batch_tokens=options.batch_tokens, progress=False),
+    scores=options.scores,
 )
 attach(trainer, curriculum, objective=objectives, pack_to=options.pack_to)
 trainer.train(resume_from_checkpoint=options.resume)

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
+from distill_sampler import score_rows
 from tests import tiny
 from tests.distributed.launcher import LIMIT, launch
 
@@ -100,6 +102,24 @@ def test_two_processes_score_plan_train_and_resume_as_one_does(way: str, stage: 
     rest = reports(stage, f"{way}-resumed", config, "--resume", str(stage / way / "checkpoint-1"))
     assert trained(rest) == trained([one])[1:]
     np.testing.assert_allclose(rest[0]["losses"][-3:], one["losses"][-3:], rtol=1e-3)
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp2", "zero3"])
+def test_two_processes_take_their_first_scores_from_a_file(way: str, stage: Path) -> None:
+    file, config = stage / "scores.parquet", WAYS[way][0]
+    table = score_rows(stage / "student", tiny.candidates(8), metrics="RankSurprisalRatio", progress=False)
+    pq.write_table(table, file)
+    if way == "zero3":
+        pytest.importorskip("deepspeed", reason="the extra 'deepspeed' is not installed")
+        refused = sft_run(stage, f"given-{way}", config, "--scores", str(file))
+        assert refused.returncode != 0
+        assert "scores=: DeepSpeed's ZeRO-3" in refused.stderr
+        return
+    both = reports(stage, f"given-{way}", config, "--scores", str(file))
+    assert both[0]["scores"][0] == both[1]["scores"][0] == table["rank_surprisal_ratio"].to_pylist()
+    assert len(both[0]["shapes"]) < len(reports(stage, f"own-{way}", config)[0]["shapes"]), "only the second pass reads"
+    assert both[0]["plans"] == both[1]["plans"] == alone(stage)["plans"]
+    assert trained(both) == trained([alone(stage)])
 
 
 def test_two_processes_train_the_same_whole_steps_as_one(stage: Path) -> None:

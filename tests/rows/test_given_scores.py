@@ -93,6 +93,21 @@ def test_a_lora_that_was_not_trained_yet_takes_the_scores_of_its_base(
     assert sum(read) == 0
 
 
+def test_a_trainer_with_autocast_takes_scores_that_were_computed_so(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, student_path: Path, read: list[int]
+) -> None:
+    table = score_rows(student_path, tiny.candidates(), metrics=METRICS, autocast="bfloat16", progress=False)
+    pq.write_table(table, tmp_path / "scores.parquet")
+    read.clear()
+    attached = curriculum(scores=tmp_path / "scores.parquet", rescore=Rescore.never())
+    run(sft_trainer(tmp_path / "run", tokenizer, bf16=True), attached)
+    assert sum(read) == 0
+    attached = curriculum(scores=tmp_path / "scores.parquet")
+    attach(sft_trainer(tmp_path / "float32", tokenizer), attached)
+    with pytest.raises(ValueError, match="computes differently now"):
+        attached.start_epoch(0, tiny.model())
+
+
 @pytest.mark.parametrize("stop", [1, 4])
 def test_a_resumed_run_needs_the_file_no_more(
     stop: int, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, read: list[int]

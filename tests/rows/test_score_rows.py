@@ -103,6 +103,8 @@ def test_what_was_found_out_about_the_rows_is_printed_on_request(capsys: pytest.
         ([], {}, "no rows in the rows"),
         ("candidates.jsonl", {}, "rows="),
         ([{"text": "no template"}], {}, "whole_text="),
+        (rows(1), {"dtype": "bfloat16"}, "dtype= is for a model that is loaded by its name"),
+        (rows(1), {"shard": (3, 2)}, "1/2"),
     ],
 )
 def test_what_cannot_be_scored_is_refused_with_the_argument(
@@ -110,6 +112,13 @@ def test_what_cannot_be_scored_is_refused_with_the_argument(
 ) -> None:
     with pytest.raises(ValueError, match=argument.replace("(", r"\(")):
         score_rows(tiny.model(), rows_given, **{"tokenizer": tiny.tokenizer(), "progress": False, **options})
+
+
+def test_options_of_a_model_with_a_name_are_checked(student_path: Path) -> None:
+    with pytest.raises(ValueError, match="autocast= int3: choose"):
+        score_rows(student_path, rows(1), progress=False, autocast="int3")
+    with pytest.raises(ValueError, match="Leave dtype= bfloat16 out"):
+        score_rows(student_path, rows(1), progress=False, autocast="bfloat16", dtype="bfloat16")
 
 
 def test_rows_that_cannot_be_used_are_left_out_on_request() -> None:
