@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from distill_sampler import score_rows
+from distill_sampler.rows import chunks
 from distill_sampler.serialize import decode_facts
 from tests import tiny
 from tests.cli.conftest import Ended, call, rows, write_lines
@@ -75,6 +76,26 @@ def test_shards_join_to_the_file_of_one_process(
     assert facts[0] == facts[1]
     again = call("score", data, "--model", student_path, "--output", tmp_path / "joined.parquet")
     assert "nothing to do" in again.said, "it is the file of one process in every respect"
+
+
+def test_shards_leave_out_what_one_process_leaves_out(tmp_path: Path, student_path: Path) -> None:
+    some: list[Any] = rows(20)
+    some[7]["response"] = ""  # no candidate
+    some[20] = "no row"
+    some[33]["correct"] = "yes"  # a candidate whose column does not fit the others
+    for row in some[40:]:
+        row.pop("correct")
+    data, more = write_lines(tmp_path / "d.jsonl", some), ("--on-error", "skip", "--prompts", 17)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunks, "ROWS_TO_SETTLE", 30)
+        for number in (1, 2):
+            ended = shard(data, student_path, tmp_path, f"{number}/2", *more)
+            assert ended.code == 0, ended.said
+        ended = call("score", data, "--model", student_path, "--output", tmp_path / "whole.parquet", *more)
+        assert (ended.code, "bad rows, left out: 3" in ended.said) == (0, True), ended.said
+    ended = call("merge", *tmp_path.glob("s-?-of-2.parquet"), "--output", tmp_path / "joined.parquet")
+    assert ended.code == 0, ended.said
+    require_one_table(*(pq.read_table(tmp_path / f"{name}.parquet") for name in ("joined", "whole")))
 
 
 def test_each_shard_has_its_share(shards: Path) -> None:

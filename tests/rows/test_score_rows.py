@@ -6,13 +6,16 @@ from typing import Any
 import numpy as np
 import pandas
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from transformers import PreTrainedTokenizerBase
 
-from distill_sampler import GlobalNaturalness, RankSurprisalRatio, score_rows
+from distill_sampler import GlobalNaturalness, RankSurprisalRatio, attach, score_rows
 from distill_sampler.serialize import decode_facts
 from tests import tiny
 from tests.cli.conftest import call, rows, write_lines
+from tests.test_attach import TRAINERS, curriculum
 
 METRICS = [RankSurprisalRatio(), GlobalNaturalness()]
 SCORES = ("mean_rank", "mean_surprisal", "rank_surprisal_ratio", "global_naturalness")
@@ -63,6 +66,22 @@ def test_a_model_in_memory_and_its_folder_give_one_table(student_path: Path, by_
     in_memory = score_rows(tiny.model(), rows(), metrics=METRICS, tokenizer=tiny.tokenizer(), progress=False)
     assert in_memory.equals(by_name)
     assert decode_facts(in_memory.schema.metadata)["identity"] == identity
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_a_trainer_gives_the_same_table(
+    kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, by_command: pa.Table
+) -> None:
+    trainer = TRAINERS[kind](tmp_path, tokenizer, max_steps=1)
+    attach(trainer, curriculum(metrics=METRICS))
+    trainer.train()
+    table = pq.read_table(tmp_path / "scores.parquet")
+    table = table.filter(pc.field("pass") == 0)
+    for name in ("prompt_id", "teacher", "num_tokens", "length"):
+        assert table[name].to_pylist() == by_command[name].to_pylist(), name
+    assert table["content_hash"].to_pylist() == by_command["scoring_hash"].to_pylist()
+    for name in SCORES:
+        np.testing.assert_allclose(table[name].to_numpy(), by_command[name].to_numpy(), rtol=1e-6, atol=1e-6)
 
 
 def test_the_table_is_a_frame_and_a_file_for_the_commands(tmp_path: Path, student_path: Path) -> None:
