@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -167,6 +168,7 @@ _PLAIN_TYPES: dict[str, tuple[str, Any]] = {
     "float": ("a number", (int, float, np.number)),
     "bool": ("True or False", bool),
     "str": ("text", str),
+    "Path": ("the path of a file", Path),
     "None": ("None", type(None)),
 }
 

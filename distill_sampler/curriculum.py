@@ -89,6 +89,7 @@ class Curriculum:
             observe=(observe, "bool"),
             seed=(seed, "int"),
             scorer=(scorer or Scorer(), Scorer),
+            scores=(scores, "str | Path | None"),
             teacher=(teacher, "str"),
             domain=(domain, "str"),
         )

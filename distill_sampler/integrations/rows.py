@@ -214,7 +214,8 @@ def score_rows(
         metrics: what to score: objects, or text as for `--metrics`.
         tokenizer: the model's tokenizer; needed if the model is an object.
         progress: show a progress bar and what was found out about the rows.
-        options: the fields of `RowOptions`: `teacher_column=`, `max_length=`, `on_error="skip"`, and so on.
+        options: the fields of `distill_sampler.integrations.student.RowOptions`: `teacher_column=`, `max_length=`,
+            `on_error="skip"`, and so on.
 
     Returns:
         One row for each response: its number, its prompt, its teacher, the other columns with single values, counts,

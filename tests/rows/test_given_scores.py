@@ -165,6 +165,11 @@ def test_scores_that_do_not_fit_are_refused_with_the_part_that_does_not(tmp_path
         assert [word for word in words if word not in str(refused.value)] == [], str(refused.value)
 
 
+def test_a_table_that_is_no_file_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"(?s)scores=.*path of a file"):
+        curriculum(scores=pa.table({"sample": [0]}))
+
+
 def test_what_metrics_read_in_columns_belongs_to_the_sample(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [{**row, "votes": [number, 1]} for number, row in enumerate(tiny.candidates())]
     metrics = [RankSurprisalRatio(), Agreement()]
