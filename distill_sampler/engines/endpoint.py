@@ -240,8 +240,7 @@ class EndpointReader(Reader):
     def _check_places(self, ids: list[int], found: Answer) -> None:
         """Check that a token has the same number when it is generated and when it is echoed.
 
-        Some servers give each echoed token the number of the place after it (llama-cpp-python 0.3.36, where no token
-        begins the text).
+        llama-cpp-python 0.3.36, for one, gives an echoed token a number of the place after it.
 
         Raises:
             Refusal: it has not, or none was generated in some tries.
