@@ -169,7 +169,7 @@ def no_json(found: dict[str, Any]) -> bytes:
 
 
 def slow(found: dict[str, Any]) -> dict[str, Any]:
-    time.sleep(0.5)
+    time.sleep(1.5)
     return found
 
 
@@ -183,9 +183,14 @@ PASSING = {
 }
 
 
+def patience(kind: str) -> float:
+    """Short only where it is to run out, since this machine may be busy."""
+    return 0.7 if kind == "no answer in time" else 60
+
+
 @pytest.mark.parametrize("kind", PASSING)
 def test_what_passes_is_tried_again(kind: str, served: Served) -> None:
-    it = reader(served, timeout=0.2)
+    it = reader(served, timeout=patience(kind))
     expected = read(it, views())
     with it.open(PassInfo()) as function:
         served.asked.clear()
@@ -223,7 +228,7 @@ def test_a_server_that_asks_for_patience_gets_it(served: Served, monkeypatch: py
 
 @pytest.mark.parametrize("kind", PASSING)
 def test_a_server_that_stays_away_ends_the_pass(kind: str, served: Served) -> None:
-    it = reader(served, timeout=0.2, concurrency=2)
+    it = reader(served, timeout=patience(kind), concurrency=2)
     found = it.each(views())
     next(found)
     served.always = PASSING[kind]
