@@ -152,14 +152,15 @@ def match(
     for sample in candidates[np.argsort(pool.content_hash[candidates], kind="stable")].tolist():
         cells.setdefault((int(prompts[sample]), int(teachers[sample])), []).append(sample)
     used = np.bincount(chosen, minlength=len(tokens))
+    most = int(np.bincount(of.indices).max())  # repeated no more often than the subject repeats
     off = int(tokens[chosen].sum()) - budget.amount
     for _ in range(_TRIALS):
         if abs(off) <= _AIM * budget.amount:
             break
         left, right = (int(place) for place in rng.integers(len(chosen), size=2))
         a, b = int(chosen[left]), int(chosen[right])
-        new_a = _unused(cells.get((int(prompts[a]), int(teachers[b])), []), used, int(used[a]), rng)
-        new_b = _unused(cells.get((int(prompts[b]), int(teachers[a])), []), used, int(used[b]), rng)
+        new_a = _unused(cells.get((int(prompts[a]), int(teachers[b])), []), used, most, rng)
+        new_b = _unused(cells.get((int(prompts[b]), int(teachers[a])), []), used, most, rng)
         if new_a is None or new_b is None or prompts[a] == prompts[b]:
             continue
         change = int(tokens[new_a] + tokens[new_b] - tokens[a] - tokens[b])
@@ -182,7 +183,7 @@ def _taken(plan: EpochPlan, positions: IntArray) -> EpochPlan:
 
 
 def _unused(cell: list[int], used: IntArray, most: int, rng: np.random.Generator) -> int | None:
-    """A sample of a cell that is not used more often than the one that it replaces."""
+    """A sample of a cell that is used less than so many times."""
     free = [sample for sample in cell if used[sample] < most]
     return free[int(rng.integers(len(free)))] if free else None
 
