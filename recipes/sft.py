@@ -74,9 +74,10 @@ def make_curriculum(chosen: CurriculumArguments, seed: int) -> Curriculum:
     if chosen.curriculum:
         name, _, function = chosen.curriculum.partition(":")
         return getattr(importlib.import_module(name), function)()
+    metrics = parse_metrics(chosen.metrics)
     return Curriculum(
-        metrics=parse_metrics(chosen.metrics),
-        policies=parse_policies(chosen.policy),
+        metrics=metrics,
+        policies=parse_policies(chosen.policy, [metric.name for metric in metrics]),
         rescore=parse_rescore(chosen.rescore),
         observe=chosen.observe,
         num_samples=chosen.num_samples,

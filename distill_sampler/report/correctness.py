@@ -108,7 +108,7 @@ def _recorded(choice: ExplainedPlan) -> list[Policy]:
     if any(":" in facts.text for facts in choice.policies):
         return []
     try:
-        return [policy for facts in choice.policies for policy in parse_policies([facts.text])]
+        return [policy for facts in choice.policies for policy in parse_policies([facts.text], facts.metrics)]
     except ValueError:
         return []
 
