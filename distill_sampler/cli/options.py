@@ -6,8 +6,9 @@ import difflib
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,7 +38,9 @@ def refusals(as_json: bool = False, *, code: int = 1) -> Iterator[dict[str, Any]
     """
     result: dict[str, Any] = {}
     try:
-        yield result
+        # what libraries print on stdout goes to stderr, so that the object is all there is
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            yield result
     except (ValueError, OSError) as error:
         typer.secho(f"Error: {error}", fg="red", err=True)
         if as_json:
