@@ -12,7 +12,7 @@ from pathlib import Path
 from datasets import disable_progress_bars
 from peft import LoraConfig
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
@@ -72,7 +72,7 @@ def run(
         say.print(f"      only {found} problems have traces of up to {max_length} tokens; raise --max-length for more")
 
     def trainer_of(folder_of_run: Path) -> SFTTrainer:
-        return SFTTrainer(
+        made = SFTTrainer(
             model=AutoModelForCausalLM.from_pretrained(folder, dtype=dtype),
             processing_class=tokenizer,
             train_dataset=train,
@@ -95,6 +95,8 @@ def run(
                 seed=seed,
             ),
         )
+        made.remove_callback(PrinterCallback)  # the curriculum's tables say more than the log
+        return made
 
     trainer = trainer_of(output)
     curriculum = Curriculum(metrics=METRICS, policies=[BEST, Shuffle()], seed=seed)

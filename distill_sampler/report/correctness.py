@@ -15,6 +15,8 @@ from distill_sampler.protocols import Policy
 from distill_sampler.specs import parse_policies
 from distill_sampler.types import IntArray
 
+FEW_PROMPTS = 10
+"""With fewer prompts than this, nothing is said of a preference."""
 _DRAWS = 400
 
 
@@ -46,6 +48,7 @@ def correctness(
     chosen = choice.plan.indices[known[choice.plan.indices]]
     found["chosen"] = _share(correct, chosen) if len(chosen) else None
     found["num_chosen"] = len(chosen)
+    found["prompts"] = num_distinct(groups[chosen]) if len(chosen) else 0
     low, high = _difference(correct, known, chosen, groups, seed)
     found["sentences"] = _sentences(found, low, high)
     if scores.correct is not None and scores.group is not None:
@@ -68,6 +71,8 @@ def _sentences(found: dict[str, Any], low: float, high: float) -> list[str]:
         return [f"{_percent(found['pool'])} of the pool is correct; none of the chosen responses is judged."]
     lead = f"Chosen: {_percent(found['chosen'])} correct ({found['num_chosen']:,} judged). Pool: "
     lead += f"{_percent(found['pool'])} ({found['judged']:,} judged)."
+    if found["prompts"] < FEW_PROMPTS:
+        return [lead, f"{found['prompts']} judged prompts are too few to tell the choice from the pool."]
     if low > 0:
         told = "The choice prefers correct responses"
     elif high < 0:

@@ -73,6 +73,9 @@ def health(
     if tokens is not None:
         extreme |= _extreme(np.log(np.maximum(tokens, 1)).astype(np.float32))
     flags["extreme"] = extreme
+    told = {check: CHECKS[check] for check in flags}
+    if "loops" in flags and "compression_ratio" not in numbers and len(read) < len(teachers):
+        told["loops"] += f" (looked for in the {len(read):,} responses whose text is in the file)"
     groups = [(name, teachers == code) for code, name in enumerate(names)] if len(names) > 1 else []
     rows = [
         {
@@ -84,7 +87,7 @@ def health(
         for name, own in [*groups, ("all", np.ones(len(teachers), bool))]
     ]
     return {
-        "checks": {check: CHECKS[check] for check in flags},
+        "checks": told,
         "flags": flags,
         "rows": rows,
         "read": len(read),

@@ -57,7 +57,6 @@ def progress(
         ],
         "shares": shares if len(names) > 1 else [],
         "ages": _ages(scores, epochs, len(row)),
-        "drift": [drift.get(ranking.name) for drift in scores.facts.get("drift") or []],
         "curves": [
             {
                 "sample": int(samples[place]),

@@ -61,6 +61,11 @@ def test_a_choice_that_is_like_the_pool_is_said_to_be(tmp_path: Path) -> None:
     assert data["correctness"]["sentences"][1].startswith("The choice cannot be told apart from the pool")
 
 
+def test_few_prompts_are_no_ground_for_a_conclusion(tmp_path: Path) -> None:
+    data = payload(scored(tmp_path, rows_of(9, correct=lambda n: n % 2 == 1)))
+    assert data["correctness"]["sentences"][1].startswith("9 judged prompts are too few")
+
+
 def test_a_choice_by_keep_correct_is_not_filtered_again(tmp_path: Path) -> None:
     scores = scored(tmp_path, rows_of(40, correct=lambda n: n % 2 == 1))
     data = payload(scores, policies=[KeepCorrect("correct", if_none="drop")])
