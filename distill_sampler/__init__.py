@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from distill_sampler.protocols import Metric, Objective, Policy, Pool, Reader, Tap
     from distill_sampler.reading.model_reader import ModelReader
     from distill_sampler.reading.scorer import Scorer
+    from distill_sampler.sources.unpacking import unpack
     from distill_sampler.types import Batch, EpochPlan, Sample, TokenStats, View
 
 __version__ = "0.2.0"
@@ -134,6 +135,7 @@ _HOMES = {
     "reading.model_reader": ("ModelReader",),
     "reading.scorer": ("Scorer",),
     "protocols": ("Metric", "Objective", "Policy", "Pool", "Reader", "Tap"),
+    "sources.unpacking": ("unpack",),
     "types": ("Batch", "EpochPlan", "Sample", "TokenStats", "View"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -209,6 +211,7 @@ __all__ = [
     "attach",
     "detach",
     "score_rows",
+    "unpack",
 ]
 
 

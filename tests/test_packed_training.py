@@ -1,6 +1,6 @@
 """Packs through real trainers: what is trained is what was planned, and no sample sees another."""
 
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from datasets import Dataset
 from torch.nn.functional import cross_entropy
 from torch.utils.data import BatchSampler
 from transformers import (
@@ -30,6 +31,7 @@ from distill_sampler import (
     SortBy,
     WeightBySoftmax,
     attach,
+    unpack,
 )
 from distill_sampler.integrations.packs import refuse_crossing
 from tests import test_attach, tiny, zoo
@@ -345,8 +347,47 @@ def test_data_that_was_packed_before_is_refused(tmp_path: Path, tokenizer: PreTr
     for column, values in (("seq_lengths", [[40, 32]] * 18), ("position_ids", [[0, 1, 0, 1]] * 18)):
         trainer = plain_trainer(tmp_path, tokenizer)
         trainer.train_dataset = trainer.train_dataset.add_column(column, values)
-        with pytest.raises(ValueError, match=f"{column}.*pack_to="):
+        with pytest.raises(ValueError, match=f"{column}.*pack_to=.*unpack"):
             attach(trainer, curriculum())
+
+
+def test_packs_with_a_sample_id_for_each_token_are_taken_apart_and_trained(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    trainer = plain_trainer(tmp_path, tokenizer)
+    samples = trainer.train_dataset
+    rows = [samples[start : start + 3] for start in range(0, len(samples), 3)]
+    by_token = [name for name in ("input_ids", "labels") if name in samples.column_names]
+    packed = Dataset.from_list(
+        [
+            {name: list(chain(*row[name])) if name in by_token else row[name] for name in samples.column_names}
+            | {"sample": [number for number, tokens in enumerate(row["input_ids"]) for _ in tokens]}
+            | {"seq_lengths": [len(tokens) for tokens in row["input_ids"]]}
+            for row in rows
+        ]
+    )
+    unpacked = unpack(packed, by="sample")
+    kept = [name for name in samples.column_names if name != "attention_mask"]
+    assert unpacked.select_columns(kept)[:] == samples.select_columns(kept)[:]
+    trainer.train_dataset = unpacked
+    attached = curriculum(policies=[Shuffle()])
+    attach(trainer, attached, pack_to=PACK)
+    trainer.train()
+    assert trained(trainer) == [sample for pack in packs_planned(attached) for sample in pack]
+
+
+def test_packs_that_cannot_be_taken_apart_are_refused() -> None:
+    rows = {"input_ids": [[1, 2, 3]], "sample": [[0, 1, 0]], "short": [[0, 1]], "text": ["a"], "padded": [[0, 0, -1]]}
+    packed = Dataset.from_dict(rows)
+    assert unpack(packed, by="padded")["input_ids"] == [[1, 2]]
+    for by, sentence in (
+        ("sample", "row 0 is in several parts"),
+        ("short", "3 tokens, but 2 sample ids"),
+        ("text", "no list of sample ids"),
+        ("seq", "no column 'seq'"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            unpack(packed, by=by)
 
 
 def test_a_collator_that_pads_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

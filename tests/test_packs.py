@@ -111,6 +111,36 @@ def test_an_epoch_has_constantly_many_packs_cut_behind_the_last_or_gone_on_from_
     assert packed.weights.mean() == pytest.approx(1, abs=1e-3)
 
 
+@settings(deadline=None)
+@given(lengths=LENGTHS, packing=PACKINGS, padded=st.booleans(), balance=st.sampled_from([2, 3, 8, 1000]))
+def test_balanced_packs_are_the_same_packs_sorted_by_cost_within_each_stretch(
+    lengths: IntArray, packing: Packing, padded: bool, balance: int
+) -> None:
+    def cost(pack: list[int]) -> int:
+        return len(pack) * int(lengths[pack].max()) ** 2 if padded else int((lengths[pack] ** 2).sum())
+
+    packing = dataclasses.replace(packing, padded=padded)
+    plain = packs_of(lengths, packing)
+    packed, counts = pack_plan(
+        EpochPlan(indices=np.arange(len(lengths))), lengths, dataclasses.replace(packing, balance=balance)
+    )
+    assert packed.packs is not None
+    packs = [packed.indices[start:stop].tolist() for start, stop in pairwise(packed.packs)]
+    for number, start in enumerate(range(0, len(plain), balance)):
+        expected = sorted(plain[start : start + balance], key=cost, reverse=number % 2 == 1)
+        assert packs[start : start + balance] == expected
+    assert counts.moved == max(abs(place - now) for now, place in enumerate(packed.indices.tolist()))
+
+
+def test_the_table_says_how_to_lower_much_padding() -> None:
+    lengths = np.random.default_rng(0).integers(1, 100, 500)
+    plan = EpochPlan(indices=np.arange(500))
+    for window, named in ((8, True), (500, False)):
+        _, counts = pack_plan(plan, lengths, Packing(capacity=400, window=window, padded=True))
+        assert counts.padding is not None
+        assert ("pack_window=" in counts.sentence()) == named
+
+
 def test_packs_are_part_of_a_plans_identity() -> None:
     plain = EpochPlan(indices=np.arange(4))
     packed, other = (EpochPlan(indices=np.arange(4), packs=np.array(packs)) for packs in ([0, 2, 4], [0, 1, 4]))
@@ -122,7 +152,11 @@ def test_packs_are_part_of_a_plans_identity() -> None:
 
 
 def test_what_packs_cannot_be_is_refused_with_the_argument() -> None:
-    for argument, given_ in (("pack_to", {"capacity": 0}), ("pack_window", {"capacity": 9, "window": 0})):
+    for argument, given_ in (
+        ("pack_to", {"capacity": 0}),
+        ("pack_window", {"capacity": 9, "window": 0}),
+        ("pack_balance", {"capacity": 9, "balance": 0}),
+    ):
         with pytest.raises(ValueError, match=argument):
             Packing(**given_)
 

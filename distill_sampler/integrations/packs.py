@@ -81,9 +81,9 @@ def pack_through(trainer: Trainer, packing: Packing) -> None:
 
 
 def packing_of(
-    trainer: Trainer, pack_to: int | str | None, batch_tokens: int | None, window: int | None
+    trainer: Trainer, pack_to: int | str | None, batch_tokens: int | None, window: int | None, balance: int
 ) -> Packing | None:
-    """The packing of `attach(pack_to=, batch_tokens=, pack_window=)`; None if nothing is packed.
+    """The packing of `attach(pack_to=, batch_tokens=, pack_window=, pack_balance=)`; None if nothing is packed.
 
     Raises:
         ValueError: an argument is not a number of tokens, or the trainer's settings contradict it.
@@ -102,7 +102,8 @@ def packing_of(
                 "batch_tokens= is for collators that pad, but this one lays samples end to end (padding_free=True?). "
                 "Use pack_to= instead."
             )
-        return Packing(capacity=batch_tokens, window=PADDED_WINDOW if window is None else window, padded=True)
+        window = PADDED_WINDOW if window is None else window
+        return Packing(capacity=batch_tokens, window=window, balance=balance, padded=True)
     if pack_to is None:
         return None
     capacity: Any = pack_to
@@ -114,7 +115,7 @@ def packing_of(
             )
     if not isinstance(capacity, int) or isinstance(capacity, bool):
         raise ValueError(f'pack_to={pack_to!r}: give a number of tokens, or "max_length".')
-    return Packing(capacity=capacity, window=PACK_WINDOW if window is None else window)
+    return Packing(capacity=capacity, window=PACK_WINDOW if window is None else window, balance=balance)
 
 
 def refuse_packed(rows: Any) -> None:
@@ -134,7 +135,8 @@ def refuse_packed(rows: Any) -> None:
                     raise ValueError(
                         f"Row {row} of the data set is already packed: its {name} show {samples} samples, which can no "
                         "longer be chosen one by one. Give attach rows with one sample each, and use pack_to=, which "
-                        "packs each epoch's plan."
+                        "packs each epoch's plan. If a column has the sample id of each token, "
+                        "distill_sampler.unpack(dataset, by=column) makes such rows."
                     )
 
 

@@ -83,6 +83,7 @@ def attach(
     pack_to: int | Literal["max_length"] | None = None,
     batch_tokens: int | None = None,
     pack_window: int | None = None,
+    pack_balance: int = 1,
     pack_overlong: Overlong = "refuse",
     report_every: int | None = None,
 ) -> None:
@@ -142,6 +143,9 @@ def attach(
         pack_window: from how many samples of the plan a pack is filled; no sample is trained more places than that from
             where it was planned. 1: strictly in the plan's order.
             None: 64, and with `batch_tokens` 1024, as batches need more samples to find like lengths among.
+        pack_balance: sort so many packs in a row by the cost of their attention (the sum of their squared lengths), so
+            that processes which train on neighbouring packs in one step finish at the same time. Give a few times the
+            number of packs of a step. 1: packs stay in the plan's order.
         pack_overlong: what to do with samples that have more tokens than a pack: `"refuse"`; `"truncate"` keeps their
             first tokens; `"split"` makes several samples of each, which are scored and chosen on their own.
         report_every: write the report (`report.html` in the output folder) after the plan of every so many epochs, and
@@ -162,7 +166,7 @@ def attach(
     before = dict(vars(trainer))
     trained_rows: Any = trainer.train_dataset
     refuse_packed(trained_rows)
-    packing = packing_of(trainer, pack_to, batch_tokens, pack_window)
+    packing = packing_of(trainer, pack_to, batch_tokens, pack_window, pack_balance)
     source = source_rows(trained_rows)
     taps: list[Tap] = []
     if packing is not None:

@@ -5,6 +5,11 @@ and again, as long as that fits. When it does not fit, the pack takes the longes
 when none fits, the next pack begins, with the oldest. So packs keep the plan's order, and only what fills their ends is
 trained early, by at most a window of samples. (With a window of 1 this is next fit.)
 
+With variable-length attention, a full pack of one long sample takes longer than a full pack of many short ones, so
+processes that train on both in one step wait for each other. Packs can therefore be balanced: within each stretch of
+`balance` packs, they are sorted by the cost of their attention, so that neighbours, and thus the packs of one step,
+cost about the same. As every second stretch is sorted the other way round, neighbours across two stretches do too.
+
 Packs depend on lengths alone, so equal arguments give equal packs on every process. A long plan is divided into
 stretches, which are packed independently and at the same time.
 """
@@ -22,6 +27,8 @@ from distill_sampler.field_docs import documents_fields
 from distill_sampler.planning.token_batches import lay_out_padded
 from distill_sampler.types import EpochPlan, IntArray
 
+MUCH_PADDING = 0.03
+"""From which share of padding on, the table of a plan says how to lower it."""
 _STRETCH_PACKS = 256
 """How many packs a stretch has at least. (The last pack of a stretch is not full.)"""
 _STRETCH_SAMPLES = 4096
@@ -43,6 +50,8 @@ class Packing:
     """How many tokens a pack has at most."""
     window: int = 64
     """From how many waiting samples a pack is filled. 1: strictly in the plan's order."""
+    balance: int = 1
+    """How many packs in a row are sorted by the cost of their attention. 1: packs stay in the plan's order."""
     num_packs: int | None = None
     """How many packs every epoch has. None: as many as the first plan fills."""
     padded: bool = False
@@ -60,7 +69,7 @@ class Packing:
         return asdict(self)
 
     def __post_init__(self) -> None:
-        for name, argument in (("capacity", self.argument), ("window", "pack_window")):
+        for name, argument in (("capacity", self.argument), ("window", "pack_window"), ("balance", "pack_balance")):
             if getattr(self, name) < 1:
                 raise ValueError(f"{argument}={getattr(self, name)}: give a positive whole number.")
         if self.window > 2**15:
@@ -85,6 +94,8 @@ class PackCounts:
     """How many places a sample is moved at most."""
     padding: int | None = None
     """How many tokens of padding the epoch has; None: samples are laid end to end."""
+    whole_window: bool = True
+    """Whether the window holds the whole plan, so that a larger one would change nothing."""
 
     @property
     def fill(self) -> float:
@@ -104,6 +115,8 @@ class PackCounts:
             text += f" The last {self.cut:,} tokens of the plan are left out."
         if self.repeated:
             text += f" {self.repeated:,} of the tokens are from the plan's start once more."
+        if self.padding is not None and self.padding > MUCH_PADDING * self.tokens and not self.whole_window:
+            text += " A larger pack_window= lowers the padding, and moves samples further."
         return text
 
 
@@ -124,7 +137,7 @@ def pack_plan(plan: EpochPlan, lengths: IntArray, packing: Packing) -> tuple[Epo
     if not len(plan):
         raise ValueError("The policies left no sample, so there is nothing to pack. Loosen a policy that selects.")
     own = lengths[plan.indices]
-    order, bounds = lay_out(own, packing)
+    order, bounds = balanced(own, *lay_out(own, packing), packing)
     filled = len(bounds) - 1
     num_packs = packing.num_packs or filled
     rounds, more = divmod(num_packs, filled)
@@ -143,6 +156,7 @@ def pack_plan(plan: EpochPlan, lengths: IntArray, packing: Packing) -> tuple[Epo
         repeated=max(0, tokens - int(own.sum())),
         moved=int(np.abs(order - np.arange(len(order))).max()),
         padding=padded - tokens if packing.padded else None,
+        whole_window=packing.window >= len(plan),
     )
     return EpochPlan(indices=chosen.indices, weights=chosen.weights, packs=bounds), counts
 
@@ -165,6 +179,31 @@ def lay_out(lengths: IntArray, packing: Packing) -> tuple[IntArray, IntArray]:
     if packing.window == 1:
         return np.arange(len(lengths)), _next_fit(lengths, packing.capacity)
     return _best_fit(lengths, packing.capacity, packing.window)
+
+
+def balanced(lengths: IntArray, order: IntArray, bounds: IntArray, packing: Packing) -> tuple[IntArray, IntArray]:
+    """What `lay_out` returned, with each `packing.balance` packs sorted by the cost of their attention.
+
+    The cost of a pack is the sum of its squared lengths; of a padded batch, its size times the largest one.
+
+    Args:
+        lengths: `[n]` the length of the sample at each place in tokens.
+        order: `[n]` the places in the order of the packs.
+        bounds: `[packs + 1]` where each pack begins in this order.
+        packing: how to pack.
+    """
+    if packing.balance == 1 or len(order) == 0:
+        return order, bounds
+    squares, sizes = lengths[order] ** 2, np.diff(bounds)
+    costs = (
+        np.maximum.reduceat(squares, bounds[:-1]) * sizes if packing.padded else np.add.reduceat(squares, bounds[:-1])
+    )
+    packs = np.arange(len(sizes))
+    stretch = packs // packing.balance
+    sorted_packs = np.lexsort((packs, np.where(stretch % 2, -costs, costs), stretch))
+    starts, sizes = bounds[:-1][sorted_packs], sizes[sorted_packs]
+    ends = np.cumsum(sizes)
+    return order[np.arange(len(order)) + np.repeat(starts - ends + sizes, sizes)], np.concatenate([[0], ends])
 
 
 def _next_fit(lengths: IntArray, capacity: int) -> IntArray:
@@ -268,10 +307,15 @@ def require_same_packing(saved: Mapping[str, Any] | None, here: Packing | None) 
             "The curriculum's state has no packs, but here plans are packed. Resume without pack_to= and "
             "batch_tokens=, or start a new run from the checkpoint's weights."
         )
-    own = "none" if here is None else f"{here.num_packs} of {here.capacity} tokens (pack_window={here.window})"
+    own = (
+        "none"
+        if here is None
+        else f"{here.num_packs} of {here.capacity} tokens (pack_window={here.window}, pack_balance={here.balance})"
+    )
     raise ValueError(
         f"The curriculum's state has epochs of {saved['num_packs']} packs of {saved['capacity']} tokens "
-        f"(pack_window={saved['window']}), but here they have {own}. Resume with "
-        f"{Packing(**saved).argument}={saved['capacity']}, pack_window={saved['window']}, and "
+        f"(pack_window={saved['window']}, pack_balance={saved['balance']}), but here they have {own}. Resume with "
+        f"{Packing(**saved).argument}={saved['capacity']}, pack_window={saved['window']}, "
+        f"pack_balance={saved['balance']}, and "
         f"Curriculum(num_tokens={saved['num_packs'] * saved['capacity']}) if the policies have changed."
     )

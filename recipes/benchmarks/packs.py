@@ -1,14 +1,16 @@
 """How full packs are, how far samples move for it, how long packing takes, and what training gains by it.
 
-    python recipes/benchmarks/packs.py fill FILE... [--pack-to 4096 8192 16384] [--student FOLDER]
+    python recipes/benchmarks/packs.py fill FILE... [--pack-to 4096 8192 16384] [--batch-window 1024]
+    python recipes/benchmarks/packs.py balance FILE... [--pack-to 4096 8192 16384] [--balance 64]
     python recipes/benchmarks/packs.py scale [--samples 10000000]
     python recipes/benchmarks/packs.py throughput FILE [--samples 192] [--pack-to 2048]
 
 `fill` tokenises real traces (files of candidates, `prompt` and `response`) and packs two plans of each: every trace,
-and one of each prompt, both shuffled. Beside it is what batches of eight pad to. `scale` packs a plan of random
-lengths. `throughput` trains a small random Llama with TRL's `SFTTrainer` on the same traces in turn: padded batches,
-`padding_free=True`, TRL's `packing=True`, `attach(batch_tokens=)` and `attach(pack_to=)`; the table has the tokens of
-samples per second, and the ratio to padded batches, as medians over the rounds.
+and one of each prompt, both shuffled. Beside it is what batches of eight pad to. `balance` shows how much more
+attention the costliest pack of a step has than the mean one, for steps of 2, 4 and 8 packs. `scale` packs a plan of
+random lengths. `throughput` trains a small random Llama with TRL's `SFTTrainer` on the same traces in turn: padded
+batches, `padding_free=True`, TRL's `packing=True`, `attach(batch_tokens=)` and `attach(pack_to=)`; the table has the
+tokens of samples per second, and the ratio to padded batches, as medians over the rounds.
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ def fill(options: argparse.Namespace) -> None:
                     for packing in (
                         Packing(capacity=capacity, window=1),
                         Packing(capacity=capacity),
-                        Packing(capacity=capacity, window=1024, padded=True),
+                        Packing(capacity=capacity, window=options.batch_window, padded=True),
                     )
                 )
                 own = lengths[plan.indices]
@@ -95,6 +97,40 @@ def fill(options: argparse.Namespace) -> None:
                     f"{1 + (batches.padding or 0) / batches.tokens:.3f}",
                 )
     Console(width=140).print(table)
+
+
+def balance(options: argparse.Namespace) -> None:
+    table = Table(box=None)
+    steps = (2, 4, 8)
+    for heading in ["traces", "pack_to", "packs", "balance", *(f"{step} a step" for step in steps), "tokens", "moved"]:
+        table.add_column(heading, justify="left" if heading == "traces" else "right")
+    for path in options.files:
+        lengths, _ = lengths_of(path, options.student)
+        shuffled = np.random.default_rng(0).permutation(len(lengths))
+        for capacity in options.pack_to:
+            plan = EpochPlan(indices=shuffled[lengths[shuffled] <= capacity])
+            for number in (1, options.balance):
+                packed, counts = pack_plan(plan, lengths, Packing(capacity=capacity, balance=number))
+                assert packed.packs is not None
+                own = lengths[packed.indices]
+                sums = np.add.reduceat(own, packed.packs[:-1])
+                costs = np.add.reduceat(own**2, packed.packs[:-1])
+                table.add_row(
+                    path.name.partition(".")[0],
+                    str(capacity),
+                    str(counts.packs),
+                    str(number),
+                    *(f"{_slowest(costs, step):.2f}" for step in steps),
+                    f"{_slowest(sums, 8):.3f}",
+                    str(counts.moved),
+                )
+    Console(width=140).print(table)
+    print("a step: attention of its costliest pack / of its mean pack, mean over the steps; tokens: the same, 8 a step")
+
+
+def _slowest(costs: IntArray, step: int) -> float:
+    by_step = costs[: len(costs) // step * step].reshape(-1, step)
+    return float((by_step.max(1) / by_step.mean(1)).mean())
 
 
 def scale(options: argparse.Namespace) -> None:
@@ -189,7 +225,13 @@ def main() -> None:
     command = commands.add_parser("fill")
     command.add_argument("files", type=Path, nargs="+")
     command.add_argument("--pack-to", type=int, nargs="+", default=[4096, 8192, 16384])
+    command.add_argument("--batch-window", type=int, default=1024, help="the window of batch_tokens")
     command.set_defaults(run=fill)
+    command = commands.add_parser("balance")
+    command.add_argument("files", type=Path, nargs="+")
+    command.add_argument("--pack-to", type=int, nargs="+", default=[4096, 8192, 16384])
+    command.add_argument("--balance", type=int, default=64)
+    command.set_defaults(run=balance)
     command = commands.add_parser("scale")
     command.add_argument("--samples", type=int, default=10_000_000)
     command.set_defaults(run=scale)
