@@ -1,6 +1,8 @@
 """The recipes run as their docstrings say, on a tiny student: one process, and two on a CPU."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,10 @@ def test_every_configuration_of_the_sft_recipe_runs(config: Path, stage: Path) -
     options += ["--bf16", "false", "--report_to", "none", "--gradient_accumulation_steps", "1", "--logging_steps", "1"]
     if config.stem in ("best_teacher", "lark"):
         options += ["--num_samples", "8"]
+    if config.stem == "teacher_guided":
+        program = "from distill_sampler.cli import app; app()"
+        command = [sys.executable, "-c", program, "teacher-logprobs", "candidates.jsonl"]
+        subprocess.run([*command, "--model", "student", "--output", "store.arrow"], cwd=stage, check=True)
     if config.stem == "distill":
         options += ["--teacher", str(stage / "student")]
     printed = run(stage, "sft.py", *options)
