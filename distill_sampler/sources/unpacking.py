@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
+if TYPE_CHECKING:
+    import datasets
 
 _OF_PACKS = ("seq_lengths", "position_ids", "attention_mask")
 """Columns that describe a packed row. They are dropped, because they do not describe its samples."""
