@@ -183,8 +183,10 @@ def write_results(folder: Path) -> None:
 
 def _question(results: Path) -> dict[str, Any]:
     """The subject, its controls and the margin, as they were fixed when the comparison began."""
-    text = (results / "comparison.json").read_text(encoding="utf-8") if results.is_dir() else ""
-    kept = json.loads(text) if text else json.loads(results.open(encoding="utf-8").readline())["comparison"]
+    if results.is_dir():
+        kept = json.loads((results / "comparison.json").read_text(encoding="utf-8"))
+    else:
+        kept = json.loads(results.read_text(encoding="utf-8").splitlines()[0])["comparison"]
     facts = kept["facts"]
     controls = [name for name in CONTROLS if name != facts["subject name"]]
     return {"subject": facts["subject name"], "controls": controls, "margin": facts["margin"]}
