@@ -126,9 +126,12 @@ def train(
         started = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - started
-        assert len(curriculum.plans[0]) == len(plan), "a plan of whole steps is trained as it is"
-        trained = curriculum.times_trained()
-        assert trained.sum() == len(plan), "every sample of the plan is trained"
+        planned = curriculum.sampler.plan
+        assert planned is not None, "it was trained on"
+        assert np.array_equal(planned.indices, plan.indices), "a plan of whole steps is trained as it is"
+        assert trainer.state.global_step * training.step(trainer.args.world_size) == len(plan), (
+            "every sample was trained on"
+        )
         schedule = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         steps = trainer.state.global_step
