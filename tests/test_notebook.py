@@ -82,8 +82,8 @@ def test_the_picture_has_a_line_for_every_curve(run: Curriculum) -> None:
     assert names[:2] == ["candidates", "chosen"]
     assert len([name for name in names if name.startswith("sample ")]) == 18
     assert {"ada", "bob", "cy", "median age", "max age"} <= set(names)
-    with pytest.raises(ValueError, match="There is no metric 'rsr'"):
-        run.plot("rsr")
+    with pytest.raises(ValueError, match="There is no metric 'lark'"):
+        run.plot("lark")
     empty = Curriculum(metrics=[RankSurprisalRatio()], policies=[Shuffle()])
     empty.bind(run.dataset)
     with pytest.raises(ValueError, match="Nothing has been scored"):

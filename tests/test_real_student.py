@@ -83,7 +83,7 @@ def test_the_demos_candidates_are_four_whole_traces_a_problem(student: Student) 
         assert set(group["teacher"]) == {"GPT-3.5", "GPT-4", "GPT-4 Turbo", "PaLM 2 Medium"}
     lengths = [len(row["input_ids"]) for row in tiny.tokenised(rows, tokenizer)]  # type: ignore[arg-type]
     assert max(lengths) <= 640
-    with pytest.raises(ValueError, match=r"No problem has four traces of up to 64 tokens.*--max-length 640"):
+    with pytest.raises(ValueError, match=r"No problem has four traces of up to 64 tokens.*--max-length 768"):
         candidates(tokenizer, prompts=5, max_length=64)
 
 

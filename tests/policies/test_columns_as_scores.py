@@ -76,7 +76,7 @@ def test_text_is_refused_by_the_columns_name() -> None:
 def test_people_can_type_a_column() -> None:
     assert parse_policies(["SortBy(Column(difficulty, higher_is_better=False))"]) == [SortBy(DIFFICULTY)]
     assert parse_policies(["KeepTop(RankAverage(rsr, Column(reward)), num=5)"]) == [
-        KeepTop(RankAverage("rsr", Column("reward")), num=5)
+        KeepTop(RankAverage("rank_surprisal_ratio", Column("reward")), num=5)
     ]
     with pytest.raises(ValueError, match="Column goes inside a policy"):
         parse_policies(["Column(difficulty)"])
