@@ -117,9 +117,35 @@ class Stages(Policy):
         return plan
 
 
+class _AsPolicy(Policy):
+    """What a policy that applies another one says of itself: the same as that one."""
+
+    policy: Policy
+
+    @property
+    def uses_metrics(self) -> tuple[str, ...]:
+        return self.policy.uses_metrics
+
+    @property
+    def uses_columns(self) -> tuple[str, ...]:
+        return self.policy.uses_columns
+
+    @property
+    def group_by(self) -> str | None:
+        return self.policy.group_by
+
+    @property
+    def explained_by(self) -> tuple[str, ...]:
+        return self.policy.explained_by
+
+    @property
+    def length_depends_on_scores(self) -> bool:
+        return self.policy.length_depends_on_scores
+
+
 @documents_fields
 @dataclass(frozen=True)
-class During(Policy):
+class During(_AsPolicy):
     """Apply a policy during a part of the run, and leave plans unchanged before and after. `Stages` consists of these.
 
     Trade-off: a policy that selects may change the length of an epoch, which must be constant; see `Stages`.
@@ -146,33 +172,13 @@ class During(Policy):
         now = epoch if self.by == "epoch" else step
         return self.begin <= now and (self.end is None or now < self.end)
 
-    @property
-    def uses_metrics(self) -> tuple[str, ...]:
-        return self.policy.uses_metrics
-
-    @property
-    def uses_columns(self) -> tuple[str, ...]:
-        return self.policy.uses_columns
-
-    @property
-    def group_by(self) -> str | None:
-        return self.policy.group_by
-
-    @property
-    def explained_by(self) -> tuple[str, ...]:
-        return self.policy.explained_by
-
-    @property
-    def length_depends_on_scores(self) -> bool:
-        return self.policy.length_depends_on_scores
-
     def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
         return self.policy(plan, pool, rng) if self.applies(pool.epoch, pool.step) else plan
 
 
 @documents_fields
 @dataclass(frozen=True)
-class Anneal(Policy):
+class Anneal(_AsPolicy):
     """Change a numeric argument of a policy gradually over the run, from the policy's own value to another one.
 
     `Anneal(SampleBySoftmax("rank_surprisal_ratio", temperature=2.0), "temperature", to=0.2)` draws almost uniformly at
@@ -233,24 +239,8 @@ class Anneal(Policy):
         return made
 
     @property
-    def uses_metrics(self) -> tuple[str, ...]:
-        return self.policy.uses_metrics
-
-    @property
-    def uses_columns(self) -> tuple[str, ...]:
-        return self.policy.uses_columns
-
-    @property
-    def group_by(self) -> str | None:
-        return self.policy.group_by
-
-    @property
-    def explained_by(self) -> tuple[str, ...]:
-        return self.policy.explained_by
-
-    @property
     def length_depends_on_scores(self) -> bool:
-        return self.policy.length_depends_on_scores or self.at(1.0).length_depends_on_scores
+        return super().length_depends_on_scores or self.at(1.0).length_depends_on_scores
 
     def __call__(self, plan: EpochPlan, pool: Pool, rng: np.random.Generator) -> EpochPlan:
         return self.at(self._share(pool))(plan, pool, rng)

@@ -122,7 +122,8 @@ def every_policy() -> list[type]:
     found = []
     for module in pkgutil.iter_modules(distill_sampler.policies.__path__, "distill_sampler.policies."):
         for _, item in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
-            if item.__module__ == module.name and hasattr(item, "group_by"):
+            public = item.__module__ == module.name and not item.__name__.startswith("_")
+            if public and hasattr(item, "group_by"):
                 found.append(item)
     return found
 
