@@ -225,7 +225,7 @@ def test_a_metric_with_forty_views_of_one_sample_and_one_of_another_does_not_han
         for place in range(8):
             many, one = " ".join(f"{step}!" for step in range(10, 99)), "yes and " * 40
             answer = (many if place % 4 in (1, 2) else one)[: 200 - 4 * place] + "!"  # a letter is a token
-            row = {"prompt": f"{place}?", "completion": answer, "prompt_id": place}
+            row = {"prompt": f"{place}?", "completion": answer, "prompt_id": place // 2}
             file.write(json.dumps(row) + "\n")
     options = ["--metrics", "LocalNaturalness(window=4)", "--batch-tokens", "256"]
     both = reports(stage, f"steps-{way}", WAYS[way][0], *options, candidates="steps.jsonl")
