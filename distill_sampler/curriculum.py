@@ -28,7 +28,7 @@ from distill_sampler.planning.summary import EpochSummary, ScoringSummary
 from distill_sampler.protocols import Metric, Policy
 from distill_sampler.reading.observer import not_observable
 from distill_sampler.reading.scorer import Scorer
-from distill_sampler.report.pictures import figure
+from distill_sampler.report.pictures import figure, require_plotly
 from distill_sampler.report.progress import progress
 from distill_sampler.serialize import encode_facts
 from distill_sampler.store import ScoreStore
@@ -347,8 +347,9 @@ class Curriculum:
             A `plotly.graph_objects.Figure`.
 
         Raises:
-            ValueError: nothing has been scored yet, or there is no such metric.
+            ValueError: nothing has been scored yet, there is no such metric, or plotly is not installed.
         """
+        require_plotly("plot()")
         return figure(progress(self.cycle.scores(), metric=metric))
 
     def __repr__(self) -> str:

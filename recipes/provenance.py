@@ -30,16 +30,20 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
-from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
-from trl import SFTConfig, SFTTrainer
 
 from distill_sampler import ModelReader, Provenance, ResponseLength, ScoredDataset, Scorer, TeacherSentences
 from distill_sampler.cli.demo_parts import candidates, fastest_dtype, student_folder
 from distill_sampler.integrations.transformers import end_token_ids
 from distill_sampler.report.trace_page import write_trace
 from distill_sampler.tracing import MODELS, Response, TokenLogProbs, Trace, read_responses, trace
+
+try:
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+except ImportError as error:
+    raise SystemExit(f"{error}. This study needs pip install 'distill_sampler[demo]'.") from error
 
 BETA = 0.1
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -16,10 +16,14 @@ from dataclasses import dataclass, field
 import torch
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from distill_sampler import Curriculum, SoftTargets, attach
 from distill_sampler.specs import parse_metrics, parse_policies, parse_rescore
+
+try:
+    from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
+except ImportError as error:
+    raise SystemExit(f"{error}. This recipe needs pip install 'distill_sampler[trl]'.") from error
 
 
 @dataclass

@@ -34,7 +34,7 @@ from transformers import (
     MixtralConfig,
     Olmo2Config,
     Phi3Config,
-    PreTrainedConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2Config,
@@ -60,7 +60,7 @@ GROUPED = {**DENSE, "num_key_value_heads": 2}
 WIDE = {**GROUPED, "head_dim": 8}
 MOE = {**WIDE, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
 
-ARCHITECTURES: dict[str, PreTrainedConfig] = {
+ARCHITECTURES: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**GROUPED),
     "llama tied": LlamaConfig(**GROUPED, tie_word_embeddings=True),
     "qwen2": Qwen2Config(**GROUPED),
@@ -90,7 +90,7 @@ def dataset(tokenizer: PreTrainedTokenizerBase) -> ScoredDataset:
     return ScoredDataset(tiny.tokenised(tiny.candidates(2), tokenizer), end_token_ids=[257])
 
 
-def build(config: PreTrainedConfig) -> PreTrainedModel:
+def build(config: PretrainedConfig) -> PreTrainedModel:
     config.vocab_size = tiny.VOCAB
     config.initializer_range = 0.3
     config.pad_token_id = config.bos_token_id = config.eos_token_id = 257

@@ -1,5 +1,6 @@
 """`detach` undoes `attach`, and `report_every` writes a page while training goes on."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,15 @@ from tests.test_attach import curriculum, plain_trainer, sft_trainer
 
 
 @pytest.mark.parametrize("options", [{}, {"pack_to": 400}], ids=["rows", "packs"])
+@pytest.mark.parametrize("begins_anywhere", [True, False], ids=["transformers 5.3", "4.57"])
 def test_a_detached_trainer_is_as_before(
-    options: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+    options: dict[str, Any],
+    begins_anywhere: bool,
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("distill_sampler.integrations.seams.BEGINS_ANYWHERE", begins_anywhere)
     trainer = sft_trainer(tmp_path, tokenizer)
     before, callbacks = dict(vars(trainer)), list(trainer.callback_handler.callbacks)
     attached = curriculum()
@@ -99,3 +106,16 @@ def test_a_page_that_cannot_be_written_does_not_stop_training(
     trainer.train()
     assert "report_every=1: the report was not written" in caplog.text
     assert trainer.state.global_step == 6
+
+
+def test_a_page_needs_plotly_before_training(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    trainer = plain_trainer(tmp_path, tokenizer)
+    with pytest.raises(ValueError, match=r"report_every=1\) needs plotly.*pip install 'distill_sampler\[report\]'"):
+        attach(trainer, curriculum(), report_every=1)
+    attached = curriculum()
+    attach(trainer, attached)
+    with pytest.raises(ValueError, match=r"plot\(\) needs plotly.*pip install 'distill_sampler\[report\]'"):
+        attached.plot()

@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests import tiny
@@ -119,7 +119,7 @@ def build(model_type: str, **changes: Any) -> PreTrainedModel:
     raise AssertionError
 
 
-def config_of(kind: type[PreTrainedConfig], **own: Any) -> PreTrainedConfig:
+def config_of(kind: type[PretrainedConfig], **own: Any) -> PretrainedConfig:
     """A configuration with the sizes of this module, wherever it has fields of these names."""
     names = {field.name for field in dataclasses.fields(kind)}
     given = {name: value for name, value in SIZES.items() if name in names}

@@ -81,8 +81,10 @@ def demo(
     student learnt.
     """
     with refusals(as_json) as result:
-        from distill_sampler.cli.demo import run
-
+        try:
+            from distill_sampler.cli.demo import run
+        except ImportError as error:
+            raise ValueError(f"{error}. The demo needs pip install 'distill_sampler[demo]'.") from error
         run(
             prompts=prompts,
             max_length=max_length,

@@ -16,6 +16,7 @@ from transformers.training_args import ParallelMode
 
 from distill_sampler.curriculum import Curriculum
 from distill_sampler.integrations.trl import is_sft_trainer, refuse_sft_settings
+from distill_sampler.integrations.versions import parallel_sizes, refuse_old_trl, sampling_of
 from distill_sampler.protocols import Objective
 
 
@@ -40,11 +41,11 @@ def refuse_settings(trainer: Trainer) -> None:
             "train_dataset is an IterableDataset: its rows have no index, so they cannot be chosen or ordered. Load "
             "it without streaming=True, or materialise it with Dataset.from_generator."
         )
-    strategy = args.train_sampling_strategy
-    if strategy != "random":
+    if (sampling := sampling_of(args)) is not None:
+        setting, neutral = sampling
         raise ValueError(
-            f"train_sampling_strategy='{strategy}' decides the order of samples, and so does a curriculum. Leave it at "
-            "'random' and give the curriculum policies for the order you want."
+            f"{setting} decides the order of samples, and so does a curriculum. Leave it at {neutral} and give the "
+            "curriculum policies for the order you want."
         )
     if args.ignore_data_skip:
         raise ValueError(
@@ -68,6 +69,7 @@ def refuse_settings(trainer: Trainer) -> None:
         )
     refuse_parallelism(trainer.accelerator)
     if is_sft_trainer(trainer):
+        refuse_old_trl()
         refuse_sft_settings(trainer)
 
 
@@ -147,11 +149,7 @@ def refuse_parallelism(accelerator: Accelerator) -> None:
     """
     sizes = []
     if (config := accelerator.parallelism_config) is not None:
-        sizes += [
-            ("tensor", "tp_size", config.tp_size),
-            ("context", "cp_size", config.cp_size),
-            ("sequence", "sp_size", config.sp_size),
-        ]
+        sizes += parallel_sizes(config)
     if (plugin := accelerator.deepspeed_plugin) is not None:
         tensor_parallel = plugin.deepspeed_config.get("tensor_parallel", {})
         sizes.append(("tensor", "tensor_parallel.autotp_size", tensor_parallel.get("autotp_size", 1)))
@@ -160,5 +158,6 @@ def refuse_parallelism(accelerator: Accelerator) -> None:
             raise ValueError(
                 f"{setting}={size} is {kind} parallelism: {size} processes read each sequence together, but a "
                 f"curriculum gives each sample to one process. Set {setting}=1, and shard the student over the "
-                "processes with DeepSpeed ZeRO-3 or FSDP2."
+                "processes with DeepSpeed ZeRO-3 or FSDP2. Or score before training (distill-sampler score, without "
+                f"{setting}), choose with distill-sampler select, and train on the rows that it writes, without attach."
             )

@@ -14,6 +14,7 @@ from transformers import ProcessorMixin
 
 from distill_sampler.dataset import IGNORED_LABEL
 from distill_sampler.integrations.trl import as_trl_writes, is_sft_trainer, keeps_text
+from distill_sampler.integrations.versions import training_template
 from distill_sampler.sources.templates import Markers, Written, cut_off, markers, responses_of, tokenised
 from distill_sampler.truncation import UNKNOWN, response_tokens_cut
 from distill_sampler.types import IntArray
@@ -65,7 +66,7 @@ def with_response_labels(
     if not sft and labels is not None and _leaves_out(rows, labels):
         return rows, labels, None
     tokenizer: Any = trainer.processing_class
-    chat_template = trainer.chat_template if is_sft_trainer(trainer) else None
+    chat_template: Any = training_template(trainer) if is_sft_trainer(trainer) else None
     if isinstance(tokenizer, ProcessorMixin):
         chat_template, tokenizer = chat_template or tokenizer.chat_template, tokenizer.tokenizer
     settings: dict[str, Any] = {

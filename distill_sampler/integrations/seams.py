@@ -24,7 +24,6 @@ from typing import Any, Protocol
 import torch.utils.data
 from torch import nn
 from transformers import Trainer, TrainerState, TrainingArguments
-from transformers.integrations.neftune import deactivate_neftune
 
 from distill_sampler.distributed import Ranks
 from distill_sampler.integrations.checkpoints import (
@@ -39,6 +38,7 @@ from distill_sampler.integrations.checkpoints import (
     read_state,
     why_damaged,
 )
+from distill_sampler.integrations.versions import BEGINS_ANYWHERE, BeginsInLoop, deactivate_neftune
 from distill_sampler.objectives.places import IGNORED
 from distill_sampler.protocols import Objective, ObjectiveTap
 
@@ -125,8 +125,7 @@ def train_through(trainer: Trainer, callback: Follower) -> None:
                         if loads_together(trainer):
                             raise _offered_instead(checkpoint, claim, unloadable) from error
                         if trainer.neftune_noise_alpha is not None:  # the trainer will attach it again
-                            hook = trainer.neftune_hook_handle
-                            deactivate_neftune(trainer.model, hook, trainer.accelerator)  # type: ignore[no-untyped-call]
+                            deactivate_neftune(trainer)
         finally:
             callback.finish()
 
@@ -152,7 +151,7 @@ def _offered_instead(checkpoint: Path, claim: Claim, unloadable: dict[Path, str]
 def load_through(trainer: Trainer) -> None:
     """Have an error in the loading of a checkpoint raised as `Unloadable`, and on all processes."""
     loaders = ["_load_from_checkpoint", "_load_optimizer_and_scheduler"]
-    if trainer.is_deepspeed_enabled:
+    if trainer.is_deepspeed_enabled and BEGINS_ANYWHERE:
         loaders.append("_prepare_for_training")  # DeepSpeed loads in there
     for name in loaders:
         setattr(trainer, name, _loading(trainer, getattr(trainer, name)))
@@ -188,6 +187,9 @@ def loads_together(trainer: Trainer) -> bool:
 
 def begin_through(trainer: Trainer, callback: Follower) -> None:
     """Let the callback decide where training begins: after how many epochs, and how many batches of the next one."""
+    if not BEGINS_ANYWHERE:
+        trainer.add_callback(BeginsInLoop(trainer, callback))
+        return
     init_training_state = trainer._init_training_state
 
     def init_at_the_plans_place(

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
-import transformers
-from packaging.version import Version
 from transformers import Trainer
 
 from distill_sampler.contract import checked_objectives
@@ -54,15 +52,14 @@ from distill_sampler.integrations.seams import (
     train_through,
 )
 from distill_sampler.integrations.trl import dropped_rows, is_sft_trainer, source_rows
+from distill_sampler.integrations.versions import BeginsInLoop, prepared_rows, truncation_mode
 from distill_sampler.objectives.live import Setting
 from distill_sampler.planning.summary import Logs
 from distill_sampler.protocols import Objective, Tap
+from distill_sampler.report.pictures import require_plotly
 from distill_sampler.sources.templates import end_token_ids
 from distill_sampler.truncation import UNKNOWN, cut_responses
 from distill_sampler.watch import set_timeout
-
-if Version(transformers.__version__) < Version("5.3"):
-    raise ImportError(f"distill_sampler needs transformers 5.3 or later; {transformers.__version__} is installed.")
 
 logger = logging.getLogger(__name__)
 
@@ -160,11 +157,13 @@ def attach(
         raise ValueError(f"logs={logs!r}: choose 'few' or 'all'.")
     refuse_settings(trainer)
     refuse_second_host(curriculum)
-    if report_every is not None and report_every < 1:
-        raise ValueError(f"attach(report_every={report_every}): give a number of epochs, at least 1, or None.")
+    if report_every is not None:
+        if report_every < 1:
+            raise ValueError(f"attach(report_every={report_every}): give a number of epochs, at least 1, or None.")
+        require_plotly(f"attach(report_every={report_every})")
     args = trainer.args
     before = dict(vars(trainer))
-    trained_rows: Any = trainer.train_dataset
+    trained_rows: Any = prepared_rows(trainer) if is_sft_trainer(trainer) else trainer.train_dataset
     refuse_packed(trained_rows)
     packing = packing_of(trainer, pack_to, batch_tokens, pack_window, pack_balance)
     source = source_rows(trained_rows)
@@ -188,7 +187,7 @@ def attach(
             dataset,
             max_length=min(limits) if limits else None,
             end_token_ids=end_tokens,
-            truncation_mode=args.truncation_mode,  # type: ignore[attr-defined]
+            truncation_mode=truncation_mode(args),
         )
         unknown = np.where(cut, UNKNOWN, 0)
         dataset.tokens_cut = unknown if tokens_cut is None else np.where(tokens_cut == UNKNOWN, unknown, tokens_cut)
@@ -222,11 +221,11 @@ def attach(
     sample_through(trainer, sampler)
     if packing is not None:
         pack_through(trainer, packing)
+    begin_through(trainer, callback)
     trainer.add_callback(callback)
     log_through(trainer, callback)
     train_through(trainer, callback)
     load_through(trainer)
-    begin_through(trainer, callback)
     save_through(trainer, callback)
     best_through(trainer, callback)
     if taps:
@@ -255,7 +254,8 @@ def detach(trainer: Trainer) -> Curriculum:
     Raises:
         ValueError: nothing is attached to the trainer, it is training, or something else has wrapped its methods since.
     """
-    attached = [each for each in trainer.callback_handler.callbacks if isinstance(each, CurriculumCallback)]
+    callbacks = trainer.callback_handler.callbacks
+    attached = [each for each in callbacks if isinstance(each, CurriculumCallback)]
     if not attached:
         raise ValueError("detach(trainer): no curriculum is attached to this trainer.")
     (callback,) = attached
@@ -272,7 +272,8 @@ def detach(trainer: Trainer) -> Curriculum:
             vars(trainer).pop(name, None)
         else:
             setattr(trainer, name, old)
-    trainer.remove_callback(callback)
+    for each in [each for each in callbacks if isinstance(each, (CurriculumCallback, BeginsInLoop))]:
+        trainer.remove_callback(each)
     cast("dict[str, Any]", trainer.state.stateful_callbacks).pop(STATE_ENTRY, None)
     callback.curriculum.driven_by = None
     return callback.curriculum

@@ -16,11 +16,11 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from distill_sampler.artifacts.scorefile import Scores
 from distill_sampler.protocols import Policy
 from distill_sampler.report.payload import payload
+from distill_sampler.report.pictures import require_plotly
 from distill_sampler.serialize import require_writable, write_atomically
 
 _HERE = Path(__file__).parent
@@ -54,9 +54,10 @@ def write_report(
         `output`.
 
     Raises:
-        ValueError: `source` has no scores, or the page cannot be written.
+        ValueError: `source` has no scores, the page cannot be written, or plotly is not installed.
     """
     require_writable(output, ".html", ".htm")
+    require_plotly("The report")
     scores = source if isinstance(source, Scores) else Scores.open(source, **columns)
     data = payload(scores, policies=policies, seed=seed, metric=metric)
     write_atomically(output, render(data, title=title, live=live).encode())
@@ -69,7 +70,7 @@ def render(data: dict[str, Any], *, title: str | None = None, live: str = "") ->
         loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     environment.lstrip_blocks = True
-    scripts = [get_plotlyjs(), (_HERE / "page.js").read_text(encoding="utf-8")]
+    scripts = [_plotly(), (_HERE / "page.js").read_text(encoding="utf-8")]
     for script in scripts:
         assert "</script" not in script.lower()
     hashes = " ".join(f"'sha256-{_hash(script)}'" for script in scripts)
@@ -82,6 +83,13 @@ def render(data: dict[str, Any], *, title: str | None = None, live: str = "") ->
         scripts=[Markup(script) for script in scripts],
         hashes=Markup(hashes),
     )
+
+
+def _plotly() -> str:
+    from plotly.offline import get_plotlyjs
+
+    script: str = get_plotlyjs()
+    return script
 
 
 def _title(data: dict[str, Any]) -> str:

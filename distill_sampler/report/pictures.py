@@ -1,4 +1,4 @@
-"""A run's progress as one picture, for notebooks (`Curriculum.plot`)."""
+"""A run's progress as one picture, for notebooks (`Curriculum.plot`). Pictures need plotly, which is an extra."""
 
 from __future__ import annotations
 
@@ -8,6 +8,23 @@ from typing import Any
 
 _COLOURS = ("#0b6e99", "#d1602c", "#3f8f4f", "#8a4fa3", "#b28a00", "#c23b6b", "#4d6a8f", "#7a6a53")
 _PANELS = ("Mean score", "Each sample's score", "Teachers in the plan", "Age of scores (optimizer steps)")
+
+
+def require_plotly(what: str) -> None:
+    """Refuse to draw before any work is done for it.
+
+    Args:
+        what: what is to be drawn; the message begins with it.
+
+    Raises:
+        ValueError: plotly is not installed.
+    """
+    try:
+        import plotly  # noqa: F401  # only here: an extra
+    except ImportError:
+        raise ValueError(
+            f"{what} needs plotly, which is not installed: pip install 'distill_sampler[report]'."
+        ) from None
 
 
 def figure(progress: Mapping[str, Any]) -> Any:

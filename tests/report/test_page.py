@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 import struct
+import sys
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
@@ -384,3 +385,11 @@ def first_rows(png: Path, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
             row.append((value + (0, left, up, (left + up) // 2, nearest)[raw[begin]]) % 256)
         rows.append(row)
     return np.array(rows[1:]).reshape(count, width, channels)[:, :, :3].mean(axis=2)
+
+
+def test_without_plotly_the_report_says_what_to_install(
+    hostile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    with pytest.raises(ValueError, match=r"pip install 'distill_sampler\[report\]'"):
+        write_report(hostile, tmp_path / "report.html")
