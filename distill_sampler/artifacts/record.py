@@ -225,6 +225,17 @@ def read_run(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def record_of(folder: Path, run: str) -> Record | None:
+    """The record of a run, even where another run has moved it aside; None if there is none.
+
+    Args:
+        folder: where a run keeps its record.
+        run: identity of the run.
+    """
+    found = next((each for each in (folder, _aside(folder, run)) if read_run(each).get("run") == run), None)
+    return None if found is None else Record(found, write=False)
+
+
 def read_samples(folder: Path) -> pa.Table:
     """What each sample of a record is, one row each."""
     (path,) = folder.glob("samples-*.parquet")

@@ -119,8 +119,8 @@ class CurriculumLoop:
         """Optimizer steps taken so far."""
         self._output = None if output_dir is None else Path(output_dir)
         self._taps = list(taps)
-        if sample_log and self._output is not None:
-            self._taps.append(SampleLog(self._output / FOLDER / f"samples-{accelerator.process_index}.jsonl"))
+        if sample_log:
+            self._taps.append(SampleLog(rank=accelerator.process_index, world_size=accelerator.num_processes))
         if curriculum.planner.gives_weights:
             self._taps.append(LossWeights())
         if curriculum.observe:
@@ -370,6 +370,10 @@ class CurriculumLoop:
     def _begin(self, run: str) -> None:
         self._run = run
         self.curriculum.keep(self._output, run=run, write=self.accelerator.is_main_process)
+        for tap in self._taps:
+            if isinstance(tap, SampleLog):
+                assert self._output is not None
+                tap.begin(self._output / FOLDER, run)
 
     def _finish_batch(self) -> None:
         """Account for the batch that the loop body has trained on: call the taps, count the step, plan anew if due."""

@@ -24,9 +24,10 @@ from distill_sampler.artifacts.state import read_arrays, write_arrays
 from distill_sampler.curriculum import Curriculum
 from distill_sampler.distributed import Ranks
 from distill_sampler.integrations.batches import batch_of
-from distill_sampler.integrations.checkpoints import STATE_ENTRY, TRAINER_STATE, new_run
+from distill_sampler.integrations.checkpoints import FOLDER, STATE_ENTRY, TRAINER_STATE, new_run
 from distill_sampler.integrations.refusals import samples_per_step
 from distill_sampler.integrations.resuming import Place, continue_schedule, place_in, say_what_is_lost
+from distill_sampler.integrations.sample_log import SampleLog
 from distill_sampler.integrations.seams import output_of
 from distill_sampler.integrations.trackers import numbers_of, show_plan, trackers_of_callbacks
 from distill_sampler.planning.summary import PREFIX, Logs
@@ -115,6 +116,9 @@ class CurriculumCallback(TrainerCallback):
         self.trained = 0
         self._output = output
         self.curriculum.keep(output, run=self.run, write=state.is_world_process_zero)
+        for tap in self.taps:
+            if isinstance(tap, SampleLog):
+                tap.begin(output / FOLDER, self.run)
         if state.global_step == 0:
             self.curriculum.reset()
         else:
@@ -170,7 +174,6 @@ class CurriculumCallback(TrainerCallback):
             "run": self.run,
             "world_size": args.world_size,
             "samples_per_step": samples_per_step(args),
-            "places_per_epoch": self.curriculum.sampler.places(len(self.curriculum.sampler)),
             "files": _files_of_a_checkpoint(self.trainer),
         }
         self._note_progress(state)
@@ -263,7 +266,9 @@ class CurriculumCallback(TrainerCallback):
             # A folder that is written to again is incomplete until the end. Otherwise a kill while it is saved would
             # leave old and new files that look complete.
             (checkpoint / TRAINER_STATE).unlink(missing_ok=True)
-            arrays: dict[str, npt.NDArray[Any]] = {}
+            sampler, arrays = self.curriculum.sampler, {}
+            # of the plan as it is now: packs that are planned anew hold other numbers of samples
+            _entries(state)[STATE_ENTRY]["places_per_epoch"] = sampler.places(sampler.shift + len(sampler))
             _entries(state)[STATE_ENTRY]["curriculum"] = self.curriculum.state_dict(arrays)
             write_arrays(arrays, checkpoint)
 

@@ -18,7 +18,7 @@ from distill_sampler.contract import checked_objectives
 from distill_sampler.curriculum import Curriculum
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.integrations.callback import ABSENT, CurriculumCallback
-from distill_sampler.integrations.checkpoints import FOLDER, STATE_ENTRY
+from distill_sampler.integrations.checkpoints import STATE_ENTRY
 from distill_sampler.integrations.loss_weights import LossWeights
 from distill_sampler.integrations.observed_scores import ObservedScores
 from distill_sampler.integrations.packs import (
@@ -44,7 +44,6 @@ from distill_sampler.integrations.seams import (
     load_through,
     log_through,
     loss_through,
-    output_of,
     prepare_through,
     sample_through,
     save_through,
@@ -196,7 +195,7 @@ def attach(
     sampler.in_whole_steps(samples_per_step(args), cut=args.dataloader_drop_last)
     refuse_for(curriculum, args)
     if sample_log:
-        taps.append(SampleLog(output_of(args) / FOLDER / f"samples-{args.process_index}.jsonl"))
+        taps.append(SampleLog(rank=args.process_index, world_size=args.world_size))
     if curriculum.planner.gives_weights:
         taps.append(LossWeights())
     if curriculum.observe:

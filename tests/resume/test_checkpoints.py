@@ -359,16 +359,16 @@ def test_verify_agrees_after_a_resume(output: Path, tokenizer: PreTrainedTokeniz
     trainer.train(resume_from_checkpoint=str(output / "checkpoint-2"))
     assert verified(output / "checkpoint-3", output / "checkpoint-6")[0] == 0
     lines = (output / "distill_sampler" / "samples-0.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [json.loads(line)["step"] for line in lines[1:]] == [1, 2, 3, 4, 5, 6]
 
 
 def test_verify_finds_samples_that_were_not_trained_as_planned(output: Path) -> None:
     log = output / "distill_sampler" / "samples-0.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-    fifth = json.loads(lines[4])
+    fifth = json.loads(lines[5])  # behind the line of the run
     for changed in (
-        lines[:4] + lines[5:],
-        [*lines[:4], json.dumps({**fifth, "samples": fifth["samples"][::-1]}) + "\n"],
+        lines[:5] + lines[6:],
+        [*lines[:5], json.dumps({**fifth, "samples": fifth["samples"][::-1]}) + "\n"],
     ):
         log.write_text("".join(changed), encoding="utf-8")
         code, said = verified(output / "checkpoint-5")

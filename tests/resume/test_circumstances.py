@@ -22,6 +22,7 @@ from distill_sampler.integrations.callback import CurriculumCallback
 from distill_sampler.integrations.checkpoints import STATE_ENTRY
 from distill_sampler.integrations.sample_log import SampleLog, read_log
 from tests import tiny
+from tests.resume.test_checkpoints import verified
 from tests.test_attach import RecordedTrainer, curriculum, plain_trainer, trained
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
@@ -78,7 +79,7 @@ def test_each_trial_of_a_search_is_a_run_of_its_own(
     trainer = plain_trainer(tmp_path / "search", tokenizer, **SAVING)
     trainer.model_init = lambda: tiny.model()
     attached = curriculum()
-    attach(trainer, attached)
+    attach(trainer, attached, sample_log=True)
     trainer.hp_search_backend = HPSearchBackend.OPTUNA
     trainer.hp_space = lambda trial: {"learning_rate": 1e-2 / (1 + trial.number)}
     trainer.hp_name = None
@@ -93,6 +94,9 @@ def test_each_trial_of_a_search_is_a_run_of_its_own(
     assert runs[0]["run"] != runs[1]["run"]
     saved = json.loads((tmp_path / "search" / "run-1" / "checkpoint-6" / "trainer_state.json").read_text())
     assert saved["stateful_callbacks"][STATE_ENTRY]["run"] == runs[1]["run"]
+    for number in range(2):
+        assert verified(tmp_path / "search" / f"run-{number}" / "checkpoint-6")[0] == 0
+    assert not list((tmp_path / "search").glob("distill_sampler/samples-*"))
 
 
 def test_the_best_model_at_the_end_changes_no_plan_and_can_be_resumed(
