@@ -1,4 +1,4 @@
-"""What `mkdocs.yml` needs beside the guides: a page of the reference for each group of public names, and the recipes.
+"""What `.mkdocs.yml` needs beside the guides: a page of the reference for each group of public names, and the recipes.
 
 Guides link to files of the repository as people read them there (`../recipes/README.md`). In the site, the recipes are
 copied under `recipes/`, and these links are rewritten.

@@ -89,7 +89,7 @@ def test_every_metric_and_policy_is_in_the_tables() -> None:
 
 def test_every_guide_is_in_the_index_and_in_the_site() -> None:
     index = (DOCS / "index.md").read_text(encoding="utf-8")
-    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    site = (ROOT / ".mkdocs.yml").read_text(encoding="utf-8")
     for page in PAGES:
         assert page.stem == "index" or f"]({page.name})" in index, page.name
         assert f": {page.name}\n" in site, page.name
@@ -97,7 +97,8 @@ def test_every_guide_is_in_the_index_and_in_the_site() -> None:
 
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocstrings", reason="the site needs the extra [docs]")
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path / "site")]
+    options = ["-f", ".mkdocs.yml", "--quiet", "--strict", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", *options]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     told = "".join(page.read_text(encoding="utf-8") for page in (tmp_path / "site" / "reference").glob("*.html"))
