@@ -16,7 +16,7 @@ import distill_sampler
 
 ROOT = Path(__file__).parents[1]
 GROUPS = {
-    "curriculum": ("Curriculum and hosts", ("curriculum", "dataset", "integrations", "planning", "reading")),
+    "curriculum": ("Curriculum and hosts", ("curriculum", "dataset", "integrations", "planning", "reading", "sources")),
     "metrics": ("Metrics", ("metrics",)),
     "policies": ("Policies", ("policies",)),
     "objectives": ("Objectives", ("objectives",)),
