@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from distill_sampler.protocols import Metric, Objective, Policy
+from distill_sampler.short_names import full_name, with_full_names
 from distill_sampler.types import unknown_name
 
 _HINTS = {"metric": "RankSurprisalRatio()", "policy": "Shuffle()", "objective": "SoftTargets(teacher)"}
@@ -34,7 +35,7 @@ def checked_metrics(metrics: Any) -> dict[str, Metric]:
 
 
 def checked_policies(policies: Any, metrics: dict[str, Metric]) -> tuple[Policy, ...]:
-    """Check a list of policies.
+    """Check a list of policies. Short names of metrics that are scored become the full ones.
 
     Raises:
         ValueError: something in the list is not a policy, or a policy names a metric that is not scored.
@@ -47,9 +48,9 @@ def checked_policies(policies: Any, metrics: dict[str, Metric]) -> tuple[Policy,
                     f"{type(policy).__name__} needs the name of a metric, but was given {name!r}. Write "
                     f"'{getattr(name, 'name', 'rank_surprisal_ratio')}', and put the metric into metrics=."
                 )
-            if name not in metrics:
+            if full_name(name, metrics) not in metrics:
                 raise ValueError(f"{type(policy).__name__}: {unknown_name('metric', name, metrics, 'in metrics=')}")
-    return tuple(found)
+    return tuple(with_full_names(policy, metrics) for policy in found)
 
 
 def checked_objectives(objective: Any) -> tuple[Objective, ...]:

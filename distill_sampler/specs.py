@@ -28,31 +28,13 @@ from distill_sampler.contract import lacking, require_fields
 from distill_sampler.planning.rescore import Rescore
 from distill_sampler.plugins import Plugin, imported, plugins
 from distill_sampler.protocols import Metric, Policy
+from distill_sampler.short_names import full_name, with_full_names
 from distill_sampler.types import unknown_name
 
 logger = logging.getLogger(__name__)
 
-SHORT_NAMES = {
-    "rsr": "rank_surprisal_ratio",
-    "ln": "local_naturalness",
-    "gn": "global_naturalness",
-    "ifd": "instruction_following_difficulty",
-    "rho1": "rho1_share",
-}
-"""Short names of metrics, for people who type."""
-
 _COLON = "__colon__"
 """Stands for the colon of an import path while Python parses the text."""
-
-
-def full_name(name: str, known: Collection[str] = ()) -> str:
-    """The metric's name that a short one stands for: `"rsr" -> "rank_surprisal_ratio"`; any other name as it is.
-
-    Args:
-        name: what a user typed.
-        known: the names of the metrics that are scored. If `name` is one of them, it means that one.
-    """
-    return name if name in known else SHORT_NAMES.get(name.lower(), name)
 
 
 def parse_policies(texts: Sequence[str], metrics: Collection[str] = ()) -> list[Policy]:
@@ -286,12 +268,6 @@ class _Names:
         by_class = {each.path: each for each in every if each.path.partition(":")[2] == name}
         return list(by_class.values())
 
-    def _metrics(self, value: Any) -> Any:
-        """The value of an argument that names metrics, with their full names."""
-        if isinstance(value, tuple):
-            return tuple(self._metrics(each) for each in value)
-        return full_name(value, self.scored) if isinstance(value, str) else value
-
     def _call(self, item: Any, positional: list[Any], named: dict[str, Any]) -> Any:
         called = getattr(item, "__name__", repr(item))
         if not callable(item):
@@ -302,9 +278,7 @@ class _Names:
             if is_dataclass(item) and isinstance(item, type):
                 bound = inspect.signature(item).bind_partial(*positional, **named)
                 require_fields(item, bound.arguments)
-                for name in bound.arguments.keys() & {"metric", "metrics"}:
-                    bound.arguments[name] = self._metrics(bound.arguments[name])
-                return item(*bound.args, **bound.kwargs)
+                return with_full_names(item(*bound.args, **bound.kwargs), self.scored)
             return item(*positional, **named)
         except TypeError as error:
             reason = str(error).removeprefix(f"{called}.__init__() ").removeprefix("__init__() ")

@@ -17,6 +17,7 @@ from distill_sampler import (
     Curriculum,
     EpochPlan,
     GlobalNaturalness,
+    MatchTeachers,
     RankAverage,
     RankSurprisalRatio,
     ScoredDataset,
@@ -28,8 +29,8 @@ from distill_sampler import (
 )
 from distill_sampler.artifacts.schema import VERSION
 from distill_sampler.artifacts.scorefile import Scores
-from distill_sampler.protocols import Policy, Pool
-from distill_sampler.serialize import decode_facts
+from distill_sampler.protocols import Metric, Policy, Pool
+from distill_sampler.serialize import decode_facts, described
 from tests import tiny
 
 RSR = "rank_surprisal_ratio"
@@ -140,9 +141,35 @@ def test_rows_that_cannot_be_scored_are_never_planned() -> None:
 
 def test_an_unknown_metric_is_reported_with_the_scored_ones() -> None:
     with pytest.raises(
-        ValueError, match=r"BestOf: There is no metric 'rsr'; those in metrics=: 'rank_surprisal_ratio'"
+        ValueError, match=r"BestOf: There is no metric 'ratio'; those in metrics=: 'rank_surprisal_ratio'"
     ):
-        Curriculum(metrics=[RankSurprisalRatio()], policies=[BestOf("rsr", per="prompt_id")])
+        Curriculum(metrics=[RankSurprisalRatio()], policies=[BestOf("ratio", per="prompt_id")])
+
+
+def test_metrics_have_their_short_names_in_python_too() -> None:
+    def policies(rsr: str, gn: str) -> list[Policy]:
+        both = RankAverage(rsr, gn)
+        return [
+            BestOf(both, per="prompt_id"),
+            Stages([Stage([SortBy(gn)]), Stage([SortBy(both), Shuffle()], from_epoch=2)]),
+            MatchTeachers([BestOf(gn, per="prompt_id")]),
+        ]
+
+    metrics: list[Metric] = [RankSurprisalRatio(), GlobalNaturalness()]
+    short, full = (
+        Curriculum(metrics=metrics, policies=policies(*names)).policies
+        for names in (("rsr", "GN"), (RSR, "global_naturalness"))
+    )
+    assert short == full
+    assert described(short) == described(full)
+
+
+def test_a_metric_that_is_called_like_a_short_name_is_meant_in_python_too() -> None:
+    policy = BestOf("rsr", per="prompt_id")
+    metrics: list[Metric] = [RankSurprisalRatio(), RankSurprisalRatio(rank_clip=50, name="rsr")]
+    assert Curriculum(metrics=metrics, policies=[policy]).policies == (policy,)
+    with pytest.raises(ValueError, match=r"BestOf: There is no metric 'ln'"):
+        Curriculum(metrics=[RankSurprisalRatio()], policies=[BestOf("ln", per="prompt_id")])
 
 
 def test_metrics_with_the_same_columns_are_refused_unless_renamed() -> None:

@@ -14,7 +14,7 @@ import distill_sampler
 
 PACKAGE = Path(distill_sampler.__file__).parent
 LAYERS = [
-    {"field_docs", "column_names", "correlation", "progress", "showing", "vocabulary"},
+    {"field_docs", "column_names", "correlation", "progress", "short_names", "showing", "vocabulary"},
     {"types"},
     {"protocols"},
     {"hashing", "serialize", "distributed"},

@@ -29,8 +29,8 @@ from distill_sampler.policies.best_of import refuse_single_responses
 from distill_sampler.policies.stages import unfolded
 from distill_sampler.protocols import Metric, Policy, Pool
 from distill_sampler.serialize import decode_facts
+from distill_sampler.short_names import full_name
 from distill_sampler.showing import html_table
-from distill_sampler.specs import full_name
 from distill_sampler.store import drifted
 from distill_sampler.types import BoolArray, EncodedColumn, EpochPlan, FloatArray, HashArray, IntArray, unknown_name
 
