@@ -3,8 +3,8 @@
 Processes that wait for another one in a collective report nothing, and some backends never stop waiting. So each
 process records which block it has reached, and a thread publishes this, with the current line of its Python code,
 through the process group's store. If a process makes no progress for 90% of the process group's timeout
-(`ddp_timeout` of a trainer), its thread compares all processes. The culprits are those that are behind and are not
-waiting themselves.
+(`ddp_timeout` of a trainer, `InitProcessGroupKwargs` of accelerate), its thread compares all processes. The culprits
+are those that are behind and are not waiting themselves.
 """
 
 from __future__ import annotations
@@ -156,7 +156,8 @@ class Watch:
             names += ". Which of them hangs is unknown"
         return (
             f"Scoring hangs: rank {self._ranks.rank} has made no progress for {_SHARE * self._timeout:.0f} s, and the "
-            f"timeout is {self._timeout:.0f} s (ddp_timeout). Behind are: {names}. The job ends now.",
+            f"timeout is {self._timeout:.0f} s (ddp_timeout, or InitProcessGroupKwargs of accelerate). Behind "
+            f"are: {names}. The job ends now.",
             sorted(behind),
         )
 

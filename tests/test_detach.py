@@ -99,7 +99,7 @@ def test_a_page_that_cannot_be_written_does_not_stop_training(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = plain_trainer(tmp_path, tokenizer)
-    with pytest.raises(ValueError, match=r"report_every=0\).*at least 1"):
+    with pytest.raises(ValueError, match=r"report_every=0: .*at least 1"):
         attach(trainer, curriculum(), report_every=0)
     attach(trainer, curriculum(), report_every=1)
     (tmp_path / "report.html").mkdir(parents=True)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -36,6 +37,7 @@ from distill_sampler.dataset import ScoredDataset
 from distill_sampler.distributed import Ranks
 from distill_sampler.integrations.batches import batch_of
 from distill_sampler.integrations.checkpoints import FOLDER, Readers, new_run, why_damaged
+from distill_sampler.integrations.live_report import LiveReport
 from distill_sampler.integrations.loss_weights import LossWeights
 from distill_sampler.integrations.observed_scores import ObservedScores
 from distill_sampler.integrations.refusals import refuse_parallelism, refuse_second_host
@@ -47,6 +49,7 @@ from distill_sampler.planning.sampler import DistillSampler
 from distill_sampler.planning.summary import PREFIX, Logs
 from distill_sampler.protocols import Objective, Tap
 from distill_sampler.types import Batch
+from distill_sampler.watch import set_timeout
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +84,8 @@ class CurriculumLoop:
         manifests: write the hashes of its files into each checkpoint of `accelerator.save_state`, in a thread beside
             training, and compare a checkpoint with them in `accelerator.load_state`. False: do neither.
         logs: which numbers of each plan `numbers` gives, as for `attach`.
+        report_every: write the report (`report.html` in the output folder) after the plan of every so many epochs, and
+            in `finish`. None: write none.
 
     Raises:
         ValueError: the accelerator's settings rule out a curriculum, the data set lacks a column, or the curriculum
@@ -100,6 +105,7 @@ class CurriculumLoop:
         tokenizer: Any = None,
         manifests: bool = True,
         logs: Logs = "few",
+        report_every: int | None = None,
     ) -> None:
         refuse_parallelism(accelerator)
         refuse_second_host(curriculum)
@@ -109,8 +115,9 @@ class CurriculumLoop:
                     f"DataLoaderConfiguration({name}=True) distributes batches in another order than planned. Leave it "
                     "at False."
                 )
-        if sample_log and output_dir is None:
-            raise ValueError("sample_log=True writes into the output folder, so it needs output_dir= too.")
+        for name, given in {"sample_log=True": sample_log, f"report_every={report_every}": report_every}.items():
+            if given and output_dir is None:
+                raise ValueError(f"{name} writes into the output folder, so it needs output_dir= too.")
         self.curriculum = curriculum
         self.accelerator = accelerator
         self.sampler: DistillSampler = curriculum.bind(dataset, applies_weights=True, observes=True)
@@ -118,6 +125,7 @@ class CurriculumLoop:
         self.step = 0
         """Optimizer steps taken so far."""
         self._output = None if output_dir is None else Path(output_dir)
+        self._live_report = LiveReport(curriculum, report_every)
         self._taps = list(taps)
         if sample_log:
             self._taps.append(SampleLog(rank=accelerator.process_index, world_size=accelerator.num_processes))
@@ -136,6 +144,8 @@ class CurriculumLoop:
         self._manifests = Manifests(write=accelerator.is_main_process, beside=False)
         accelerator.register_save_state_pre_hook(self._saving)
         accelerator.register_load_state_pre_hook(self._loading)
+        handler = accelerator.init_handler  # InitProcessGroupKwargs
+        set_timeout(math.inf if handler is None else handler.timeout.total_seconds())
         curriculum.driven_by = type(self).__name__
         self._logs: Logs = logs
         self._pending: dict[str, float] = {}
@@ -242,6 +252,8 @@ class CurriculumLoop:
         self.sampler.in_whole_steps(per_step, cut=bool(getattr(loader.batch_sampler, "drop_last", False)))
         self.curriculum.start_epoch(self._epoch, model, step=self.step, num_epochs=self._num_epochs)
         self._report(planned)
+        if self._output is not None and self.accelerator.is_main_process:
+            self._live_report.epoch_begins(self._output, self._epoch, self._num_epochs, step=self.step)
         dataset = self.curriculum.dataset
         per_batch = samples_per_batch // self.accelerator.num_processes
         if self._position:
@@ -282,6 +294,7 @@ class CurriculumLoop:
         if self._output is not None and self.accelerator.is_main_process:
             self.curriculum.cycle.done()
             self.curriculum.save_run(self._output)
+            self._live_report.training_ends(self._output)
 
     def state_dict(self) -> dict[str, Any]:
         """The curriculum's state and the loop's place in the plan, for `accelerator.register_for_checkpointing(loop)`.

@@ -25,6 +25,7 @@ from distill_sampler.curriculum import Curriculum
 from distill_sampler.distributed import Ranks
 from distill_sampler.integrations.batches import batch_of
 from distill_sampler.integrations.checkpoints import FOLDER, STATE_ENTRY, TRAINER_STATE, new_run
+from distill_sampler.integrations.live_report import LiveReport
 from distill_sampler.integrations.refusals import samples_per_step
 from distill_sampler.integrations.resuming import Place, continue_schedule, place_in, say_what_is_lost
 from distill_sampler.integrations.sample_log import SampleLog
@@ -32,14 +33,11 @@ from distill_sampler.integrations.seams import output_of
 from distill_sampler.integrations.trackers import numbers_of, show_plan, trackers_of_callbacks
 from distill_sampler.planning.summary import PREFIX, Logs
 from distill_sampler.protocols import Tap
-from distill_sampler.report.page import write_report
 
 logger = logging.getLogger(__name__)
 
 ABSENT = object()
 """In place of the value of an attribute that the trainer did not have of its own."""
-REPORT = "report.html"
-"""Name of the page that `report_every` writes into the output folder."""
 
 
 class CurriculumCallback(TrainerCallback):
@@ -50,11 +48,11 @@ class CurriculumCallback(TrainerCallback):
         trainer: Trainer,
         curriculum: Curriculum,
         *,
+        report: LiveReport,
         taps: Sequence[Tap] = (),
         accept_changes: bool = False,
         manifests: bool = True,
         logs: Logs = "few",
-        report_every: int | None = None,
     ) -> None:
         self.trainer = trainer
         self.curriculum = curriculum
@@ -71,7 +69,7 @@ class CurriculumCallback(TrainerCallback):
         """By name, the trainer's attributes that `attach` set, and what was there before (or `ABSENT`)."""
         self.training = False
         self._accept_changes = accept_changes
-        self._report_every = report_every
+        self._report = report
         self._logs: Logs = logs
         self._open_taps = ExitStack()
         """The contexts of the open taps, with their hooks and files."""
@@ -183,11 +181,8 @@ class CurriculumCallback(TrainerCallback):
             kwargs["train_dataloader"].base_dataloader.generator = torch.Generator().manual_seed(args.seed)
         if len(summaries) > planned:
             self._tell_of_plan(state)
-        if self._report_every is not None and self._epoch % self._report_every == 0:
-            of = f" of {self._num_epochs}" if self._num_epochs else ""
-            self._write_report(
-                state, live=f"Epoch {self._epoch + 1}{of} begins, at optimizer step {state.global_step}."
-            )
+        if state.is_world_process_zero:
+            self._report.epoch_begins(self._output, self._epoch, self._num_epochs, step=state.global_step)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -227,17 +222,7 @@ class CurriculumCallback(TrainerCallback):
             self.curriculum.save_run(self._output)
         except OSError as error:
             logger.warning("scores.parquet and plans.parquet cannot be written: %s", error)
-        if self._report_every is not None:
-            self._write_report(state)
-
-    def _write_report(self, state: TrainerState, *, live: str = "") -> None:
-        """Write the page of the run so far. A failure does not stop training."""
-        if not state.is_world_process_zero:
-            return
-        try:
-            write_report(self.curriculum.cycle.scores(), self._output / REPORT, live=live)
-        except (OSError, ValueError) as error:
-            logger.warning("report_every=%s: the report was not written: %s", self._report_every, error)
+        self._report.training_ends(self._output)
 
     def finish(self) -> None:
         """Close the taps, whether or not training ended in an error, and wait for the last manifest."""
@@ -266,7 +251,8 @@ class CurriculumCallback(TrainerCallback):
             # A folder that is written to again is incomplete until the end. Otherwise a kill while it is saved would
             # leave old and new files that look complete.
             (checkpoint / TRAINER_STATE).unlink(missing_ok=True)
-            sampler, arrays = self.curriculum.sampler, {}
+            sampler = self.curriculum.sampler
+            arrays: dict[str, npt.NDArray[Any]] = {}
             # of the plan as it is now: packs that are planned anew hold other numbers of samples
             _entries(state)[STATE_ENTRY]["places_per_epoch"] = sampler.places(sampler.shift + len(sampler))
             _entries(state)[STATE_ENTRY]["curriculum"] = self.curriculum.state_dict(arrays)

@@ -19,6 +19,7 @@ from distill_sampler.curriculum import Curriculum
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.integrations.callback import ABSENT, CurriculumCallback
 from distill_sampler.integrations.checkpoints import STATE_ENTRY
+from distill_sampler.integrations.live_report import LiveReport
 from distill_sampler.integrations.loss_weights import LossWeights
 from distill_sampler.integrations.observed_scores import ObservedScores
 from distill_sampler.integrations.packs import (
@@ -55,7 +56,6 @@ from distill_sampler.integrations.versions import BeginsInLoop, prepared_rows, t
 from distill_sampler.objectives.live import Setting
 from distill_sampler.planning.summary import Logs
 from distill_sampler.protocols import Objective, Tap
-from distill_sampler.report.pictures import require_plotly
 from distill_sampler.sources.templates import end_token_ids
 from distill_sampler.truncation import UNKNOWN, cut_responses
 from distill_sampler.watch import set_timeout
@@ -156,10 +156,7 @@ def attach(
         raise ValueError(f"logs={logs!r}: choose 'few' or 'all'.")
     refuse_settings(trainer)
     refuse_second_host(curriculum)
-    if report_every is not None:
-        if report_every < 1:
-            raise ValueError(f"attach(report_every={report_every}): give a number of epochs, at least 1, or None.")
-        require_plotly(f"attach(report_every={report_every})")
+    report = LiveReport(curriculum, report_every)
     args = trainer.args
     before = dict(vars(trainer))
     trained_rows: Any = prepared_rows(trainer) if is_sft_trainer(trainer) else trainer.train_dataset
@@ -215,7 +212,7 @@ def attach(
         accept_changes=accept_changes,
         manifests=manifests,
         logs=logs,
-        report_every=report_every,
+        report=report,
     )
     sample_through(trainer, sampler)
     if packing is not None:

@@ -1,7 +1,9 @@
 """A loop of one's own: weights, observed scores and re-planning as in a trainer, and an exact resume at any step."""
 
+import math
 import shutil
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
@@ -24,6 +26,7 @@ from distill_sampler import (
     Scorer,
     Shuffle,
     WeightBySoftmax,
+    watch,
 )
 from distill_sampler.artifacts.manifest import MANIFEST, damage
 from distill_sampler.artifacts.scorefile import Scores
@@ -43,6 +46,8 @@ def make(
     drop_last: bool = False,
     model: Any = None,
     manifests: bool = True,
+    report_every: int | None = None,
+    timeout: timedelta | None = None,
     **changes: Any,
 ) -> tuple[CurriculumLoop, Any, Any, Any]:
     rows = tiny.tokenised(tiny.candidates(6), tokenizer)
@@ -52,7 +57,8 @@ def make(
         "scorer": Scorer(progress=False),
         **changes,
     }
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    handlers = [] if timeout is None else [InitProcessGroupKwargs(timeout=timeout)]
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation, kwargs_handlers=handlers)
     loop = CurriculumLoop(
         Curriculum(**settings),
         ScoredDataset(rows, end_token_ids=[257]),
@@ -60,6 +66,7 @@ def make(
         output_dir=folder,
         sample_log=folder is not None,
         manifests=manifests,
+        report_every=report_every,
     )
     model = model or tiny.model(attention_dropout=0.1)
     loader = DataLoader(
@@ -279,6 +286,31 @@ def test_what_a_loop_trained_is_what_was_planned(
     assert len(parts[0].curriculum.plans) > 2  # it did plan anew
     assert np.isfinite(Scores.open(tmp_path).numbers()[RSR]).all()
     assert (tmp_path / "scores.parquet").exists()
+
+
+def test_a_loop_writes_the_page_of_every_nth_epoch_and_at_the_end(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    parts = make(tokenizer, tmp_path, report_every=2)
+    page, seen = tmp_path / "report.html", []
+    for _ in parts[0].epochs(3):
+        for _ in trained_batches(parts):
+            seen.append(page.read_text(encoding="utf-8").partition('id="live">')[2].partition(" begins")[0])
+    assert list(dict.fromkeys(seen)) == ["Epoch 1 of 3", "Epoch 3 of 3"]
+    parts[0].finish()
+    assert 'id="live"' not in page.read_text(encoding="utf-8")
+    for wrong, cure in ((0, r"report_every=0: .*at least 1"), (1, r"report_every=1 .*output_dir=")):
+        with pytest.raises(ValueError, match=cure):
+            make(tokenizer, None if wrong else tmp_path, report_every=wrong)
+
+
+@pytest.mark.parametrize("timeout", [None, timedelta(seconds=33)])
+def test_a_rank_that_hangs_in_a_loop_may_do_so_for_the_accelerators_timeout(
+    timeout: timedelta | None, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "_longest", 1800.0)  # of a trainer in the same process
+    make(tokenizer, None, timeout=timeout)
+    assert watch._longest == (math.inf if timeout is None else 33)
 
 
 def test_weights_in_a_loop_are_the_trainers(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
