@@ -113,7 +113,7 @@ def test_a_page_needs_plotly_before_training(
 ) -> None:
     monkeypatch.setitem(sys.modules, "plotly", None)
     trainer = plain_trainer(tmp_path, tokenizer)
-    with pytest.raises(ValueError, match=r"report_every=1\) needs plotly.*pip install 'distill_sampler\[report\]'"):
+    with pytest.raises(ValueError, match=r"report_every=1 needs plotly.*pip install 'distill_sampler\[report\]'"):
         attach(trainer, curriculum(), report_every=1)
     attached = curriculum()
     attach(trainer, attached)

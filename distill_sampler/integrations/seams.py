@@ -3,7 +3,8 @@
 1. `trainer._get_train_sampler`: the trainer draws samples from the curriculum's sampler.
 2. `trainer.log`: the curriculum's numbers join the trainer's next log entry, and the last counts what was trained.
 3. `trainer.train`: the checkpoint is checked before anything is loaded, and two runs never write to one folder.
-4. `trainer._load_from_checkpoint`, `_load_optimizer_and_scheduler`: a checkpoint that fails to load is passed over.
+4. `trainer._load_from_checkpoint`, `_load_optimizer_and_scheduler`, `_load_scaler`: a checkpoint that fails to load is
+   passed over. The random state is tried there too, because the trainer loads it only after training has begun.
 5. `trainer.training_step`: taps are called before and after the training on every batch.
 6. `trainer._save_checkpoint`: every checkpoint holds the plan and the scores, and gets a manifest.
 7. `trainer._load_best_model`: the best checkpoint is compared with its manifest.
@@ -15,12 +16,15 @@
 from __future__ import annotations
 
 import os
+import random
+import shutil
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch.utils.data
 from torch import nn
 from transformers import Trainer, TrainerState, TrainingArguments
@@ -150,11 +154,31 @@ def _offered_instead(checkpoint: Path, claim: Claim, unloadable: dict[Path, str]
 
 def load_through(trainer: Trainer) -> None:
     """Have an error in the loading of a checkpoint raised as `Unloadable`, and on all processes."""
-    loaders = ["_load_from_checkpoint", "_load_optimizer_and_scheduler"]
+    load_optimizer = trainer._load_optimizer_and_scheduler
+
+    def load_optimizer_and_try_random_state(checkpoint: str | None) -> None:
+        load_optimizer(checkpoint)
+        with random_state_kept():
+            trainer._load_rng_state(checkpoint)
+
+    trainer._load_optimizer_and_scheduler = load_optimizer_and_try_random_state  # type: ignore[method-assign]
+    loaders = ["_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_scaler"]
     if trainer.is_deepspeed_enabled and BEGINS_ANYWHERE:
         loaders.append("_prepare_for_training")  # DeepSpeed loads in there
     for name in loaders:
         setattr(trainer, name, _loading(trainer, getattr(trainer, name)))
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Restore the random state afterwards, also after an error."""
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)  # noqa: NPY002
 
 
 def _loading(trainer: Trainer, load: Callable[..., Any]) -> Callable[..., Any]:
@@ -293,12 +317,29 @@ def save_through(trainer: Trainer, callback: Follower) -> None:
 
     def save_with_state(model: nn.Module, trial: Any = None, *args: Any, **kwargs: Any) -> Any:
         checkpoint = Path(trainer._get_output_dir(trial)) / f"checkpoint-{trainer.state.global_step}"
-        callback.saving(checkpoint)
-        result = save_checkpoint(model, trial, *args, **kwargs)
+        try:
+            callback.saving(checkpoint)
+            result = save_checkpoint(model, trial, *args, **kwargs)
+        except Exception as error:
+            error.add_note(_after_a_failed_save(checkpoint, callback.run))
+            raise
         callback.saved(checkpoint)
         return result
 
     trainer._save_checkpoint = save_with_state  # type: ignore[method-assign]
+
+
+def _after_a_failed_save(checkpoint: Path, run: str) -> str:
+    """What to do where a checkpoint cannot be saved: the note on the trainer's or torch's error."""
+    output = checkpoint.parent
+    free = f"The disk of {output} has {shutil.disk_usage(output).free / 1e6:,.0f} MB left. " if output.is_dir() else ""
+    found, _ = last_whole(output, run, Readers(compare=False))
+    instead = (
+        f"The last whole checkpoint is {found}. Continue from it with trainer.train(resume_from_checkpoint=True)."
+        if found
+        else "No checkpoint of this run is whole, so it must start from the beginning."
+    )
+    return f"{checkpoint} could not be saved. {free}{instead}"
 
 
 def best_through(trainer: Trainer, callback: Follower) -> None:

@@ -1,6 +1,6 @@
 """Damage every file of a checkpoint in every way; no run may train on with something else, or end in a raw error.
 
-    python recipes/benchmarks/faults.py matrix [--ways plain zero2 zero3 fsdp2] [--without-manifests]
+    python recipes/benchmarks/faults.py matrix [--ways plain ddp zero2 zero3 fsdp2] [--without-manifests]
     python recipes/benchmarks/faults.py cost [--rounds 3] [--parameters 100]
 
 `matrix`: a run of three optimizer steps is saved after each, and its last checkpoint is lost. Then each file of the

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -198,8 +199,12 @@ def test_a_checkpoint_that_a_full_disk_cut_off_is_passed_over(
     attach(trainer, curriculum())
     with monkeypatch.context() as patch:
         trainer.add_callback(Fill(patch, 28, 4))
-        with pytest.raises(OSError, match="No space left on device"):
+        with pytest.raises(OSError, match="No space left on device") as full:
             trainer.train()
+    (note,) = full.value.__notes__
+    assert "checkpoint-4 could not be saved" in note
+    assert "MB left" in note
+    assert re.search(r"checkpoint-3\..*resume_from_checkpoint=True", note)
     assert not (tmp_path / "run" / "checkpoint-4" / "trainer_state.json").exists()
     resumed = plain_trainer(tmp_path / "run", tokenizer, **SAVING)
     attach(resumed, curriculum())

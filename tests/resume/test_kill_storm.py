@@ -72,10 +72,11 @@ def test_a_full_disk_ends_the_run_and_the_last_whole_checkpoint_resumes(
     small_disk: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     whole = run(tmp_path / "whole", tokenizer)
-    with pytest.raises(Exception, match=r"No space left|file write failed|unexpected pos|enforce fail"):
+    with pytest.raises(Exception, match=r"No space left|file write failed|unexpected pos|enforce fail") as full:
         run(small_disk, tokenizer)
     found, passed_over = last_whole(small_disk)
     assert found is not None
+    assert f"The last whole checkpoint is {found}" in full.value.__notes__[0]
     assert len(passed_over) == 1
     output = Path(shutil.copytree(small_disk, tmp_path / "larger"))
     step = int(found.name.partition("-")[2])

@@ -1,8 +1,10 @@
 """A manifest says of every file of a checkpoint what was saved; what differs from it is named before it is loaded."""
 
+import contextlib
 import json
 import logging
 import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ from distill_sampler import attach
 from distill_sampler.artifacts import manifest
 from distill_sampler.artifacts.manifest import MANIFEST, Manifests, damage, write_manifest
 from distill_sampler.distributed import Ranks
+from distill_sampler.integrations.seams import random_state_kept
 from tests import tiny
 from tests.test_attach import RecordedTrainer, arguments, curriculum, plain_trainer, trained
 
@@ -253,7 +256,12 @@ def foreign_weights(checkpoint: Path) -> None:
     tiny.model(hidden_size=16).save_pretrained(checkpoint)
 
 
-@pytest.mark.parametrize("change", [foreign_optimizer, foreign_weights])
+def foreign_random_state(checkpoint: Path) -> None:
+    """The trainer itself would load it after `on_train_begin`."""
+    torch.save({"python": 3}, checkpoint / "rng_state.pth")
+
+
+@pytest.mark.parametrize("change", [foreign_optimizer, foreign_weights, foreign_random_state])
 def test_what_cannot_be_loaded_is_passed_over(
     change: Callable[[Path], None],
     output: Path,
@@ -287,6 +295,21 @@ def test_a_named_checkpoint_that_cannot_be_loaded_is_refused_and_a_whole_one_is_
         ValueError, match=r"checkpoint-5 cannot be resumed from: loading it failed.*Resume from .*checkpoint-6 instead"
     ):
         resumed(output, tokenizer, str(output / "checkpoint-5"))
+
+
+def test_a_random_state_is_tried_without_a_trace() -> None:
+    def drawn() -> list[float]:
+        return [random.random(), np.random.rand(), torch.rand(1).item()]  # noqa: NPY002
+
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    expected = drawn()
+    random.setstate(states[0])
+    np.random.set_state(states[1])  # noqa: NPY002
+    torch.set_rng_state(states[2])
+    with contextlib.suppress(ValueError), random_state_kept():
+        drawn()
+        raise ValueError
+    assert drawn() == expected
 
 
 def test_an_attempt_that_failed_leaves_no_trace(
