@@ -9,9 +9,9 @@ the teacher p. The loss of a position is T² D(p, q), whose gradient keeps its s
 | `"reverse"` | Σ q log(q / p) | q (log(q / p) - D) |
 | `"js"` | ½ Σ p log(p / m) + ½ Σ q log(q / m), m = ½ (p + q) | ½ q (log(q / m) - Σ q log(q / m)) |
 
-Logits exist for a chunk of positions at a time. The forward pass computes the loss and its gradient with respect to the
-hidden states, which are small. The backward pass computes the chunks again for the gradient of the output head, if the
-head is trained.
+Logits exist for a chunk of positions at a time. The forward pass also computes the gradients with respect to the hidden
+states and to the output head, and drops the logits of the chunk. The backward pass multiplies these gradients by the
+gradient of the loss, so nothing is computed twice. Formulas of a chunk are applied to a few rows at a time, in place.
 
 If only a teacher's most probable tokens were stored, nothing is known about the single tokens beyond them. All other
 tokens then form one *cell*, for the teacher and for the student, and D is computed over the stored tokens and that
@@ -32,8 +32,13 @@ from distill_sampler.reading.token_stats import LogitTransform, linear
 
 Divergence = Literal["forward", "reverse", "js"]
 
-_CHUNK_LOGITS = 2**24
-"""How many logits of the student exist at a time: 67 MB. With the teacher's and two buffers, that is 270 MB."""
+_CHUNK_LOGITS = {"cpu": 2**24}
+"""How many logits of each model exist at a time: 67 MB."""
+_CHUNK_LOGITS_ELSEWHERE = 2**25
+"""134 MB: an accelerator multiplies faster than it reads the head, which it reads once for each chunk."""
+
+_BLOCK_LOGITS = 2**20
+"""To how many logits formulas are applied at a time: their intermediate results then fit into a CPU's cache."""
 
 _NEVER = -1e4
 """Log-probability in place of -inf: exp is 0 and products with it are finite."""
@@ -49,10 +54,12 @@ class Cells:
     ids: Tensor | None = None
     """`[positions, cells - 1]` the token of each cell; the last cell has all other tokens. None: cell v is token v."""
 
+    def __getitem__(self, rows: slice) -> Cells:
+        return Cells(log_probs=self.log_probs[rows], ids=None if self.ids is None else self.ids[rows])
+
 
 Targets = Callable[[int, int], Cells]
-"""Returns the teacher's predictions at the positions from the first number up to the second. It is called again in the
-backward pass, and must return the same then."""
+"""Returns the teacher's predictions at the positions from the first number up to the second."""
 
 
 @documents_fields
@@ -110,81 +117,85 @@ class _SoftTargetLoss(torch.autograd.Function):
         temperature: float,
         divergence: Divergence,
     ) -> Tensor:
-        ctx.work = work = _Work(head=head, targets=targets, temperature=temperature, divergence=divergence)
         total = torch.zeros((), device=hidden.device)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        dtype = head.operands or hidden.dtype
-        factor = weight.to(dtype) if gradient is not None else weight
+        of_hidden, of_weight, of_bias = (
+            torch.zeros_like(each) if needed and each is not None else None
+            for each, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
+        )
+        columns, transform = head.columns or len(weight), head.transform
+        states, factor = hidden, weight
+        if head.operands is not None:
+            states, factor = hidden.to(head.operands), weight.to(head.operands)
+        project = linear(factor, bias, LogitTransform(), rounded=True)
+        rows = max(1, _CHUNK_LOGITS.get(hidden.device.type, _CHUNK_LOGITS_ELSEWHERE) // len(weight))
         with torch.autocast(hidden.device.type, enabled=False):
-            for some, loss, by_logits in work.chunks(hidden, weight, bias):
-                total += (coefficients[some] * loss).sum()
-                if gradient is not None:
-                    by_logits *= coefficients[some, None]
-                    gradient[some] = by_logits.to(dtype) @ factor[: by_logits.shape[1]]
-        ctx.save_for_backward(hidden, weight, bias, coefficients, gradient)
+            for start in range(0, len(hidden), rows):
+                some = slice(start, min(start + rows, len(hidden)))
+                logits, cells = project(states[some])[:, :columns], targets(some.start, some.stop)
+                for block in blocks(*logits.shape):
+                    loss = _in_place(logits[block], cells[block], transform, temperature, divergence)
+                    weights = coefficients[some][block]
+                    total += (weights * loss).sum()
+                    logits[block] *= weights[:, None]
+                gradient = logits.to(states.dtype)
+                if of_hidden is not None:
+                    of_hidden[some] = gradient @ factor[:columns]
+                if of_weight is not None:
+                    _add_product(of_weight[:columns], gradient.T, states[some])
+                if of_bias is not None:
+                    of_bias[:columns] += logits.sum(0).to(of_bias.dtype)
+        ctx.save_for_backward(of_hidden, of_weight, of_bias)
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, coefficients, gradient = ctx.saved_tensors
-        of_hidden = gradient * upstream.to(gradient.dtype) if gradient is not None else None
-        if not ctx.needs_input_grad[1] and not ctx.needs_input_grad[2]:
-            return of_hidden, *[None] * 7
-        dtype = ctx.work.head.operands or hidden.dtype
-        of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        of_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
-        with torch.autocast(hidden.device.type, enabled=False):
-            for some, _, by_logits in ctx.work.chunks(hidden, weight, bias):
-                by_logits *= (coefficients[some] * upstream)[:, None]
-                columns = by_logits.shape[1]
-                if of_weight is not None:
-                    product = by_logits.to(dtype).T @ hidden[some].to(dtype)
-                    of_weight[:columns] += product.to(of_weight.dtype)
-                if of_bias is not None:
-                    of_bias[:columns] += by_logits.sum(0).to(of_bias.dtype)
-        return of_hidden, of_weight, of_bias, *[None] * 5
+        return *(None if each is None else each * upstream.to(each.dtype) for each in ctx.saved_tensors), *[None] * 5
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Work:
-    """The computation that the forward and the backward pass share."""
-
-    head: Head
-    targets: Targets
-    temperature: float
-    divergence: Divergence
-
-    def chunks(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """For each chunk: its positions, T² D `[chunk]`, and the gradient by the head's logits `[chunk, columns]`."""
-        head, columns = self.head, self.head.columns or len(weight)
-        project = linear(weight, bias, LogitTransform(), operands=head.operands)
-        rows = max(1, _CHUNK_LOGITS // len(weight))
-        for start in range(0, len(hidden), rows):
-            stop = min(start + rows, len(hidden))
-            logits = head.transform.apply_(project(hidden[start:stop])[:, :columns])
-            slope = None
-            if head.transform.softcap is not None:  # of cap · tanh(x / cap)
-                slope = 1 - (logits / head.transform.softcap) ** 2
-            loss, gradient = divergence_of(logits.div_(self.temperature), self.targets(start, stop), self.divergence)
-            if slope is not None:
-                gradient *= slope
-            gradient *= self.temperature * head.transform.scale
-            yield slice(start, stop), loss * self.temperature**2, gradient
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """`total += left @ right`, without a tensor for the product where the dtypes are the same."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
-def divergence_of(logits: Tensor, cells: Cells, divergence: Divergence) -> tuple[Tensor, Tensor]:
-    """D `[positions]` between a teacher's predictions and softmax(logits), and its gradient by the logits.
+def blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Slices of rows to which formulas are applied one after the other."""
+    step = max(1, _BLOCK_LOGITS // columns)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _in_place(
+    logits: Tensor, cells: Cells, transform: LogitTransform, temperature: float, divergence: Divergence
+) -> Tensor:
+    """T² D `[positions]`; the products of the head are overwritten with its gradient with respect to them."""
+    transform.apply_(logits)
+    slope = None
+    if transform.softcap is not None:  # of cap · tanh(x / cap)
+        slope = 1 - (logits / transform.softcap) ** 2
+    loss = divergence_of(logits.div_(temperature), cells, divergence)
+    if slope is not None:
+        logits *= slope
+    logits *= temperature * transform.scale
+    return loss * temperature**2
+
+
+def divergence_of(logits: Tensor, cells: Cells, divergence: Divergence) -> Tensor:
+    """D `[positions]` between a teacher's predictions and softmax(logits).
 
     Args:
-        logits: `[positions, columns]` float32, already divided by the temperature. They are overwritten.
+        logits: `[positions, columns]` float32, already divided by the temperature. They are overwritten with the
+            gradient of D with respect to them.
         cells: the teacher's predictions.
         divergence: D; see the module's table.
     """
     log_q = logits.sub_(logits.logsumexp(1, keepdim=True))
     if cells.ids is None:
         loss, by_cell, mean = _between(cells.log_probs[:, : log_q.shape[1]], log_q, divergence)
-        return loss, by_cell.sub_(log_q.exp_().mul_(mean[:, None]))
+        log_q.exp_().mul_(-mean[:, None]).add_(by_cell)
+        return loss
     stored = log_q.gather(1, cells.ids)
     tail = log_q.scatter(1, cells.ids, -torch.inf).logsumexp(1, keepdim=True).clamp(min=_NEVER)
     loss, by_cell, mean = _between(cells.log_probs, torch.cat([stored, tail], 1), divergence)
@@ -192,7 +203,8 @@ def divergence_of(logits: Tensor, cells: Cells, divergence: Divergence) -> tuple
     share = by_cell[:, -1:] * (-tail).exp() - mean[:, None]
     gradient = log_q.exp_()
     of_stored = by_cell[:, :-1] - gradient.gather(1, cells.ids) * mean[:, None]
-    return loss, gradient.mul_(share).scatter_(1, cells.ids, of_stored)
+    gradient.mul_(share).scatter_(1, cells.ids, of_stored)
+    return loss
 
 
 def _between(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_sampler.dataset import ScoredDataset
-from distill_sampler.objectives.divergence import Cells, Targets
+from distill_sampler.objectives.divergence import Cells, Targets, blocks
 from distill_sampler.reading.forward import unwrap
 from distill_sampler.reading.observer import transform_of
 from distill_sampler.reading.token_stats import linear
@@ -140,12 +140,14 @@ class LiveTeacher:
         if self._transform is None:
             self._transform = transform_of(self.watch.model, purpose="SoftTargets(teacher=)")
         head = self.watch.model.get_output_embeddings()
-        project = linear(head.weight, head.bias, self._transform)
+        project = linear(head.weight, head.bias, self._transform, rounded=True)
 
         def cells(start: int, stop: int) -> Cells:
             with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
                 logits = project(states[start:stop])[:, :columns].div_(temperature)
-                return Cells(log_probs=logits.sub_(logits.logsumexp(1, keepdim=True)))
+                for block in blocks(*logits.shape):
+                    logits[block] -= logits[block].logsumexp(1, keepdim=True)
+                return Cells(log_probs=logits)
 
         return cells
 

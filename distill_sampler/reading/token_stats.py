@@ -310,6 +310,7 @@ def linear(
     operands: torch.dtype | None = None,
     kept: Float[Tensor, "vocab hidden"] | None = None,
     room: Room | None = None,
+    rounded: bool = False,
 ) -> Project:
     """A plain output head: `hidden @ weight.T + bias`, with a float32 product for inputs of any dtype.
 
@@ -324,6 +325,8 @@ def linear(
         kept: the weight's `operand_copy`, if the caller keeps one. Otherwise, a weight that needs conversion is
             converted piece by piece where possible, so that there is no second copy of the head.
         room: the buffer for the logits.
+        rounded: whether logits may be rounded to the dtype of the factors, as the model's own head does, where a
+            float32 product is slower.
     """
     if kept is None and operands is not None and _has_mixed_product(weight.device):
         kept = weight.to(operands)  # once for all chunks: a chunk has too few rows to pay for it
@@ -335,6 +338,7 @@ def linear(
         operands=operands,
         kept=kept,
         room=Room() if room is None else room,
+        rounded=rounded,
     )
 
 
@@ -347,6 +351,7 @@ def _linear(
     operands: torch.dtype | None,
     kept: Float[Tensor, "vocab hidden"] | None,
     room: Room,
+    rounded: bool,
 ) -> Float[Tensor, "tokens vocab"]:
     factor = weight if kept is None else kept
     if operands is not None:
@@ -354,6 +359,8 @@ def _linear(
     logits = room(len(hidden), len(weight), weight.device)
     if _has_mixed_product(weight.device) and hidden.dtype == factor.dtype != torch.float32:
         torch.mm(hidden, factor.T, out_dtype=torch.float32, out=logits)
+    elif rounded and hidden.dtype == factor.dtype:
+        logits.copy_(hidden @ factor.T)
     else:
         _multiply(hidden, weight, kept, operands or weight.dtype, logits)
     if bias is not None:
