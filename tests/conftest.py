@@ -7,7 +7,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
-install_import_hook("distill_sampler.reading.token_stats", "beartype.beartype")
+install_import_hook(["distill_sampler.reading.head", "distill_sampler.reading.token_stats"], "beartype.beartype")
 
 from pathlib import Path  # noqa: E402
 

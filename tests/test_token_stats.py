@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from distill_sampler.reading import head
 from distill_sampler.reading import token_stats as kernel
-from distill_sampler.reading.token_stats import EXTRAS, LogitTransform, Project, linear, module, token_stats
+from distill_sampler.reading.head import LogitTransform, Project, linear, module
+from distill_sampler.reading.token_stats import EXTRAS, token_stats
 
 AS_IT_IS = LogitTransform()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -169,9 +171,9 @@ def test_ranks_are_not_clipped_here() -> None:
 def test_low_precision_heads_give_float32_products(
     dtype: torch.dtype, upcast: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel, "_UPCAST_BYTES", 64 * 4 * 100)  # 100 of the 997 columns at a time
+    monkeypatch.setattr(head, "_UPCAST_BYTES", 64 * 4 * 100)  # 100 of the 997 columns at a time
     hidden, targets, weight = (t.to(dtype) if t.is_floating_point() else t for t in random_head(1, 200, 997, 64))
-    copy = kernel.operand_copy(weight) if upcast == "once" else None
+    copy = head.operand_copy(weight) if upcast == "once" else None
     stats = token_stats(hidden, targets, linear(weight, None, AS_IT_IS, kept=copy))
     exact = hidden.double() @ weight.double().T
     expected = reference(exact, targets)
@@ -184,9 +186,9 @@ def test_low_precision_heads_give_float32_products(
 
 @pytest.mark.parametrize("copied", ["once", "in pieces"])
 def test_both_factors_are_rounded_before_they_are_multiplied(copied: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "_UPCAST_BYTES", 64 * 4 * 100)  # 100 of the 997 columns at a time
+    monkeypatch.setattr(head, "_UPCAST_BYTES", 64 * 4 * 100)  # 100 of the 997 columns at a time
     hidden, targets, weight = random_head(1, 200, 997, 64)
-    copy = kernel.operand_copy(weight, torch.bfloat16) if copied == "once" else None
+    copy = head.operand_copy(weight, torch.bfloat16) if copied == "once" else None
     stats = token_stats(hidden, targets, linear(weight, None, AS_IT_IS, operands=torch.bfloat16, kept=copy))
     exact = hidden.bfloat16().double() @ weight.bfloat16().double().T  # and the result is not rounded
     torch.testing.assert_close(
@@ -205,14 +207,14 @@ def test_factors_are_multiplied_as_bfloat16_only_if_both_are(
 ) -> None:
     hidden, targets, weight = random_head(1, 20, 97, 16)
     calls: list[bool] = []
-    plain = kernel._multiply_in_bfloat16
-    monkeypatch.setattr(kernel, "_multiply_in_bfloat16", lambda: calls.append(True) or plain())
+    plain = head._multiply_in_bfloat16
+    monkeypatch.setattr(head, "_multiply_in_bfloat16", lambda: calls.append(True) or plain())
     token_stats(hidden.to(states), targets, linear(weight.to(states), None, AS_IT_IS, operands=operands))
     assert bool(calls) is expected
 
 
 def test_one_room_serves_every_chunk_and_every_forward() -> None:
-    room = kernel.Room()
+    room = head.Room()
     first = room(5, 7, torch.device("cpu"))
     assert room(3, 7, torch.device("cpu")).data_ptr() == first.data_ptr()
     assert room(3, 8, torch.device("cpu")).shape == (3, 8)
@@ -220,9 +222,9 @@ def test_one_room_serves_every_chunk_and_every_forward() -> None:
 
 
 def test_a_large_head_is_never_copied_whole() -> None:
-    assert kernel.operand_copy(torch.empty(2**14, 2**13, device="meta"), torch.bfloat16) is None
-    assert kernel.operand_copy(torch.empty(2**14, 2**13, dtype=torch.bfloat16, device="meta")) is None
-    assert kernel.operand_copy(torch.zeros(4, 4)) is None
+    assert head.operand_copy(torch.empty(2**14, 2**13, device="meta"), torch.bfloat16) is None
+    assert head.operand_copy(torch.empty(2**14, 2**13, dtype=torch.bfloat16, device="meta")) is None
+    assert head.operand_copy(torch.zeros(4, 4)) is None
 
 
 def test_the_precision_setting_of_the_process_is_put_back() -> None:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from distill_sampler.field_docs import documents_fields
-from distill_sampler.reading.token_stats import LogitTransform, linear
+from distill_sampler.reading.head import LogitTransform, linear
 
 Divergence = Literal["forward", "reverse", "js"]
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.objectives.divergence import Cells, Targets, blocks
 from distill_sampler.reading.forward import unwrap
+from distill_sampler.reading.head import linear
 from distill_sampler.reading.observer import transform_of
-from distill_sampler.reading.token_stats import linear
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

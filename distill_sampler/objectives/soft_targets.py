@@ -18,8 +18,8 @@ from distill_sampler.objectives.live import Seen, Setting, Watch
 from distill_sampler.objectives.stored import StoredTargets, Tail
 from distill_sampler.protocols import Objective, ObjectiveTap
 from distill_sampler.reading.forward import autocast_dtype, forward_of
+from distill_sampler.reading.head import LogitTransform
 from distill_sampler.reading.observer import transform_of
-from distill_sampler.reading.token_stats import LogitTransform
 
 
 @documents_fields

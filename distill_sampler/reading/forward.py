@@ -26,20 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from distill_sampler.reading.activations import NEAR, last_activations, nearness
+from distill_sampler.reading.head import LogitTransform, Project, Room, float32_products, linear, module, operand_copy
 from distill_sampler.reading.lengths import positions, switches_at, virtual_tokens, window
 from distill_sampler.reading.sharing import Prefix
-from distill_sampler.reading.token_stats import (
-    Impl,
-    LogitTransform,
-    Project,
-    Room,
-    chunk_for,
-    float32_products,
-    linear,
-    module,
-    operand_copy,
-    token_stats,
-)
+from distill_sampler.reading.token_stats import Impl, chunk_for, token_stats
 from distill_sampler.reading.top_k import TopK
 from distill_sampler.types import IntArray, TokenStats, View
 

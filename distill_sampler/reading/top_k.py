@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distill_sampler.reading.token_stats import Project
+from distill_sampler.reading.head import Project
 
 
 class TopK:

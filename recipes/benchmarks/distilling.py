@@ -29,7 +29,7 @@ from distill_sampler import ScoredDataset
 from distill_sampler.objectives.divergence import Cells, Head, soft_target_loss
 from distill_sampler.objectives.live import Setting
 from distill_sampler.objectives.soft_targets import SoftTargets
-from distill_sampler.reading.token_stats import LogitTransform, linear
+from distill_sampler.reading.head import LogitTransform, linear
 
 console = Console()
 

@@ -20,7 +20,8 @@ import torch
 from scoring import add_student_and_traces, load
 from torch import Tensor
 
-from distill_sampler.reading.token_stats import LogitTransform, Project, chunk_for, linear, module, token_stats
+from distill_sampler.reading.head import LogitTransform, Project, linear, module
+from distill_sampler.reading.token_stats import chunk_for, token_stats
 
 CLIP = 100
 RULES = {"strict": 0.0, "mid": 0.5, ">=": 1.0}

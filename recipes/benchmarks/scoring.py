@@ -39,7 +39,8 @@ from distill_sampler import GlobalNaturalness, RankSurprisalRatio, ScoredDataset
 from distill_sampler.cli import demo_parts
 from distill_sampler.reading import forward as student
 from distill_sampler.reading import model_reader
-from distill_sampler.reading.token_stats import LogitTransform, Project, chunk_for, linear, operand_copy, token_stats
+from distill_sampler.reading.head import LogitTransform, Project, linear, operand_copy
+from distill_sampler.reading.token_stats import chunk_for, token_stats
 
 HIDDEN = {49_152: 576, 151_936: 896}
 """Columns of the head and width of the body: SmolLM2-135M, Qwen2.5-0.5B."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distill_sampler.objectives import divergence as subject
 from distill_sampler.objectives.divergence import Cells, Divergence, Head, soft_target_loss
-from distill_sampler.reading.token_stats import LogitTransform
+from distill_sampler.reading.head import LogitTransform
 
 POSITIONS, HIDDEN, VOCAB = 23, 8, 40
 ALL: tuple[Divergence, ...] = ("forward", "reverse", "js")
