@@ -27,6 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch.utils.data
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import Trainer, TrainerState, TrainingArguments
 
 from distill_sampler.distributed import Ranks
@@ -45,6 +46,9 @@ from distill_sampler.integrations.checkpoints import (
 from distill_sampler.integrations.versions import BEGINS_ANYWHERE, BeginsInLoop, deactivate_neftune
 from distill_sampler.objectives.places import IGNORED
 from distill_sampler.protocols import Objective, ObjectiveTap
+
+FAILURES = (Exception, CheckpointException)
+"""What saving and loading may raise. The error of FSDP's checkpoints is not an `Exception`."""
 
 
 class Follower(Protocol):
@@ -183,14 +187,13 @@ def random_state_kept() -> Iterator[None]:
 
 def _loading(trainer: Trainer, load: Callable[..., Any]) -> Callable[..., Any]:
     def load_or_say_on_all(*args: Any, **kwargs: Any) -> Any:
-        result, failure = None, None
+        result, failure, reason = None, None, ""
         try:
             result = load(*args, **kwargs)
         except (Unloadable, MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:
-            failure = error
-        reason = "" if failure is None else f"loading it failed with {type(failure).__name__}: {_short(failure)}"
+        except FAILURES as error:
+            failure, reason = error, f"loading it failed with {_short(error)}"
         if not loads_together(trainer):
             reason = next(filter(None, Ranks.current(trainer.args.device).gather(reason)), "")
         if reason:
@@ -200,8 +203,12 @@ def _loading(trainer: Trainer, load: Callable[..., Any]) -> Callable[..., Any]:
     return load_or_say_on_all
 
 
-def _short(error: Exception) -> str:
-    return textwrap.shorten(str(error), 200, placeholder=" …")
+def _short(error: BaseException) -> str:
+    where = ""
+    if isinstance(error, CheckpointException) and error.failures:  # its text is a traceback
+        rank, (error, _) = next(iter(error.failures.items()))
+        where = f" on process {rank}"
+    return textwrap.shorten(f"{type(error).__name__}{where}: {error}", 200, placeholder=" …")
 
 
 def loads_together(trainer: Trainer) -> bool:
@@ -320,7 +327,7 @@ def save_through(trainer: Trainer, callback: Follower) -> None:
         try:
             callback.saving(checkpoint)
             result = save_checkpoint(model, trial, *args, **kwargs)
-        except Exception as error:
+        except FAILURES as error:
             error.add_note(_after_a_failed_save(checkpoint, callback.run))
             raise
         callback.saved(checkpoint)
