@@ -54,8 +54,9 @@ class TokenBytes:
         if not (self._is_byte_level or self._is_sentencepiece):
             return self._decoded(ids)
         table = self._table
-        for number in set(ids) - table.keys():
-            table[number] = self._bytes_of(number)
+        for number in ids:
+            if number not in table:
+                table[number] = self._bytes_of(number)
         return [table[number] for number in ids]
 
     def apart(self, token_ids: Sequence[int] | IntArray) -> BoolArray:

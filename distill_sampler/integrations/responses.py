@@ -15,7 +15,15 @@ from transformers import ProcessorMixin
 from distill_sampler.dataset import IGNORED_LABEL
 from distill_sampler.integrations.trl import as_trl_writes, is_sft_trainer, keeps_text
 from distill_sampler.integrations.versions import training_template
-from distill_sampler.sources.templates import Markers, Written, cut_off, markers, responses_of, tokenised
+from distill_sampler.sources.templates import (
+    Markers,
+    Written,
+    cut_off,
+    markers,
+    responses_of,
+    tokenised,
+    written_in,
+)
 from distill_sampler.truncation import UNKNOWN, response_tokens_cut
 from distill_sampler.types import IntArray
 
@@ -147,12 +155,19 @@ def _response_labels(
     written: list[Written | None] = [None] * len(rows)
     if text_column is not None and tokenizer is not None:
         written = [as_trl_writes(row, tokenizer, chat_template, marks, text_column) for row in rows]
-    read = iter(tokenised([row for row in written if row is not None], tokenizer))
+    all_ids = [_as_list(ids) for ids in batch["input_ids"]]
+    known = [
+        None if text is None else written_in(text, ids, tokenizer) for text, ids in zip(written, all_ids, strict=True)
+    ]
+    again = [text for text, found in zip(written, known, strict=True) if text is not None and found is None]
+    read = iter(tokenised(again, tokenizer))
     result: dict[str, list[Any]] = {RESPONSE_LABELS: [], _FOUND: [], _LOST_TURNS: [], _TOKENS_CUT: []}
-    for row, text in zip(rows, written, strict=True):
-        input_ids, trained = (np.asarray(row[name]).tolist() for name in ("input_ids", labels or "input_ids"))
+    for row, text, input_ids, found_there in zip(rows, written, all_ids, known, strict=True):
+        trained = _as_list(row[labels or "input_ids"])
         is_response, tokens_cut = None, UNKNOWN
-        if text is not None:
+        if found_there is not None and text is not None and text.responses:
+            is_response, tokens_cut = found_there, 0
+        elif text is not None and found_there is None:
             tokens = next(read)
             cut = cut_off(tokens.input_ids, input_ids)
             if cut is not None and text.responses:
@@ -172,6 +187,10 @@ def _response_labels(
         result[_TOKENS_CUT].append(tokens_cut)
         result[_LOST_TURNS].append(0 if text is None else text.lost_turns)
     return result
+
+
+def _as_list(values: Any) -> list[int]:
+    return values if isinstance(values, list) else np.asarray(values).tolist()
 
 
 def _leaves_out(rows: Any, labels: str) -> bool:

@@ -24,6 +24,7 @@ import numpy as np
 from jinja2 import TemplateError
 from tokenizers.decoders import DecodeStream
 
+from distill_sampler.engines.token_bytes import token_bytes
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.types import BoolArray, IntArray
 
@@ -261,6 +262,28 @@ def tokenised(rows: Sequence[Written], tokenizer: Any) -> list[Tokens]:
                 input_ids=input_ids, is_response=_inside(starts, ends, rows[place].responses), ends=ends.tolist()
             )
     return [each for each in tokens if each is not None]
+
+
+def written_in(row: Written, input_ids: Sequence[int], tokenizer: Any) -> BoolArray | None:
+    """Which tokens of a row that was tokenised before belong to its response, without tokenising its text again.
+
+    Args:
+        row: the row as text.
+        input_ids: the row as tokens, perhaps with one more at the end, such as an EOS.
+        tokenizer: a fast tokenizer of transformers.
+
+    Returns:
+        `[tokens]`; None if the bytes of the tokens are not those of the text, for example after truncation.
+    """
+    pieces, text = token_bytes(tokenizer)(input_ids), row.text.encode()
+    whole = b"".join(pieces)
+    if whole != text and not (whole.startswith(text) and len(whole) - len(text) == len(pieces[-1])) or b"" in pieces:
+        return None
+    ends = np.cumsum(list(map(len, pieces)))
+    spans = row.responses
+    if len(text) != len(row.text):  # from characters to bytes
+        spans = tuple((len(row.text[:begin].encode()), len(row.text[:end].encode())) for begin, end in spans)
+    return _inside(np.concatenate([[0], ends[:-1]]), ends, spans)
 
 
 def text_of(input_ids: Sequence[int], tokenizer: Any) -> tuple[str, IntArray, IntArray]:

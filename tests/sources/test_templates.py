@@ -3,6 +3,8 @@
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import processors
 
 from distill_sampler.integrations.transformers import end_token_ids
@@ -18,6 +20,7 @@ from distill_sampler.sources.templates import (
     responses_of,
     text_of,
     tokenised,
+    written_in,
 )
 from tests import tiny
 
@@ -269,6 +272,25 @@ def test_what_the_tokenizer_adds_is_not_the_responses() -> None:
     assert added.input_ids == [256, *plain.input_ids, 257]
     assert added.is_response.tolist() == [False, True, True, False]
     assert plain.is_response.tolist() == [True, True]
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@given(question=st.text(max_size=8), answer=st.text(max_size=12))
+def test_tokens_that_are_there_are_found_where_the_tokenizer_puts_them(
+    template: str, question: str, answer: str
+) -> None:
+    tok = tokenizer_with(template, ("Ċ", "Ċ"), ("s", "Ċ"), ("Ċ", "I"))
+    asked, answered = {"role": "user", "content": question}, {"role": "assistant", "content": answer}
+    row = conversation([asked, answered, *MORE], 0, tok, markers(tok))
+    (tokens,) = tokenised([row], tok)
+    found = written_in(row, tokens.input_ids, tok)
+    assert found is not None
+    assert found.tolist() == tokens.is_response.tolist()
+    with_eos = written_in(row, [*tokens.input_ids, tok.eos_token_id], tok)
+    assert with_eos is not None
+    assert with_eos.tolist() == [*tokens.is_response.tolist(), False]
+    assert written_in(row, tokens.input_ids[:-1], tok) is None
+    assert written_in(row, [*tokens.input_ids, *tokens.input_ids[:2]], tok) is None
 
 
 def test_tokens_are_read_as_text_though_a_character_is_cut_off() -> None:
