@@ -277,7 +277,7 @@ def written_in(row: Written, input_ids: Sequence[int], tokenizer: Any) -> BoolAr
     """
     pieces, text = token_bytes(tokenizer)(input_ids), row.text.encode()
     whole = b"".join(pieces)
-    if whole != text and not (whole.startswith(text) and len(whole) - len(text) == len(pieces[-1])) or b"" in pieces:
+    if (whole != text and not (whole.startswith(text) and len(whole) - len(text) == len(pieces[-1]))) or b"" in pieces:
         return None
     ends = np.cumsum(list(map(len, pieces)))
     spans = row.responses
