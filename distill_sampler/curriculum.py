@@ -51,7 +51,7 @@ class Curriculum:
         rescore: when the student scores again, and which samples. By default every candidate before every epoch.
         observe: also take scores from the forward passes of training, at the cost of one more product with the output
             head. Not possible for metrics that read other sequences than the samples (Local Naturalness) or use other
-            readers than the student.
+            readers than the student, except the live teacher of an objective and stored teachers.
         seed: seed of all random choices in the plans.
         scorer: how the student reads.
         scores: file of scores from `distill-sampler score` or `score_rows`, for the first pass. They must be those that
@@ -127,6 +127,7 @@ class Curriculum:
         applies_weights: bool = False,
         observes: bool = False,
         packing: Packing | None = None,
+        teachers: Sequence[nn.Module] = (),
     ) -> DistillSampler:
         """Start a run on a data set. Returns the sampler for its data loader.
 
@@ -137,6 +138,8 @@ class Curriculum:
             applies_weights: whether the loop multiplies each sample's loss by its weight in `sampler.plan.weights`.
             observes: whether the loop takes scores from the forward passes of training.
             packing: how plans are packed. The sampler then gives tuples of indices, whose samples are one row.
+            teachers: models that read each batch of training beside the student. Metrics that they read for can be
+                observed too.
 
         Raises:
             ValueError: a column that a policy or metric needs is missing, the policies would leave no sample, or the
@@ -166,10 +169,11 @@ class Curriculum:
         if self.observe:
             candidates = cycle.planner.candidates
             examples = dataset.samples(candidates[:: max(1, len(candidates) // 64)])
-            if names := not_observable(list(self.metrics.values()), examples):
+            if names := not_observable(list(self.metrics.values()), examples, teachers):
                 raise ValueError(
                     f"observe=True: {', '.join(names)} cannot be observed in training, because such metrics read other "
-                    "sequences or use another reader. Set observe=False, or use only metrics of whole samples."
+                    "sequences, or another model reads for them that does not read the batches of training (as the "
+                    "teacher of an objective does). Set observe=False, or use only metrics of whole samples."
                 )
             if not observes:
                 raise ValueError(

@@ -16,7 +16,6 @@ if it is time, the rest of the epoch is planned anew.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import time
@@ -31,7 +30,7 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch import nn
 
 from distill_sampler.artifacts.manifest import Manifests
-from distill_sampler.contract import checked_objectives
+from distill_sampler.contract import require_arguments
 from distill_sampler.curriculum import Curriculum
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.distributed import Ranks
@@ -39,12 +38,15 @@ from distill_sampler.integrations.batches import batch_of
 from distill_sampler.integrations.checkpoints import FOLDER, Readers, new_run, why_damaged
 from distill_sampler.integrations.live_report import LiveReport
 from distill_sampler.integrations.loss_weights import LossWeights
+from distill_sampler.integrations.objectives import set_up
 from distill_sampler.integrations.observed_scores import ObservedScores
-from distill_sampler.integrations.refusals import refuse_parallelism, refuse_second_host
+from distill_sampler.integrations.packs import PACK_WINDOW, PackedRows, PacksOfLoop
+from distill_sampler.integrations.refusals import refuse_dispatching, refuse_parallelism, refuse_second_host
+from distill_sampler.integrations.resuming import without_randomness
 from distill_sampler.integrations.sample_log import SampleLog
 from distill_sampler.integrations.trackers import numbers_of, show_plan
-from distill_sampler.objectives.live import Setting
 from distill_sampler.objectives.places import predicting
+from distill_sampler.planning.packs import Packing
 from distill_sampler.planning.sampler import DistillSampler
 from distill_sampler.planning.summary import PREFIX, Logs
 from distill_sampler.protocols import Objective, Tap
@@ -52,19 +54,6 @@ from distill_sampler.types import Batch
 from distill_sampler.watch import set_timeout
 
 logger = logging.getLogger(__name__)
-
-
-def _without_randomness(loader: Any) -> Iterator[Any]:
-    """The batches of a loader, fetched without a draw from torch's random state.
-
-    A data loader draws the seed of its workers when iteration starts. After a resume that happens a second time, when
-    the random state restored from the checkpoint is already that of the next training step.
-    """
-    iterator = iter(loader)
-    with torch.random.fork_rng(devices=[]):
-        first = list(itertools.islice(iterator, 1))
-    yield from first
-    yield from iterator
 
 
 class CurriculumLoop:
@@ -86,6 +75,11 @@ class CurriculumLoop:
         logs: which numbers of each plan `numbers` gives, as for `attach`.
         report_every: write the report (`report.html` in the output folder) after the plan of every so many epochs, and
             in `finish`. None: write none.
+        pack_to: lay the samples of each epoch's plan end to end in packs of at most so many tokens. Give the data
+            loader `loop.packed(rows)` and `collate_fn=DataCollatorWithFlattening()`, and set `model.config.use_cache`
+            to False. The batch size counts packs.
+        pack_window: from how many samples of the plan a pack is filled, as for `attach`.
+        pack_balance: how many packs in a row are sorted by the cost of their attention, as for `attach`.
 
     Raises:
         ValueError: the accelerator's settings rule out a curriculum, the data set lacks a column, or the curriculum
@@ -106,21 +100,24 @@ class CurriculumLoop:
         manifests: bool = True,
         logs: Logs = "few",
         report_every: int | None = None,
+        pack_to: int | None = None,
+        pack_window: int = PACK_WINDOW,
+        pack_balance: int = 1,
     ) -> None:
         refuse_parallelism(accelerator)
         refuse_second_host(curriculum)
-        for name in ("dispatch_batches", "split_batches"):
-            if getattr(accelerator.dataloader_config, name):
-                raise ValueError(
-                    f"DataLoaderConfiguration({name}=True) distributes batches in another order than planned. Leave it "
-                    "at False."
-                )
+        refuse_dispatching(accelerator)
         for name, given in {"sample_log=True": sample_log, f"report_every={report_every}": report_every}.items():
             if given and output_dir is None:
                 raise ValueError(f"{name} writes into the output folder, so it needs output_dir= too.")
         self.curriculum = curriculum
         self.accelerator = accelerator
-        self.sampler: DistillSampler = curriculum.bind(dataset, applies_weights=True, observes=True)
+        require_arguments("CurriculumLoop", pack_to=(pack_to, "int | None"))
+        packing = None if pack_to is None else Packing(capacity=pack_to, window=pack_window, balance=pack_balance)
+        self._objectives, self._objective_taps, teachers = set_up(objective, dataset, tokenizer)
+        self.sampler: DistillSampler = curriculum.bind(
+            dataset, applies_weights=True, observes=True, packing=packing, teachers=teachers
+        )
         """The sampler to give to the data loader."""
         self.step = 0
         """Optimizer steps taken so far."""
@@ -132,10 +129,8 @@ class CurriculumLoop:
         if curriculum.planner.gives_weights:
             self._taps.append(LossWeights())
         if curriculum.observe:
-            self._taps.append(ObservedScores(curriculum))
-        self._objectives = checked_objectives(objective)
-        setting = Setting(dataset, tokenizer)
-        self._objective_taps = [each.tap(setting) for each in self._objectives]
+            self._taps.append(ObservedScores(curriculum, self._objective_taps))
+        self._packs = None if packing is None else PacksOfLoop(teachers)
         self._taps += self._objective_taps
         self._prepared: nn.Module | None = None
         self._scale: torch.Tensor | None = None
@@ -156,14 +151,18 @@ class CurriculumLoop:
         self._into_epoch = 0
         """Optimizer steps taken in this epoch."""
         self._position = 0
-        """Samples of this epoch's plan that all processes together have trained on."""
+        """Samples (or packs) of this epoch's plan that all processes together have trained on."""
         self._into_step = 0
         """How many of these were trained on since the last optimizer step."""
         self._per_step = 0
-        """Samples in an optimizer step; 0: nothing was trained yet."""
+        """Samples (or packs) in an optimizer step; 0: nothing was trained yet."""
         self._in_training: tuple[Batch | None, nn.Module, int] | None = None
-        """The batch that the loop body is training on, the student, and how many samples all processes train on in the
-        same step of the loop."""
+        """The batch that the loop body is training on, the student, and how many samples (or packs) all processes train
+        on in the same step of the loop."""
+
+    def packed(self, rows: Any) -> PackedRows:
+        """What the data loader reads if plans are packed: the rows of the loop's data set, whose indices are packs."""
+        return PackedRows(rows)
 
     def prepare(self, model: nn.Module) -> None:
         """Let objectives add their own modules to the student. Call it before you create the optimizer.
@@ -246,6 +245,8 @@ class CurriculumLoop:
         if self._objectives and self._prepared is None:
             raise ValueError("objective=: call loop.prepare(model) before you make the optimizer.")
         self._manifests.begin(self._readers.ranks)
+        if self._packs is not None:
+            self._packs.check(model, loader)
         started, planned = time.perf_counter(), len(self.curriculum.summaries)
         samples_per_batch = loader.total_batch_size
         per_step = samples_per_batch * self.accelerator.gradient_accumulation_steps
@@ -257,7 +258,7 @@ class CurriculumLoop:
         dataset = self.curriculum.dataset
         per_batch = samples_per_batch // self.accelerator.num_processes
         if self._position:
-            loader = _without_randomness(self._continued(loader, per_step))
+            loader = without_randomness(self._continued(loader, per_step))
         self._per_step = per_step
         with ExitStack() as opened:
             for tap in self._taps:
@@ -266,9 +267,10 @@ class CurriculumLoop:
                 plan = self.curriculum.sampler.plan
                 assert plan is not None
                 batch: Batch | None = None
-                if self._taps:
-                    place = self._position + self.accelerator.process_index * per_batch
-                    batch = batch_of(inputs, plan, dataset, place=place, epoch=self._epoch, step=self.step)
+                if self._taps or self._packs is not None:
+                    row = self._position + self.accelerator.process_index * per_batch
+                    first, stop = self.sampler.places(row), self.sampler.places(row + per_batch)
+                    batch = batch_of(inputs, plan, dataset, place=first, stop=stop, epoch=self._epoch, step=self.step)
                     for tap in self._taps:
                         tap.before(batch)
                 if self._objectives:
@@ -370,9 +372,10 @@ class CurriculumLoop:
         self._position = self.sampler.shift + skip * loader.total_batch_size
         if self._per_step != per_step:
             logger.warning(
-                "An optimizer step had %d samples until this checkpoint and has %d now. Training continues at sample "
-                "%d of %d of the plan of epoch %d.",
+                "An optimizer step had %d %s until this checkpoint and has %d now. Training continues after %d of %d "
+                "of the plan of epoch %d.",
                 self._per_step,
+                self.sampler.noun,
                 per_step,
                 self._position,
                 self.sampler.num_rows,
@@ -408,9 +411,9 @@ class CurriculumLoop:
         self.step += 1
         self._into_epoch += 1
         self._into_step = 0
-        self.curriculum.progress(self._position)
+        self.curriculum.progress(self.sampler.places(self._position))
         planned = len(self.curriculum.summaries)
-        start = self._position + self.curriculum.rescore.lag * self._per_step
+        start = self.sampler.places(self._position + self.curriculum.rescore.lag * self._per_step)
         self.curriculum.replan(model, step=self.step, into_epoch=self._into_epoch, start=start)
         self._report(planned)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -10,8 +10,11 @@ from torch import nn
 
 from distill_sampler.curriculum import Curriculum
 from distill_sampler.integrations.sharding import whole_head
+from distill_sampler.objectives.following import FollowsTeacher
+from distill_sampler.objectives.live import LiveTeacher
 from distill_sampler.planning.summary import PREFIX
-from distill_sampler.protocols import Tap
+from distill_sampler.protocols import ObjectiveTap, Tap
+from distill_sampler.reading.model_reader import ModelReader
 from distill_sampler.reading.observer import Observer
 from distill_sampler.types import Batch
 
@@ -24,10 +27,12 @@ class ObservedScores(Tap):
 
     Args:
         curriculum: provides the metrics, and its store receives the scores.
+        objectives: the taps of the run's objectives, whose teachers read the batches too.
     """
 
-    def __init__(self, curriculum: Curriculum) -> None:
+    def __init__(self, curriculum: Curriculum, objectives: Sequence[ObjectiveTap] = ()) -> None:
         self._curriculum = curriculum
+        self._teachers = [tap.teacher for tap in objectives if isinstance(tap, FollowsTeacher)]
         self._observer: Observer | None = None
         dataset = curriculum.dataset
         named = [name for name in (curriculum.teacher, curriculum.domain) if name in dataset.column_names]
@@ -44,11 +49,17 @@ class ObservedScores(Tap):
             list(self._curriculum.cycle.metrics.values()),
             ties=self._curriculum.scorer.ties,
             whole=whole_head,
+            along={id(teacher.model): teacher.reads_along() for teacher in self._teachers if self._reads(teacher)},
         )
         with observer:
             self._observer = observer
             yield
         self._observer = None
+
+    def _reads(self, teacher: LiveTeacher) -> bool:
+        """Whether a teacher reads for a metric."""
+        readers = [reader for each in self._curriculum.cycle.metrics.values() for reader in each.readers.values()]
+        return any(isinstance(reader, ModelReader) and reader.model is teacher.model for reader in readers)
 
     def before(self, batch: Batch) -> None:
         assert self._observer is not None

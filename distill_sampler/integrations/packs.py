@@ -23,7 +23,7 @@ from transformers import DataCollatorWithFlattening, Trainer
 from distill_sampler.integrations.trl import is_sft_trainer, source_rows
 from distill_sampler.planning.packs import Packing
 from distill_sampler.protocols import Tap
-from distill_sampler.reading.forward import reading
+from distill_sampler.reading.forward import reading, unwrap
 from distill_sampler.types import Batch, IntArray
 
 Overlong = Literal["refuse", "truncate", "split"]
@@ -253,6 +253,52 @@ def refuse_crossing(model: nn.Module, collator: Any) -> None:
             "pack_to=: with this model, a sample's logits depend on the sample before it in the row (they differ by "
             f"{difference:.2g} of the largest logit), so samples of a pack would be trained in each other's context. "
             f"{cure}"
+        )
+
+
+class PacksOfLoop:
+    """Checks in a loop of one's own that the samples of a pack do not see each other.
+
+    Args:
+        teachers: the models that also read the packs.
+    """
+
+    def __init__(self, teachers: Sequence[nn.Module]) -> None:
+        self._not_tried: list[nn.Module | None] = [None, *teachers]
+        """None: the student."""
+
+    def check(self, model: nn.Module, loader: Any) -> None:
+        """Check the loop's settings before each epoch, and the models before the first.
+
+        Args:
+            model: the student, as the loop calls it.
+            loader: the loop's data loader.
+
+        Raises:
+            ValueError: the loader has another data set or another collator, or a model's samples see each other.
+        """
+        _require_packed_loader(model, loader)
+        while self._not_tried:
+            refuse_crossing(self._not_tried[0] or model, loader.collate_fn)
+            self._not_tried.pop(0)
+
+
+def _require_packed_loader(model: nn.Module, loader: Any) -> None:
+    if getattr(unwrap(model).config.get_text_config(), "use_cache", False):
+        raise ValueError(
+            "pack_to=: a model that makes a cache for generation does not look at where samples begin, so they would "
+            "be trained in each other's context. Set model.config.use_cache = False before training."
+        )
+    if not isinstance(loader.dataset, PackedRows):
+        raise ValueError(
+            f"pack_to=: the data loader reads a {type(loader.dataset).__name__}, whose indices are single samples. "
+            "Give it loop.packed(rows)."
+        )
+    if not lays_end_to_end(loader.collate_fn):
+        raise ValueError(
+            "pack_to= needs a collator that lays samples end to end, with position ids that restart, but the data "
+            f"loader has {getattr(loader.collate_fn, '__name__', type(loader.collate_fn).__name__)}. Give it "
+            "collate_fn=DataCollatorWithFlattening()."
         )
 
 

@@ -135,6 +135,20 @@ def samples_per_step(args: TrainingArguments) -> int:
     return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
 
 
+def refuse_dispatching(accelerator: Accelerator) -> None:
+    """Refuse an accelerator that distributes batches in another order than planned.
+
+    Raises:
+        ValueError: names the setting and the cure.
+    """
+    for name in ("dispatch_batches", "split_batches"):
+        if getattr(accelerator.dataloader_config, name):
+            raise ValueError(
+                f"DataLoaderConfiguration({name}=True) distributes batches in another order than planned. Leave it at "
+                "False."
+            )
+
+
 def refuse_parallelism(accelerator: Accelerator) -> None:
     """Refuse parallelism within a sequence, wherever it was configured.
 

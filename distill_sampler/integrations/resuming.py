@@ -8,11 +8,13 @@ share of the run, counted in steps of today's length.
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 
@@ -113,3 +115,16 @@ def continue_schedule(scheduler: Any, step: int) -> None:
             type(scheduler).__name__,
             step,
         )
+
+
+def without_randomness(loader: Any) -> Iterator[Any]:
+    """The batches of a loader, fetched without a draw from torch's random state.
+
+    A data loader draws the seed of its workers when iteration starts. After a resume that happens a second time, when
+    the random state restored from the checkpoint is already that of the next training step.
+    """
+    iterator = iter(loader)
+    with torch.random.fork_rng(devices=[]):
+        first = list(itertools.islice(iterator, 1))
+    yield from first
+    yield from iterator

@@ -14,13 +14,13 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 from transformers import Trainer
 
-from distill_sampler.contract import checked_objectives
 from distill_sampler.curriculum import Curriculum
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.integrations.callback import ABSENT, CurriculumCallback
 from distill_sampler.integrations.checkpoints import STATE_ENTRY
 from distill_sampler.integrations.live_report import LiveReport
 from distill_sampler.integrations.loss_weights import LossWeights
+from distill_sampler.integrations.objectives import set_up
 from distill_sampler.integrations.observed_scores import ObservedScores
 from distill_sampler.integrations.packs import (
     Overlong,
@@ -53,7 +53,6 @@ from distill_sampler.integrations.seams import (
 )
 from distill_sampler.integrations.trl import dropped_rows, is_sft_trainer, source_rows
 from distill_sampler.integrations.versions import BeginsInLoop, prepared_rows, truncation_mode
-from distill_sampler.objectives.live import Setting
 from distill_sampler.planning.summary import Logs
 from distill_sampler.protocols import Objective, Tap
 from distill_sampler.sources.templates import end_token_ids
@@ -188,7 +187,9 @@ def attach(
         unknown = np.where(cut, UNKNOWN, 0)
         dataset.tokens_cut = unknown if tokens_cut is None else np.where(tokens_cut == UNKNOWN, unknown, tokens_cut)
     curriculum.use_tokenizer(trainer.processing_class)
-    sampler = curriculum.bind(dataset, applies_weights=True, observes=True, packing=packing)
+    objectives, objective_taps, teachers = set_up(objective, dataset, trainer.processing_class)
+    refuse_for_objectives(objectives, args)
+    sampler = curriculum.bind(dataset, applies_weights=True, observes=True, packing=packing, teachers=teachers)
     sampler.in_whole_steps(samples_per_step(args), cut=args.dataloader_drop_last)
     refuse_for(curriculum, args)
     if sample_log:
@@ -196,14 +197,10 @@ def attach(
     if curriculum.planner.gives_weights:
         taps.append(LossWeights())
     if curriculum.observe:
-        taps.append(ObservedScores(curriculum))
-    objectives = checked_objectives(objective)
-    refuse_for_objectives(objectives, args)
-    setting = Setting(dataset, trainer.processing_class)
-    objective_taps = [each.tap(setting) for each in objectives]
+        taps.append(ObservedScores(curriculum, objective_taps))
     taps += objective_taps
     if packing is not None and not packing.padded:
-        taps.append(SeparateSamples(trainer, setting.models))
+        taps.append(SeparateSamples(trainer, teachers))
     trainer.train_dataset = trained_rows
     callback = CurriculumCallback(
         trainer,

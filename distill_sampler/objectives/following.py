@@ -174,6 +174,11 @@ class FollowsTeacher(FollowsStudent):
         with super().open(model, step=step):
             yield
 
+    def expect(self, inputs: Mapping[str, Any], *, progress: float) -> None:
+        super().expect(inputs, progress=progress)
+        if self.teacher.observed:
+            self.teacher.read(inputs)
+
     def after(self, batch: Batch) -> None:
         super().after(batch)
         self.teacher.forget()

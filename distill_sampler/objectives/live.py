@@ -6,16 +6,19 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.objectives.divergence import Cells, Targets, blocks
 from distill_sampler.reading.forward import unwrap
-from distill_sampler.reading.head import linear
-from distill_sampler.reading.observer import transform_of
+from distill_sampler.reading.head import LogitTransform, linear
+from distill_sampler.reading.observer import ReadsAlong, transform_of
+from distill_sampler.reading.token_stats import chunk_for, token_stats
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,14 +99,26 @@ class LiveTeacher:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        require_whole(model)
+        self.model = model
+        self.observed = False
+        """Whether scores are taken from it in training. Then it reads each batch, whatever the objectives weigh."""
         self.watch = Watch(model.eval().requires_grad_(False))
         parameters = inspect.signature(self.watch.decoder.forward).parameters
         self._takes = set(parameters) - {"use_cache"}
         if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
             self._takes |= _LIMITS
-        self._transform: Any = None
         self._seen: Seen | None = None
         self._read: Any = None
+
+    @cached_property
+    def transform(self) -> LogitTransform:
+        """What it does to its logits after the head.
+
+        Raises:
+            ValueError: its logits are not the product of its decoder's hidden states and its output head.
+        """
+        return transform_of(self.watch.model, purpose="SoftTargets(teacher=)")
 
     @torch.no_grad()
     def read(self, inputs: Mapping[str, Any]) -> Seen:
@@ -118,6 +133,22 @@ class LiveTeacher:
             self._read = inputs["input_ids"]
         assert self._seen is not None
         return self._seen
+
+    def reads_along(self) -> ReadsAlong:
+        """A function that gives the statistics of tokens in the batch that it has read last. Each batch is read from
+        now on."""
+        self.observed = True
+        head = self.watch.model.get_output_embeddings()
+        chunk = chunk_for(head.weight.shape[0])
+
+        @torch.no_grad()
+        def stats(places: Tensor, targets: Tensor) -> dict[str, Tensor]:
+            assert self._seen is not None, "it reads before the student"
+            states = self._seen.last.flatten(0, 1)[places]
+            with torch.autocast(states.device.type, enabled=False):
+                return token_stats(states, targets, linear(head.weight, head.bias, self.transform), chunk=chunk)
+
+        return stats
 
     def _keep(self, seen: Seen) -> None:
         self._seen = seen
@@ -137,10 +168,8 @@ class LiveTeacher:
         Raises:
             ValueError: its logits are not the product of its decoder's hidden states and its output head.
         """
-        if self._transform is None:
-            self._transform = transform_of(self.watch.model, purpose="SoftTargets(teacher=)")
         head = self.watch.model.get_output_embeddings()
-        project = linear(head.weight, head.bias, self._transform, rounded=True)
+        project = linear(head.weight, head.bias, self.transform, rounded=True)
 
         def cells(start: int, stop: int) -> Cells:
             with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
@@ -150,6 +179,22 @@ class LiveTeacher:
                 return Cells(log_probs=logits)
 
         return cells
+
+
+def require_whole(model: nn.Module) -> None:
+    """Refuse a teacher whose weights are distributed over processes.
+
+    Raises:
+        ValueError: ZeRO-3 or FSDP shards it.
+    """
+    if any(isinstance(each, DTensor) or hasattr(each, "ds_tensor") for each in model.parameters()):
+        raise ValueError(
+            f"objective= (teacher=): the weights of {type(model).__name__} are distributed over the processes, but "
+            "each process must hold the whole teacher. Load it before you make the TrainingArguments (SFTConfig), "
+            "which make ZeRO-3 shard every model that is loaded after them, and do not wrap it with FSDP. If it does "
+            "not fit into one device, read it once: distill-sampler teacher-logprobs --top-k 32, and "
+            "SoftTargets('teacher.arrow')."
+        )
 
 
 _LIMITS = {"seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}

@@ -12,7 +12,7 @@ batch a scoring pass would treat in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from distill_sampler.protocols import Metric
 from distill_sampler.reading.forward import autocast_dtype, forward_of, reading, unwrap
 from distill_sampler.reading.head import LogitTransform, Project, Room, linear, module
 from distill_sampler.reading.lengths import switches_at
+from distill_sampler.reading.model_reader import ModelReader
 from distill_sampler.reading.reduce import columns_of, data_columns_of, extras_of, reduced
 from distill_sampler.reading.token_stats import chunk_for, token_stats
 from distill_sampler.types import Batch, FloatArray, IntArray, Missing, Sample, TokenStats
@@ -33,12 +34,28 @@ Whole = Callable[[nn.Module], AbstractContextManager[tuple[Tensor, Tensor | None
 """Gives weight and bias of a linear output head, gathered if they are sharded. Every process must enter it."""
 
 
-def not_observable(metrics: Sequence[Metric], samples: Sequence[Sample]) -> list[str]:
-    """Names of the metrics that read other sequences than the samples, or with other readers than the student."""
+ReadsAlong = Callable[[Tensor, Tensor], dict[str, Tensor]]
+"""What a teacher that has read the batch of training makes of its tokens. Takes the flat positions that predict them
+and the tokens, `[tokens]` each, and gives their statistics as `token_stats` does."""
+
+
+def not_observable(
+    metrics: Sequence[Metric], samples: Sequence[Sample], teachers: Sequence[nn.Module] = ()
+) -> list[str]:
+    """Names of the metrics that read other sequences than the samples, or with readers that do not read along.
+
+    Args:
+        metrics: the metrics.
+        samples: some samples.
+        teachers: the models that read each batch of training beside the student.
+    """
     return [
         metric.name
         for metric in metrics
-        if metric.readers
+        if not all(
+            isinstance(reader, ModelReader) and any(reader.model is teacher for teacher in teachers)
+            for reader in metric.readers.values()
+        )
         or any(
             view.parts is not None or not np.array_equal(view.input_ids, sample.input_ids)
             for sample in samples
@@ -56,6 +73,8 @@ class Observer:
         metrics: what to compute.
         ties: the tie rule of ranks, as in `Scorer`.
         whole: gathers the head's weights where the host shards them.
+        along: by the id of its model, each teacher that reads for a metric, and reads a batch of training before the
+            student does.
 
     Raises:
         ValueError: this student's hidden states cannot be observed, or its logits depend on more than them.
@@ -69,6 +88,7 @@ class Observer:
         *,
         ties: Literal["strict", "mid"] = "strict",
         whole: Whole | None = None,
+        along: Mapping[int, ReadsAlong] | None = None,
     ) -> None:
         self._student = unwrap(model)
         self._decoder: nn.Module = self._student.get_decoder()
@@ -80,6 +100,8 @@ class Observer:
         self._batch: Batch | None = None
         self._samples: list[Sample] = []
         self._stats: dict[str, Tensor] | None = None
+        self._along = dict(along or {})
+        self._by_teachers: dict[int, dict[str, Tensor]] = {}
         self._chunk = chunk_for(self._student.config.get_text_config().vocab_size)
         self._transform = transform_of(model, purpose="observe=True")
         self._switches_at = switches_at(self._student)
@@ -113,10 +135,9 @@ class Observer:
                 f"observe=True takes scores from the hidden states of {type(self._decoder).__name__}, but training did "
                 "not call it. Leave observe off for this model."
             )
-        stats: dict[str, Any] = {name: values.cpu().numpy() for name, values in self._stats.items()}
-        self._stats = None
-        if self._mid_ranks:
-            stats["rank"] = stats["rank"] + stats["ties"] / 2
+        stats = self._as_arrays(self._stats)
+        by_teachers = {model: self._as_arrays(of_model) for model, of_model in self._by_teachers.items()}
+        self._stats, self._by_teachers = None, {}
         names = columns_of(self._metrics)
         rows = {name: np.full(len(batch.samples), np.nan, np.float32) for name in names}
         missing = {metric.name: np.zeros(len(batch.samples), np.int64) for metric in self._metrics}
@@ -124,16 +145,20 @@ class Observer:
         self.losses = []
         for row, sample in enumerate(self._samples):
             start, stop = stop, stop + int(sample.scored.sum())
-            own = {name: values[start:stop] for name, values in stats.items()}
-            self.losses.append((sample.index, float(own["surprisal"].sum(dtype=np.float64)), stop - start))
+            loss = float(stats["surprisal"][start:stop].sum(dtype=np.float64))
+            self.losses.append((sample.index, loss, stop - start))
             for metric in self._metrics:
                 views = metric.views(sample)
                 if views is None:
                     missing[metric.name][row] = Missing.NOT_APPLICABLE
                     continue
                 assert all(np.array_equal(view.input_ids, sample.input_ids) for view in views)
-                wanted = [view.scored[sample.scored] for view in views]
-                of_views = [TokenStats(**{name: own[name][which] for name in own}) for which in wanted]
+                of_views = []
+                for view in views:
+                    reader: Any = metric.readers.get(view.reader)
+                    of_model = stats if reader is None else by_teachers[id(reader.model)]
+                    wanted = view.scored[sample.scored]
+                    of_views.append(TokenStats(**{name: of_model[name][start:stop][wanted] for name in of_model}))
                 numbers, missing[metric.name][row] = reduced(metric, sample, of_views)
                 for name, number in zip(metric.columns, numbers, strict=True):
                     rows[name][row] = number
@@ -159,16 +184,24 @@ class Observer:
             ]
         )
         targets = np.concatenate([sample.input_ids[sample.scored] for sample in self._samples])
-        states = hidden.flatten(0, 1)[torch.from_numpy(places).to(hidden.device)]
+        at, tokens = (torch.from_numpy(each).to(hidden.device) for each in (places, targets))
+        states = hidden.flatten(0, 1)[at]
         operands = autocast_dtype(hidden.device)
         with torch.autocast(hidden.device.type, enabled=False), self._project(operands) as project:
             self._stats = token_stats(
                 states,
-                torch.from_numpy(targets).to(hidden.device),
+                tokens,
                 project,
                 extras=self._extras,
                 chunk=self._chunk,
             )
+        self._by_teachers = {model: reads(at, tokens) for model, reads in self._along.items()}
+
+    def _as_arrays(self, stats: Mapping[str, Tensor]) -> dict[str, Any]:
+        arrays: dict[str, Any] = {name: values.cpu().numpy() for name, values in stats.items()}
+        if self._mid_ranks:
+            arrays["rank"] = arrays["rank"] + arrays["ties"] / 2
+        return arrays
 
     @contextmanager
     def _project(self, operands: torch.dtype | None) -> Iterator[Project]:

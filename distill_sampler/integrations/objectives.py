@@ -1,0 +1,70 @@
+"""The objectives of a run, set up for a host; and a notice where a teacher was trained with another chat template."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import AutoTokenizer
+
+from distill_sampler.contract import checked_objectives
+from distill_sampler.dataset import ScoredDataset
+from distill_sampler.objectives.live import Setting
+from distill_sampler.protocols import Objective, ObjectiveTap
+from distill_sampler.reading.forward import unwrap
+
+logger = logging.getLogger(__name__)
+
+_CHAT = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+
+
+def set_up(
+    objective: Objective | Sequence[Objective], dataset: ScoredDataset, tokenizer: Any
+) -> tuple[tuple[Objective, ...], list[ObjectiveTap], list[nn.Module]]:
+    """The objectives, their taps, and the live teachers.
+
+    Args:
+        objective: one objective, or several.
+        dataset: the data set that is trained on.
+        tokenizer: the student's; None: unknown.
+
+    Raises:
+        ValueError: something is not an objective, or does not fit the run.
+    """
+    objectives = checked_objectives(objective)
+    setting = Setting(dataset, tokenizer)
+    taps = [each.tap(setting) for each in objectives]
+    for teacher in setting.models:
+        if another_template(teacher, tokenizer):
+            logger.warning(
+                "The chat template of the teacher %s writes a conversation differently from the student's. The teacher "
+                "reads what the student's template wrote, which it may predict badly. If it does, give the student's "
+                "tokenizer the teacher's chat_template before training, or read the teacher in its own template once: "
+                "distill-sampler teacher-logprobs --top-k 32, and SoftTargets('teacher.arrow').",
+                _name(teacher),
+            )
+    return objectives, taps, setting.models
+
+
+def another_template(teacher: nn.Module, tokenizer: Any) -> bool:
+    """Whether the tokenizer in the teacher's folder writes a conversation differently from the student's tokenizer.
+
+    False if that is not known: a teacher without a folder or a cached tokenizer, a tokenizer without a template.
+    """
+    name = _name(teacher)
+    if not name or not getattr(tokenizer, "chat_template", None):
+        return False
+    try:
+        own: Any = AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError):
+        return False
+    if not own.chat_template:
+        return False
+    texts = [each.apply_chat_template(_CHAT, tokenize=False) for each in (own, tokenizer)]
+    return bool(texts[0] != texts[1])
+
+
+def _name(teacher: nn.Module) -> str:
+    return str(getattr(unwrap(teacher).config, "_name_or_path", "") or "")

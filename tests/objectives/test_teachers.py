@@ -1,0 +1,127 @@
+"""What a run makes of its objectives' teachers: observed scores, and a notice of another chat template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from distill_sampler import (
+    Curriculum,
+    CurriculumLoop,
+    GlobalNaturalness,
+    HiddenHints,
+    ModelReader,
+    ScoredDataset,
+    SoftTargets,
+    TeacherStudentGap,
+    attach,
+)
+from tests import tiny
+from tests.objectives.test_soft_targets import curriculum, teacher
+from tests.objectives.test_stored_targets import store_of
+from tests.online.test_loss_weights import trainer_of
+from tests.online.test_observing import observing
+
+GAP = "teacher_student_gap"
+
+
+def forwards_of(model: PreTrainedModel) -> list[tuple[int, ...]]:
+    """Notes the shape of each batch that a model reads."""
+    shapes: list[tuple[int, ...]] = []
+    layer = model.get_decoder().layers[0]
+    layer.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape[:2])))
+    return shapes
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.0])
+@pytest.mark.parametrize("kind", ["Trainer", "SFTTrainer, padding-free"])
+def test_the_gap_to_an_objectives_teacher_is_observed_at_no_extra_forward(
+    kind: str, alpha: float, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    guide = teacher()
+    settings: dict[str, Any] = {"padding_free": True, "max_length": None} if "free" in kind else {}
+    shapes = forwards_of(guide)
+
+    def run(*metrics: Any) -> Curriculum:
+        trainer = trainer_of(kind.split(",")[0], tmp_path, tokenizer, learning_rate=0.0, **settings)
+        given = observing(metrics=[GlobalNaturalness(), *metrics])
+        attach(trainer, given, objective=[SoftTargets(guide, alpha=alpha), HiddenHints(guide, weight=0.0)])
+        trainer.train()
+        return given
+
+    run()
+    without = [shape for shape in shapes if shape[1] > 4]  # no probe of the library's
+    shapes.clear()
+    given = run(TeacherStudentGap(teacher=ModelReader(guide)))
+    with_gap = [shape for shape in shapes if shape[1] > 4]
+    seen = given.store.observed
+    assert (seen.step >= 0).all()
+    (first,) = given.cycle.record.passes  # of the same weights: nothing was learned
+    np.testing.assert_allclose(seen.columns[GAP], first.columns[GAP], rtol=1e-4, atol=1e-6)
+    assert len(np.unique(seen.columns[GAP])) == 6
+    assert len(without) == (3 if alpha else 0)
+    assert len(with_gap) == 1 + 3  # the scoring pass, and the batches of training
+    assert with_gap[1:] == (without or with_gap[1:])
+
+
+def test_the_gap_to_a_stored_teacher_is_observed_without_a_forward(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    store = str(store_of(teacher(), tmp_path / "guide.arrow", tokenizer, 5))
+    trainer = trainer_of("SFTTrainer", tmp_path, tokenizer, learning_rate=0.0)
+    given = observing(metrics=[TeacherStudentGap(teacher=store)])
+    attach(trainer, given, objective=SoftTargets(store))
+    trainer.train()
+    (first,) = given.cycle.record.passes
+    np.testing.assert_allclose(given.store.observed.columns[GAP], first.columns[GAP], rtol=1e-4, atol=1e-6)
+
+
+def test_the_gap_to_a_teacher_that_does_not_read_along_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    trainer = trainer_of("SFTTrainer", tmp_path, tokenizer)
+    given = observing(metrics=[TeacherStudentGap(teacher=ModelReader(teacher()))])
+    with pytest.raises(ValueError, match=rf"observe=True: {GAP}.*teacher of an objective.*observe=False"):
+        attach(trainer, given, objective=SoftTargets(teacher()))
+
+
+def saved(folder: Path, template: str | None) -> PreTrainedModel:
+    """A teacher in a folder of its own, with a tokenizer that has this template."""
+    teacher().save_pretrained(folder)
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return tiny.LlamaForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        (tiny.CHATML.replace("<|im_end|>", "</s>"), True),
+        (tiny.CHATML + "{# the same conversation #}", False),
+        (None, False),
+    ],
+    ids=["another", "the same in other words", "none"],
+)
+@pytest.mark.parametrize("host", ["trainer", "loop"])
+def test_another_chat_template_of_the_teacher_is_told(
+    template: str | None,
+    told: bool,
+    host: str,
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    objective = SoftTargets(saved(tmp_path / "guide", template))
+    if host == "trainer":
+        attach(trainer_of("SFTTrainer", tmp_path, tokenizer), curriculum(), objective=objective)
+    else:
+        rows = tiny.tokenised(tiny.candidates(2), tokenizer)  # type: ignore[arg-type]
+        dataset = ScoredDataset(rows, end_token_ids=[257])
+        CurriculumLoop(curriculum(), dataset, Accelerator(cpu=True), objective=objective, tokenizer=tokenizer)
+    assert (f"chat template of the teacher {tmp_path / 'guide'}" in caplog.text) == told
