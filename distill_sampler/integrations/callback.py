@@ -20,7 +20,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from distill_sampler.artifacts.manifest import Manifests
-from distill_sampler.artifacts.state import read_arrays, write_arrays
+from distill_sampler.artifacts.state import as_state, content_of, read_arrays, write_arrays
 from distill_sampler.curriculum import Curriculum
 from distill_sampler.distributed import Ranks
 from distill_sampler.integrations.batches import batch_of
@@ -31,6 +31,7 @@ from distill_sampler.integrations.resuming import Place, continue_schedule, plac
 from distill_sampler.integrations.sample_log import SampleLog
 from distill_sampler.integrations.seams import output_of
 from distill_sampler.integrations.trackers import numbers_of, show_plan, trackers_of_callbacks
+from distill_sampler.objectives.hidden_hints import projections_of, restore_projections
 from distill_sampler.planning.summary import PREFIX, Logs
 from distill_sampler.protocols import Tap
 
@@ -127,9 +128,12 @@ class CurriculumCallback(TrainerCallback):
                     "new run from its weights (model=<checkpoint folder>, without resume_from_checkpoint)."
                 )
             progress = entry["progress"]
+            arrays = {} if checkpoint is None else read_arrays(checkpoint)
+            if "adapter" in entry:
+                restore_projections(_wrapped_model(self.trainer), content_of(entry["adapter"], arrays)["projections"])
             self.curriculum.load_state_dict(
                 entry["curriculum"],
-                {} if checkpoint is None else read_arrays(checkpoint),
+                arrays,
                 accept_changes=self._accept_changes,
                 epoch_over=progress.get("over", False),
             )
@@ -256,6 +260,9 @@ class CurriculumCallback(TrainerCallback):
             # of the plan as it is now: packs that are planned anew hold other numbers of samples
             _entries(state)[STATE_ENTRY]["places_per_epoch"] = sampler.places(sampler.shift + len(sampler))
             _entries(state)[STATE_ENTRY]["curriculum"] = self.curriculum.state_dict(arrays)
+            if hasattr(self.trainer.model, "peft_config"):  # whose checkpoint holds nothing but the adapter
+                projections = projections_of(_wrapped_model(self.trainer))
+                _entries(state)[STATE_ENTRY]["adapter"] = as_state({"projections": projections}, arrays)
             write_arrays(arrays, checkpoint)
 
     def saved(self, checkpoint: Path) -> None:

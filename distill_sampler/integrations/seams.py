@@ -300,6 +300,12 @@ def prepare_through(trainer: Trainer, objectives: Sequence[Objective]) -> None:
             for objective in objectives:
                 objective.prepare(model)
             added = len(list(model.parameters())) > before
+            if added and trainer.is_fsdp_enabled and hasattr(model, "peft_config"):
+                raise ValueError(
+                    f"objective={objectives[0].name}: FSDP's checkpoints of an adapter do not hold the projections, so "
+                    "a resume would lose them. Use DDP or DeepSpeed, train the whole student, or match layers of the "
+                    "same width with projection='never'."
+                )
             if added and trainer.model_init is not None:
                 raise ValueError(
                     f"objective={objectives[0].name}: model_init= creates another student when training starts, which "

@@ -14,6 +14,7 @@ from distill_sampler.objectives.following import FollowsTeacher, require_model, 
 from distill_sampler.objectives.live import Seen, Setting, Watch, chosen_layers
 from distill_sampler.protocols import Objective, ObjectiveTap
 from distill_sampler.reading.forward import unwrap
+from distill_sampler.types import FloatArray
 
 MODULE = "distillation_projections"
 """Name of the submodule of the student that holds the projections during training."""
@@ -27,8 +28,9 @@ class HiddenHints(Objective):
     The error of a position is the mean over the teacher's dimensions. It is computed at every position whose next token
     is trained on, and normalised as the trainer normalises its loss. If the two widths differ, W is a learned matrix.
 
-    The matrices are part of the student while it is trained: they are in its optimizer and its checkpoints, and are
-    restored on a resume. They are removed when training ends, so the saved student does not contain them.
+    The matrices are part of the student while it is trained: they are in its optimizer and its checkpoints (for an
+    adapter, beside the curriculum's state), and are restored on a resume. They are removed when training ends, so the
+    saved student does not contain them.
     """
 
     teacher: nn.Module
@@ -73,11 +75,6 @@ class HiddenHints(Objective):
             )
         if self.projection == "never" or (self.projection == "auto" and widths[0] == widths[1]):
             return
-        if hasattr(inner, "peft_config"):
-            raise ValueError(
-                "HiddenHints: the checkpoints of an adapter do not hold the projections, so a resume would lose them. "
-                "Train the whole student, or match layers of the same width with projection='never'."
-            )
         like = next(inner.parameters())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # the same matrices in every process and after a restart
@@ -92,6 +89,33 @@ class HiddenHints(Objective):
 
     def tap(self, setting: Setting) -> ObjectiveTap:
         return _HiddenHintsTap(self, setting)
+
+
+def projections_of(student: nn.Module) -> dict[str, FloatArray]:
+    """Copies of the projections in float32, by layer. Empty if the student has none."""
+    own = unwrap(student)._modules.get(MODULE)
+    if own is None:
+        return {}
+    return {name: value.detach().float().cpu().numpy().copy() for name, value in own.named_parameters()}
+
+
+@torch.no_grad()
+def restore_projections(student: nn.Module, saved: Mapping[str, FloatArray]) -> None:
+    """Set the projections to what `projections_of` returned.
+
+    Raises:
+        ValueError: the student has other projections.
+    """
+    own = unwrap(student)._modules.get(MODULE)
+    here = {} if own is None else dict(own.named_parameters())
+    shapes = [{name: tuple(value.shape) for name, value in each.items()} for each in (saved, here)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"The checkpoint has projections of HiddenHints of the shapes {shapes[0]}, but here they have {shapes[1]}. "
+            "Resume with the same objective="
+        )
+    for name, value in here.items():
+        value.copy_(torch.from_numpy(saved[name]))
 
 
 class _HiddenHintsTap(FollowsTeacher):

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill_sampler import AttentionTransfer, HiddenHints, SoftTargets, attach
 from distill_sampler.objectives import live
-from distill_sampler.objectives.hidden_hints import MODULE
+from distill_sampler.objectives.hidden_hints import MODULE, projections_of
 from distill_sampler.objectives.places import IGNORED
 from tests import tiny
 from tests.objectives.test_soft_targets import curriculum, weights_of
@@ -181,12 +181,57 @@ def test_what_does_not_fit_is_refused_before_training(
         trainer.train()
 
 
-def test_projections_beside_an_adapter_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_projections_beside_an_adapter_resume_with_its_checkpoint(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned: list[dict[str, Any]] = []
+    withdraw = HiddenHints.withdraw
+    monkeypatch.setattr(
+        HiddenHints,
+        "withdraw",
+        lambda self, student: (learned.append(projections_of(student)), withdraw(self, student)),
+    )
+
+    def run(objective: Any = None, **changes: Any) -> Any:
+        trainer = trainer_of(
+            "SFTTrainer",
+            tmp_path / "run",
+            tokenizer,
+            max_steps=4,
+            num_train_epochs=2,
+            save_strategy="steps",
+            save_steps=2,
+            optim="adamw_torch",
+            peft_config=LoraConfig(target_modules=["q_proj"], r=4),
+        )
+        attach(trainer, curriculum(), objective=objective or HiddenHints(teacher()))
+        start = projections_of(trainer.model)
+        trainer.train(**changes)
+        assert start == {}
+        return trainer
+
+    whole = run()
+    with safe_open(tmp_path / "run" / "checkpoint-2" / "adapter_model.safetensors", framework="pt") as file:
+        assert not [name for name in file.keys() if MODULE in name]  # noqa: SIM118
+    resumed = run(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    for name, value in weights_of(whole).items():
+        if "lora" in name:
+            assert torch.equal(value, weights_of(resumed)[name]), name
+    assert learned[0].keys() == {"1.weight"}
+    assert all((learned[0][name] == learned[1][name]).all() for name in learned[0])
+    with pytest.raises(ValueError, match=r"projections of HiddenHints.*48, 32.*objective="):
+        run(SoftTargets(teacher()), resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+
+
+def test_projections_beside_an_adapter_are_refused_where_fsdp_does_not_save_them(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     trainer = trainer_of(
         "SFTTrainer", tmp_path, tokenizer, max_steps=1, peft_config=LoraConfig(target_modules=["q_proj"])
     )
     attach(trainer, curriculum(), objective=HiddenHints(teacher()))
-    with pytest.raises(ValueError, match=r"HiddenHints.*adapter.*projection='never'"):
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match=r"hidden_hints.*FSDP.*projection='never'"):
         trainer.train()
 
 
