@@ -1,7 +1,7 @@
 """Kill a training run at random moments and restart it until it ends; it must train the same as without kills.
 
     python recipes/benchmarks/kill_storm.py [--kills 200] [--processes 1 or 2] [--workers 0] [--elastic] [--online]
-                                              [--packs]
+                                              [--packs] [--objective]
 
 A real `SFTTrainer` trains a tiny student with a curriculum (dropout on, gradient accumulation 2, a checkpoint every
 second step) in its own process. The process gets SIGKILL while it scores, trains or saves, and restarts from the last
@@ -16,6 +16,10 @@ With `--packs` each epoch's plan is packed, and a batch is one pack.
 
 With `--online` scores are observed in training, half of the candidates are scored again every third step, and the rest
 of the epoch is replanned.
+
+With `--objective` the student also learns from a teacher's stored targets (`SoftTargets`) and from its hidden states
+(`HiddenHints`), through projections that are trained with it. The losses and objectives of each step, and the final
+projections, are compared too.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -44,11 +49,23 @@ import datasets
 import pyarrow.parquet as pq
 import torch
 import torch.distributed
+from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from distill_sampler import BestOf, Curriculum, RankSurprisalRatio, Rescore, Scorer, Shuffle, attach
+from distill_sampler import (
+    BestOf,
+    Curriculum,
+    HiddenHints,
+    RankSurprisalRatio,
+    Rescore,
+    Scorer,
+    Shuffle,
+    SoftTargets,
+    attach,
+)
 from distill_sampler.integrations.batches import rows_of
 from distill_sampler.integrations.checkpoints import last_whole
+from distill_sampler.objectives.hidden_hints import MODULE
 from distill_sampler.serialize import hash_of
 from tests import tiny
 
@@ -78,6 +95,27 @@ class Phase:
 
 
 # ---- A run, in a process of its own ----
+
+
+def guide() -> Any:
+    """The teacher of `--objective`, wider than the student."""
+    return tiny.model(seed=7, hidden_size=48)
+
+
+def store_targets(folder: Path, options: argparse.Namespace) -> Path:
+    """What the teacher finds most probable in the candidates, written by the command that users call."""
+    guide().save_pretrained(folder / "teacher")
+    tiny.tokenizer().save_pretrained(folder / "teacher")
+    with open(folder / "candidates.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in tiny.candidates(options.prompts))
+    program = "from distill_sampler.cli import app; app()"
+    command = [sys.executable, "-c", program, "teacher-logprobs", "candidates.jsonl", "--model", "teacher"]
+    subprocess.run([*command, "--top-k", "8", "--output", "teacher.arrow"], cwd=folder, check=True, capture_output=True)
+    return folder / "teacher.arrow"
+
+
+def bytes_of(module: torch.nn.Module) -> bytes:
+    return b"".join(parameter.detach().numpy().tobytes() for parameter in module.parameters())
 
 
 def train(folder: Path, phase: Phase, rank: int, processes: int, options: argparse.Namespace) -> None:
@@ -151,7 +189,19 @@ def train(folder: Path, phase: Phase, rank: int, processes: int, options: argpar
         observe=options.online,
         rescore=Rescore(every_steps=3, fraction=0.5, lag=6) if options.online else None,
     )
-    attach(trainer, curriculum, pack_to=150 if options.packs else None)
+    objectives: list[Any] = []
+    if options.objective:
+        objectives = [SoftTargets(str(options.targets)), HiddenHints(guide(), layers={0: 0, 1: -1})]
+
+    class NotesProjections(TrainerCallback):
+        """Notes them when training ends, before they are removed."""
+
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            note(what="projections", value=hash_of(bytes_of(model.get_submodule(MODULE))))
+
+    attach(trainer, curriculum, objective=objectives, pack_to=150 if options.packs else None)
+    if options.objective:
+        trainer.add_callback(NotesProjections())
     score = curriculum.cycle.score
 
     def score_and_note(*args: Any, **kwargs: Any) -> Any:
@@ -165,8 +215,11 @@ def train(folder: Path, phase: Phase, rank: int, processes: int, options: argpar
     if processes > 1:
         torch.distributed.barrier()  # all processes have looked before one of them writes
     trainer.train(resume_from_checkpoint=True if found else None)
-    weights = b"".join(parameter.detach().numpy().tobytes() for parameter in model.parameters())
-    note(what="weights", value=hash_of(weights))
+    note(what="weights", value=hash_of(bytes_of(model)))
+    names = ("loss", *(objective.name for objective in objectives))
+    for line in trainer.state.log_history:
+        if "loss" in line:
+            note(what=f"losses {line['step']:02}", value=[line[name] for name in names])
     if rank == 0:  # what a person keeps of the run
         for name in ("scores", "plans"):
             rows = pq.read_table(folder / "output" / f"{name}.parquet").to_pydict()
@@ -286,6 +339,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1)
     parser.add_argument("--elastic", action="store_true", help="one or two processes, drawn at each start")
     parser.add_argument("--packs", action="store_true", help="pack each epoch's plan")
+    parser.add_argument("--objective", action="store_true", help="learn from a teacher's stored targets and states too")
     parser.add_argument("--workers", type=int, default=0, help="data loader workers")
     parser.add_argument("--online", action="store_true", help="observe, score again inside epochs, and replan")
     parser.add_argument("--prompts", type=int, default=20, help="with three candidates each")
@@ -299,6 +353,8 @@ def main() -> None:
 
     calm = root / "calm"
     calm.mkdir()
+    if options.objective:
+        options.targets = store_targets(root, options)
     for child in start(calm, phase, options.processes, options):
         if os.waitpid(child, 0)[1]:
             sys.exit(f"The run without kills failed:\n{tail(calm)}")

@@ -22,8 +22,9 @@ def launch(
     config: Path | None = None,
     environment: Mapping[str, str] | None = None,
     limit: int = LIMIT,
+    processes: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script to its end, with `config` under `accelerate launch`.
+    """Run a script to its end, with `config` under `accelerate launch`, on `processes` if not on the config's number.
 
     A process that is not done after `limit` seconds writes the stacks of its threads to stderr and exits with 1. That
     ends the launcher, and the other processes with it.
@@ -31,6 +32,8 @@ def launch(
     command = [sys.executable]
     if config is not None:
         command += ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
+        if processes is not None:
+            command += ["--num_processes", str(processes)]
     command += [__file__, str(limit), str(script), *options]
     everything = {**os.environ, **(environment or {})}
     return subprocess.run(command, capture_output=True, text=True, timeout=limit + 120, cwd=cwd, env=everything)

@@ -14,7 +14,7 @@ import pytest
 
 from distill_sampler import score_rows
 from tests import tiny
-from tests.distributed.launcher import LIMIT, launch
+from tests.distributed.launcher import launch
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
@@ -40,16 +40,16 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sft_run(
-    stage: Path, name: str, config: Path | None, *options: str, candidates: str = "candidates.jsonl", limit: int = LIMIT
+    stage: Path, name: str, config: Path | None, *options: str, candidates: str = "candidates.jsonl", **how: Any
 ) -> subprocess.CompletedProcess[str]:
     paths = str(stage / "student"), str(stage / candidates), str(stage / name)
-    return launch(HERE / "sft_run.py", *paths, *options, cwd=stage, config=config, limit=limit)
+    return launch(HERE / "sft_run.py", *paths, *options, cwd=stage, config=config, **how)
 
 
 def reports(
-    stage: Path, name: str, config: Path | None, *options: str, candidates: str = "candidates.jsonl"
+    stage: Path, name: str, config: Path | None, *options: str, candidates: str = "candidates.jsonl", **how: Any
 ) -> list[dict[str, Any]]:
-    done = sft_run(stage, name, config, *options, candidates=candidates)
+    done = sft_run(stage, name, config, *options, candidates=candidates, **how)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(path.read_text()) for path in sorted((stage / name).glob("rank-*.json"))]
 
@@ -133,13 +133,42 @@ def test_two_processes_train_the_same_whole_steps_as_one(stage: Path) -> None:
     np.testing.assert_allclose(both[0]["losses"], one["losses"], rtol=1e-3)
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
-def test_two_processes_train_the_same_packs_as_one(way: str, stage: Path) -> None:
-    both = reports(stage, f"packs-{way}", WAYS[way][0], "--pack-to", "160", "--batch-size", "1")
-    (one,) = reports(stage, f"packs-{way}-alone", None, "--pack-to", "160", "--batch-size", "2")
-    assert both[0]["plans"] == both[1]["plans"] == one["plans"]
-    assert trained(both) == trained([one])
-    np.testing.assert_allclose(both[0]["losses"], one["losses"], rtol=1e-3)
+@functools.cache
+def alone_with_packs(stage: Path, size: int, *options: str) -> dict[str, Any]:
+    """The run of one process, with `size` packs in a batch."""
+    name = "".join(("packs-alone", str(size), *options))
+    (report,) = reports(stage, name, None, *PACKS, "--batch-size", str(size), *options)
+    return report
+
+
+PACKS = ("--pack-to", "160")
+
+
+@pytest.mark.parametrize(
+    ("way", "processes", "options"),
+    [
+        ("ddp", 2, []),
+        ("ddp", 3, ["--objectives"]),
+        ("zero2", 2, ["--objectives", "--lora"]),
+        ("zero3", 2, ["--objectives"]),
+        ("fsdp2", 2, ["--objectives"]),
+    ],
+)
+def test_several_processes_train_the_same_packs_as_one(
+    way: str, processes: int, options: list[str], stage: Path
+) -> None:
+    config, distributed_type, *_ = WAYS[way]
+    if distributed_type == "DEEPSPEED":
+        pytest.importorskip("deepspeed", reason="the extra 'deepspeed' is not installed")
+    name = f"packs-{way}-{processes}"
+    all_of = reports(stage, name, config, *PACKS, "--batch-size", "1", *options, processes=processes)
+    one = alone_with_packs(stage, processes, *options)
+    assert len(all_of) == processes
+    assert all(report["plans"] == one["plans"] for report in all_of)
+    assert trained(all_of) == trained([one])
+    np.testing.assert_allclose(all_of[0]["losses"], one["losses"], rtol=1e-3)
+    np.testing.assert_allclose(all_of[0]["objectives"], one["objectives"], rtol=2e-3)
+    assert len(one["objectives"]) == (len(one["losses"]) if "--objectives" in options else 0)
 
 
 @pytest.mark.parametrize(("size", "steps"), [(1, (2, 4)), (3, (1, 2))])

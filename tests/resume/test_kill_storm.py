@@ -27,8 +27,9 @@ STORM = Path(__file__).parents[2] / "recipes" / "benchmarks" / "kill_storm.py"
         (6, ["--processes", "2", "--seed", "2"]),
         (6, ["--elastic", "--seed", "3"]),
         (6, ["--packs", "--elastic", "--seed", "4"]),
+        (4, ["--objective", "--packs", "--prompts", "10", "--seed", "5"]),
     ],
-    ids=["one process", "two processes", "one or two by turns", "packs, one or two by turns"],
+    ids=["one process", "two processes", "one or two by turns", "packs, one or two by turns", "objectives on packs"],
 )
 def test_a_run_that_is_killed_many_times_trains_the_same_as_without_kills(
     kills: int, options: list[str], tmp_path: Path
