@@ -84,8 +84,8 @@ class Run:
             print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
         return json.loads(path.read_text(encoding="utf-8"))
 
-    def fine_tuned(self, name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Fine-tune the student on rows of `prompt` and `completion`, and keep it as a model."""
+    def trainer(self, name: str, rows: list[dict[str, Any]], seed: int = 0) -> SFTTrainer:
+        """What fine-tunes the student on rows of `prompt` and `completion`."""
         args = SFTConfig(
             output_dir=str(self.folder / f"{name}-training"),
             num_train_epochs=self.chosen.epochs,
@@ -102,9 +102,10 @@ class Run:
             disable_tqdm=True,
             dataloader_pin_memory=False,
             use_cpu=not torch.cuda.is_available(),
-            seed=0,
+            seed=seed,
         )
-        trainer = SFTTrainer(
+        torch.manual_seed(seed)  # of the adapter
+        return SFTTrainer(
             model=self.load("student"),
             processing_class=self.tokenizer,
             train_dataset=Dataset.from_list([{key: row[key] for key in ("prompt", "completion")} for row in rows]),
@@ -112,6 +113,10 @@ class Run:
             peft_config=LoraConfig(r=32, lora_alpha=64, target_modules=LINEAR, layers_to_transform=list(range(20, 30))),
             args=args,
         )
+
+    def fine_tuned(self, name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Fine-tune the student, and keep it as a model."""
+        trainer = self.trainer(name, rows)
         loss = trainer.train().training_loss
         trainer.model.merge_and_unload().save_pretrained(self.folder / name)
         return {"traces": len(rows), "mean loss": loss}

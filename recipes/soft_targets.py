@@ -23,6 +23,7 @@ import logging
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def main() -> None:
     for seed in range(chosen.seeds):
         targets = SoftTargets(store, temperature=chosen.temperature, alpha=chosen.alpha, tail=chosen.tail)
         pair = [
-            study.kept(f"{name}-{seed}", lambda name=name, objective=objective: study.arm(name, objective, seed))
+            study.kept(f"{name}-{seed}", partial(study.arm, name, objective, seed))
             for name, objective in (("cross-entropy", None), ("soft-targets", targets))
         ]
         arms.append((pair[0]["held out"], pair[1]["held out"]))

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import resource
 import statistics
 import subprocess
@@ -26,6 +27,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +36,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill_sampler import ScoredDataset
-from distill_sampler.objectives.divergence import Cells, Head, soft_target_loss
+from distill_sampler.objectives.divergence import Cells, Head, blocks, soft_target_loss
 from distill_sampler.objectives.live import Setting
 from distill_sampler.objectives.soft_targets import SoftTargets
 from distill_sampler.reading.head import LogitTransform, linear
@@ -42,12 +44,18 @@ from distill_sampler.reading.head import LogitTransform, linear
 TEMPERATURE = 2.0
 BETAS = {"forward": 0.0, "js": 0.5, "reverse": 1.0}
 """The divergences in TRL's words."""
-console = Console()
+console = Console(width=120)
 
 
-def peak_megabytes() -> float:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+def peak_megabytes(*, from_now: bool = False) -> float:
+    """The process's peak memory so far, or where Linux allows it, since the last call with `from_now`."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    if from_now:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="ascii"))[0]) * 1024 / 1e6
 
 
 def trls_loss() -> Callable[..., torch.Tensor]:
@@ -96,11 +104,14 @@ def loss_work(options: argparse.Namespace) -> None:
                 "js": lambda: (p * (log_p - log_m) + q * (log_q - log_m)) / 2,
             }[options.divergence]()
             return TEMPERATURE**2 * each.sum(-1).mean()
-        project = linear(weights[1], None, LogitTransform())
+        project = linear(weights[1], None, LogitTransform(), rounded=True)
 
-        def targets(start: int, stop: int) -> Cells:
-            with torch.no_grad():
-                return Cells(log_probs=torch.log_softmax(project(states[1][start:stop]).div_(TEMPERATURE), -1))
+        @torch.no_grad()
+        def targets(start: int, stop: int) -> Cells:  # as a live teacher's
+            logits = project(states[1][start:stop]).div_(TEMPERATURE)
+            for block in blocks(*logits.shape):
+                logits[block] -= logits[block].logsumexp(1, keepdim=True)
+            return Cells(log_probs=logits)
 
         coefficients = torch.full((rows,), 1 / rows)
         return soft_target_loss(
@@ -116,7 +127,7 @@ def loss_work(options: argparse.Namespace) -> None:
     for each in (weights[0], states[0]):
         assert each.grad is not None
         each.grad.zero_()
-    before = peak_megabytes()
+    before = peak_megabytes(from_now=True)
     started = time.perf_counter()
     value = loss(rows)
     value.backward()
@@ -237,7 +248,7 @@ def step_work(options: argparse.Namespace) -> None:
         inputs.update({name: values[:1, :8] for name, values in whole.items()})
         ways[options.way]()  # libraries, gradients
         inputs.update(whole)
-        before = peak_megabytes()
+        before = peak_megabytes(from_now=True)
         value = ways[options.way]()
         print(json.dumps({"MB": peak_megabytes() - before, "loss": None if value is None else value.item()}))
 
