@@ -164,7 +164,7 @@ def score(
     max_length: Annotated[int | None, typer.Option(help="Truncate rows to this many tokens.")] = None,
     batch_tokens: Annotated[
         int | None,
-        typer.Option(help="Tokens in a batch, padding included. By default 2048 on a CPU and 16384 elsewhere."),
+        typer.Option(help="Tokens in a batch, padding included. By default 1024 on a CPU and 16384 elsewhere."),
     ] = None,
     share_prompts: Annotated[
         bool,

@@ -21,7 +21,7 @@ from distill_sampler.integrations.loading import load_model, locate, pick_device
 from distill_sampler.plugins import Plugin, plugins
 from distill_sampler.protocols import Metric
 from distill_sampler.reading.forward import unwrap
-from distill_sampler.reading.token_stats import fastest
+from distill_sampler.reading.token_stats import fastest, usual_batch_tokens
 
 PACKAGES = ("distill_sampler", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "deepspeed", "triton")
 LENGTH = 512
@@ -128,7 +128,7 @@ def _student(model: str | None, device: torch.device, dtype: str, trust_remote_c
 
 def _throughput(student: Any, device: torch.device, seconds: float) -> tuple[float, float]:
     """Tokens a second of the bare backbone and of scoring, measured in turns under the same conditions."""
-    budget = 2048 if device.type == "cpu" else 16384
+    budget = usual_batch_tokens(device)
     vocabulary = student.config.get_text_config().vocab_size
     input_ids = np.random.default_rng(0).integers(0, vocabulary, (budget // LENGTH, LENGTH))
     rows = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in input_ids]

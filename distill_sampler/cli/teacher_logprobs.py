@@ -33,7 +33,7 @@ from distill_sampler.integrations.loading import (
     pick_dtype,
 )
 from distill_sampler.reading.model_reader import ModelReader
-from distill_sampler.reading.token_stats import fastest
+from distill_sampler.reading.token_stats import fastest, usual_batch_tokens
 from distill_sampler.rows.chunks import Intake
 from distill_sampler.serialize import digest, hash_of, require_writable
 from distill_sampler.sources.candidates import Layout
@@ -278,7 +278,7 @@ def _from_model(options: Options, intake: Intake, say: Console) -> Made:
     vocabulary = model.config.get_text_config().vocab_size
     if options.top_k > vocabulary:
         raise ValueError(f"--top-k {options.top_k}: the teacher's vocabulary has {vocabulary} tokens.")
-    batch_tokens = options.batch_tokens or (2048 if device.type == "cpu" else 16384)
+    batch_tokens = options.batch_tokens or usual_batch_tokens(device)
     impl = fastest(device, intake.sources.size // 4 * vocabulary)
     reader = ModelReader(model, frozen=False, batch_tokens=batch_tokens, impl=impl, top_k=options.top_k)
     settings = {"dtype": dtype, **_settings_of_reading(options, reader.numerics, tokenizer, template)}

@@ -24,7 +24,7 @@ from distill_sampler.integrations.student import RowOptions, Student
 from distill_sampler.protocols import Metric
 from distill_sampler.reading.reduce import data_columns_of, extras_of
 from distill_sampler.reading.scorer import Scorer
-from distill_sampler.reading.token_stats import fastest
+from distill_sampler.reading.token_stats import fastest, usual_batch_tokens
 from distill_sampler.rows.chunks import Intake
 from distill_sampler.rows.job import Job, Output
 from distill_sampler.rows.memory import TablesInMemory
@@ -97,7 +97,7 @@ class RowScorer:
         encoder = Encoder(
             student.tokenizer, template=template, max_length=options.max_length, whole_text=options.whole_text
         )
-        batch_tokens = options.batch_tokens or (2048 if student.device.type == "cpu" else 16384)
+        batch_tokens = options.batch_tokens or usual_batch_tokens(student.device)
         # chosen once for all chunks, because compilation must pay over all of them together
         vocabulary = student.model.config.get_text_config().vocab_size
         impl = fastest(student.device, intake.sources.about_tokens * vocabulary)

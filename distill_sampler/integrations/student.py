@@ -50,7 +50,7 @@ class RowOptions:
     max_length: int | None = None
     """Truncate rows to this many tokens; None: never."""
     batch_tokens: int | None = None
-    """Tokens in a batch, padding included; None: 2048 on a CPU and 16384 elsewhere."""
+    """Tokens in a batch, padding included; None: 1024 on a CPU and 16384 elsewhere."""
     share_prompts: bool = True
     """Read a prompt that several candidates share only once."""
     dtype: str = "auto"

@@ -55,7 +55,6 @@ class Forward:
         self._impl: Impl = impl
         self._mid_ranks = mid_ranks
         self._top_k = top_k
-        self._chunk = chunk_for(student.config.get_text_config().vocab_size)
         self._room = Room()
         self.positions = positions(student)
         self.switches_at = switches_at(student)
@@ -63,6 +62,7 @@ class Forward:
         self.window = window(student)
         self.virtual = virtual_tokens(student)
         self.device = next(model.parameters()).device
+        self._chunk = chunk_for(student.config.get_text_config().vocab_size, self.device)
         self.dtype = torch.float32
         """The dtype that the body computes in. The probe sets it."""
         self.operands: torch.dtype | None = None

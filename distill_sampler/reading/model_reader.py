@@ -29,7 +29,7 @@ from distill_sampler.reading.batching import Wave, waves
 from distill_sampler.reading.forward import Forward, reading, unwrap
 from distill_sampler.reading.lengths import positions
 from distill_sampler.reading.sharing import Prefix, can_share
-from distill_sampler.reading.token_stats import EXTRAS, Impl, available, fastest
+from distill_sampler.reading.token_stats import EXTRAS, Impl, available, fastest, usual_batch_tokens
 from distill_sampler.serialize import digest, hash_of
 from distill_sampler.types import IntArray, TokenStats, View
 from distill_sampler.watch import begin_forward
@@ -296,7 +296,7 @@ def weights_hash(model: nn.Module, *, sampled: bool = False) -> str:
 def _affordable_tokens(model: nn.Module, device: torch.device) -> int:
     """How many tokens of a batch should fit in half of the free memory: a power of two, so that it seldom changes."""
     if device.type != "cuda":
-        return 2048 if device.type == "cpu" else 16384
+        return usual_batch_tokens(device)
     # without gradients, a token needs the activations of about one layer, and some memory for keys, values and masks
     hidden = int(unwrap(model).config.get_text_config().hidden_size)
     free, _ = torch.cuda.mem_get_info(device)

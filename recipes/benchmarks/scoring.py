@@ -2,7 +2,7 @@
 
 | WHAT | question |
 |---|---|
-| `forward` | a scoring pass against the bare backbone, and against batches of 4 with full logits and top-100 |
+| `forward` | a pass against the bare backbone, its distance from the floor, and batches of 4 with full logits |
 | `kernel` | from hidden states to statistics: time against the matrix product alone, and peak memory |
 | `profile` | where the time of a scoring pass goes, in seconds and in operations, and what follows for its limit |
 | `scaling` | cost per sample at 10², 10³, 10⁴ samples of a tiny model |
@@ -39,6 +39,7 @@ from distill_sampler import GlobalNaturalness, RankSurprisalRatio, ScoredDataset
 from distill_sampler.cli import demo_parts
 from distill_sampler.reading import forward as student
 from distill_sampler.reading import model_reader
+from distill_sampler.reading.batching import token_batches
 from distill_sampler.reading.head import LogitTransform, Project, linear, operand_copy
 from distill_sampler.reading.token_stats import chunk_for, token_stats
 
@@ -46,6 +47,8 @@ HIDDEN = {49_152: 576, 151_936: 896}
 """Columns of the head and width of the body: SmolLM2-135M, Qwen2.5-0.5B."""
 
 METRICS = [RankSurprisalRatio(), GlobalNaturalness()]
+BATCHES = (512, 1024, 2048)
+"""Sizes of batches, in tokens, in which the bare backbone is tried."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Scores = dict[str, np.ndarray[Any, Any]]
 
@@ -118,17 +121,31 @@ def bare_backbone(model: Any, dataset: ScoredDataset) -> None:
             model.base_model(input_ids=torch.from_numpy(dataset.sample(index).input_ids)[None], use_cache=False)
 
 
+def batched_backbone(model: Any, dataset: ScoredDataset, batch_tokens: int) -> None:
+    """The same in batches of rows of like length, padded on the right."""
+    for batch in token_batches(dataset.lengths, batch_tokens):
+        samples = dataset.samples(np.array(batch))
+        tokens, mask = padded([sample.input_ids for sample in samples])
+        with torch.no_grad():
+            model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
+
+
+def padded(rows: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[rows, longest]` tokens, and 1 where they are real."""
+    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    mask = torch.zeros_like(tokens)
+    for place, row in enumerate(rows):
+        tokens[place, : len(row)] = torch.from_numpy(row)
+        mask[place, : len(row)] = 1
+    return tokens, mask
+
+
 def plain_reference(model: Any, dataset: ScoredDataset, batch: int = 4) -> Scores:
     """As in the paper's script: data order, right-padded, all logits, log-sum-exp in float32, top-100 for the ranks."""
     mean_rank, mean_surprisal = [], []
     for start in range(0, len(dataset), batch):
         samples = [dataset.sample(index) for index in range(start, min(start + batch, len(dataset)))]
-        longest = max(len(sample.input_ids) for sample in samples)
-        tokens = torch.zeros(len(samples), longest, dtype=torch.long)
-        mask = torch.zeros_like(tokens)
-        for row, sample in enumerate(samples):
-            tokens[row, : len(sample.input_ids)] = torch.from_numpy(sample.input_ids)
-            mask[row, : len(sample.input_ids)] = 1
+        tokens, mask = padded([sample.input_ids for sample in samples])
         with torch.no_grad():
             logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
         for row, sample in enumerate(samples):
@@ -179,6 +196,7 @@ def forward(options: argparse.Namespace) -> None:
     model, dataset, _ = load(options)
     variants = {
         "bare backbone, row by row, no head": bare_backbone,
+        **{f"bare backbone, {size} tokens a batch": partial(batched_backbone, batch_tokens=size) for size in BATCHES},
         "scoring pass": score,
         "scoring pass, prompts not shared": partial(score, share_prompts=False),
         "batches of 4, all logits, top-100": plain_reference,
@@ -186,13 +204,22 @@ def forward(options: argparse.Namespace) -> None:
     for run in variants.values():
         run(model, first(dataset, 4))
     seconds = take_turns({name: partial(run, model, dataset) for name, run in variants.items()}, options.rounds)
-    bare, _, _, reference = variants
+    bare, *batched = [name for name in variants if name.startswith("bare")]
+    reference = list(variants)[-1]
     print("| | tokens/s | time / bare backbone | throughput / batches of 4 |\n|---|---:|---:|---:|")
     for name in variants:
         speed = dataset.lengths.sum() / statistics.median(seconds[name])
         print(f"| {name} | {speed:,.0f} | {ratio(seconds, name, bare):.2f} | {ratio(seconds, reference, name):.2f} |")
-    padded = sum(4 * max(dataset.lengths[start : start + 4]) for start in range(0, len(dataset), 4))
-    print(f"\nBatches of 4 in data order move {padded / dataset.lengths.sum():.2f} tokens for each real one.")
+    moved = sum(4 * max(dataset.lengths[start : start + 4]) for start in range(0, len(dataset), 4))
+    print(f"\nBatches of 4 in data order move {moved / dataset.lengths.sum():.2f} tokens for each real one.")
+    body, _, head = operations(model, dataset)
+    best = min((bare, *batched), key=lambda name: statistics.median(seconds[name]))
+    floor = 1 + head / body
+    print(
+        f"Floor, body and head at the same speed without sharing prompts: {floor:.2f} x the bare backbone. The pass is "
+        f"at {ratio(seconds, 'scoring pass', bare) / floor:.2f} x the floor of the bare backbone row by row, and at "
+        f"{ratio(seconds, 'scoring pass', best) / floor:.2f} x that of the fastest one ({best})."
+    )
 
 
 def profile(options: argparse.Namespace) -> None:
@@ -232,9 +259,8 @@ def profile(options: argparse.Namespace) -> None:
     report_operations(model, dataset, bare, product)
 
 
-def report_operations(model: Any, dataset: ScoredDataset, bare: float, product: float) -> None:
-    """What head and body would take at one speed: the least that scoring all prompts can cost beside the bare body."""
-    head = model.get_output_embeddings().weight
+def operations(model: Any, dataset: ScoredDataset) -> tuple[float, float, float]:
+    """FLOP of the body for all tokens, of its attention among them, and of the head for the scored positions."""
     inner = sum(weight.numel() for name, weight in model.base_model.named_parameters() if "embed" not in name)
     config = model.config
     heads = config.num_attention_heads
@@ -242,7 +268,12 @@ def report_operations(model: Any, dataset: ScoredDataset, bare: float, product: 
     # causal: a position attends to half of the others, once for the weights and once for the values
     attention = 2 * config.num_hidden_layers * width * float((dataset.lengths.astype(float) ** 2).sum())
     body = 2.0 * inner * float(dataset.lengths.sum()) + attention
-    scored = 2.0 * head.numel() * float(dataset.num_scored.sum())
+    return body, attention, 2.0 * model.get_output_embeddings().weight.numel() * float(dataset.num_scored.sum())
+
+
+def report_operations(model: Any, dataset: ScoredDataset, bare: float, product: float) -> None:
+    """What head and body would take at one speed: the least that scoring all prompts can cost beside the bare body."""
+    body, attention, scored = operations(model, dataset)
     print("\n| operations | body | of it attention | head, scored positions |\n|---|---:|---:|---:|")
     print(f"| TFLOP | {body / 1e12:.2f} | {attention / 1e12:.2f} | {scored / 1e12:.2f} |")
     print(f"| TFLOP/s | {body / bare / 1e12:.2f} | | {scored / product / 1e12:.2f} |")
