@@ -204,13 +204,16 @@ class Record:
 
     def _load_plan(self, index: int) -> PlannedEpoch:
         number, path = list(self._files("plan").items())[index]
+        left_out = self._files("left").get(number)
+        if left_out is None:  # it is written before the plan
+            raise ValueError(f"{path.parent} is damaged: the reasons of {path.name} (left-{number:07d}) were deleted.")
         table = read_part(path)
         metadata = json.loads(table.schema.metadata[b"record"])
         return PlannedEpoch(
             plan=EpochPlan(
                 indices=table["sample"].to_numpy(), weights=table["weight"].to_numpy(), packs=_bounds_of(table)
             ),
-            left_out_by=read_part(self._files("left")[number])["left_out_by"].to_numpy().astype(np.int64),
+            left_out_by=read_part(left_out)["left_out_by"].to_numpy().astype(np.int64),
             **metadata,
         )
 

@@ -7,7 +7,9 @@ import struct
 import sys
 import zlib
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -276,6 +278,34 @@ addEventListener("load", () => {
 });
 </script>
 """
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("needs_chromium")
+@pytest.mark.parametrize("live", ["", "Epoch 1 of 3 begins."], ids=["the last page", "a page of a run"])
+def test_a_page_of_a_run_reloads_itself_until_it_is_the_last(live: str, hostile: Path, tmp_path: Path) -> None:
+    page, read = tmp_path / "report.html", []
+    write_report(hostile, page, live=live)
+
+    class Reads(SimpleHTTPRequestHandler):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args, directory=str(tmp_path))
+
+        def log_request(self, code: Any = "-", size: Any = "-") -> None:
+            if self.path == "/report.html":
+                read.append(code)
+                write_report(hostile, page)  # the run ends while somebody looks at its page
+
+        def log_error(self, format: str, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Reads) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/report.html"
+        document = chromium("--virtual-time-budget=100000", "--dump-dom", address).stdout
+        server.shutdown()
+    assert len(read) == 1 + bool(live)
+    assert 'id="live"' not in document
 
 
 @pytest.mark.slow

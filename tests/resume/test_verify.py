@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,16 @@ def test_without_the_later_plans_what_they_cover_is_not_compared_and_counted(los
     assert "trained after optimizer step 4 are not compared" in said
     last = checkpoints(output)[-1]
     assert "not compared" not in verified(last)[1]
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: path.write_bytes(b"")], ids=["deleted", "empty"])
+def test_a_damaged_record_is_named(change: Callable[[Path], Any], output: Path) -> None:
+    (damaged,) = (output / "distill_sampler" / "record").glob("left-0000001-*")
+    change(damaged)
+    code, said = verified(output / "checkpoint-1")
+    assert code == 2
+    assert "left-0000001" in said
+    assert "damaged" in said
 
 
 def test_a_log_of_a_later_run_in_the_same_folder_is_not_compared(
