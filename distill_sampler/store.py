@@ -273,8 +273,8 @@ class Observations:
     def merge(self, ranks: Ranks) -> None:
         """Share the observations among all processes: the latest of each sample, or the mean if several processes
         observed a sample in the same step."""
-        if ranks.world_size == 1:
-            return
+        if ranks.world_size == 1 or not ranks.max_over_ranks(int((self.step >= 0).any())):
+            return  # nothing was observed anywhere
         latest = ranks.elementwise_max(self.step)
         observed = latest >= 0
         latest_here = observed & (self.step == latest)

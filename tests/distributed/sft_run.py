@@ -3,15 +3,18 @@
     python sft_run.py STUDENT CANDIDATES OUTPUT [--resume CHECKPOINT] [--metrics TEXT] [--rank-1 dies] …
 
 Every process writes `rank-R.json`: how it was distributed, the rows of each of its batches where the loss is computed,
-the scores of each pass, and the shape of each batch that was read for them.
+the scores of each pass, the shape of each batch that was read for them, and the bytes that it gave to collectives while
+an epoch was planned.
 """
 
 import argparse
 import json
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate import PartialState
@@ -138,6 +141,27 @@ curriculum = Curriculum(
     scores=options.scores,
 )
 attach(trainer, curriculum, objective=objectives, pack_to=options.pack_to)
+sent: list[list[int]] = []  # for each epoch, the bytes of each collective
+
+
+def counted(collective: Any) -> Any:
+    def counts(*tensors: Any, **settings: Any) -> Any:
+        sent[-1].append(tensors[-1].nbytes)
+        return collective(*tensors, **settings)
+
+    return counts
+
+
+def start_counted(*args: Any, _start: Any = curriculum.start_epoch, **kwargs: Any) -> Any:
+    sent.append([])
+    with ExitStack() as patched:
+        for name in ("all_reduce", "all_gather"):
+            collective = getattr(torch.distributed, name)
+            patched.enter_context(mock.patch.object(torch.distributed, name, counted(collective)))
+        return _start(*args, **kwargs)
+
+
+curriculum.start_epoch = start_counted
 trainer.train(resume_from_checkpoint=options.resume)
 
 report = {
@@ -153,6 +177,7 @@ report = {
     "measured at": curriculum.store.step.tolist(),
     "times scored": curriculum.store.times_scored.tolist(),
     "shapes": shapes,
+    "sent": sent,
     "objectives": [
         [line["soft_targets"], line["hidden_hints"]] for line in trainer.state.log_history if "soft_targets" in line
     ],

@@ -24,7 +24,10 @@ def accelerator(config: ParallelismConfig | None = None, deepspeed: dict[str, An
 
 @pytest.mark.parametrize(("setting", "kind"), [("tp_size", "tensor"), ("cp_size", "context"), ("sp_size", "sequence")])
 def test_parallelism_within_a_sequence_is_refused_by_name(setting: str, kind: str) -> None:
-    with pytest.raises(ValueError, match=f"^{setting}=2 is {kind} parallelism: 2 processes .* Set {setting}=1, and"):
+    around = f"distill-sampler score, without {setting}.*distill-sampler select.*without attach"
+    with pytest.raises(
+        ValueError, match=f"^{setting}=2 is {kind} parallelism: 2 processes .* Set {setting}=1, and.*{around}"
+    ):
         refuse_parallelism(accelerator(ParallelismConfig(**{setting: 2})))
 
 
