@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from distill_sampler.curriculum import Curriculum
     from distill_sampler.dataset import ScoredDataset
     from distill_sampler.integrations.accelerate import CurriculumLoop
+    from distill_sampler.integrations.attached import attached
     from distill_sampler.integrations.rows import score_rows
     from distill_sampler.integrations.transformers import attach, detach
     from distill_sampler.metrics.aslec_drop import AslecDrop
@@ -76,6 +77,7 @@ _HOMES = {
     "dataset": ("ScoredDataset",),
     "integrations.accelerate": ("CurriculumLoop",),
     "integrations.rows": ("score_rows",),
+    "integrations.attached": ("attached",),
     "integrations.transformers": ("attach", "detach"),
     "metrics": (
         "AslecDrop",
@@ -209,6 +211,7 @@ __all__ = [
     "WeightBySoftmax",
     "WithinLength",
     "attach",
+    "attached",
     "detach",
     "score_rows",
     "unpack",

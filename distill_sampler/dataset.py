@@ -120,6 +120,7 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
         if len(dataset) == 0:
             raise ValueError("The data set is empty: there is nothing to score.")
         self.rows = dataset
+        self._added: dict[str, pa.Array] = {}
         self._labels = labels
         self._end_token_ids = tuple(end_token_ids)
         for needed, argument in (("input_ids", "the data set"), (labels, "labels=")):
@@ -154,9 +155,24 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
 
     @property
     def column_names(self) -> Sequence[str]:
-        if _is_arrow(self.rows):
-            return cast("list[str]", self.rows.column_names)  # type: ignore[attr-defined]
-        return list(self.rows[0])
+        own = cast("list[str]", self.rows.column_names) if _is_arrow(self.rows) else self.rows[0]  # type: ignore[attr-defined]
+        return [*own, *self._added]
+
+    def add_column(self, name: str, values: Sequence[Any]) -> None:
+        """Add a column for metrics, policies and reports. The trainer's rows do not get it.
+
+        Args:
+            name: a new name.
+            values: a value for each row.
+
+        Raises:
+            ValueError: the data set has such a column.
+        """
+        if name in self.column_names:
+            raise ValueError(
+                f"The data set has a column '{name}' already. Give the one to add another name, or leave it out."
+            )
+        self._added[name] = pa.array(values)
 
     @property
     def cut(self) -> BoolArray:
@@ -249,10 +265,17 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
         for name in columns:
             if name not in self.column_names:
                 raise ValueError(unknown_name("column", name, self.column_names, "in the data set"))
-        if _is_arrow(self.rows):
-            table = self.rows.select_columns(list(columns)).with_format("arrow")[rows]  # type: ignore[attr-defined]
-            return cast("list[dict[str, Any]]", table.to_pylist())
-        return [{name: self.rows[row][name] for name in columns} for row in rows]
+        own = [name for name in columns if name not in self._added]
+        found: list[dict[str, Any]] = [{} for _ in rows]
+        if own and _is_arrow(self.rows):
+            found = self.rows.select_columns(own).with_format("arrow")[rows].to_pylist()  # type: ignore[attr-defined]
+        elif own:
+            found = [{name: self.rows[row][name] for name in own} for row in rows]
+        for name in columns:
+            if name in self._added:
+                for row, values in zip(rows, found, strict=True):
+                    values[name] = self._added[name][row].as_py()
+        return found
 
     def column_fingerprint(self, name: str) -> str:
         """A hash, 16 hex digits, of a column's values in order.
@@ -276,9 +299,11 @@ class ScoredDataset(torch.utils.data.Dataset[Any]):
         """
         if name not in self.column_names:
             raise ValueError(unknown_name("column", name, self.column_names, "in the data set"))
-        if _is_arrow(self.rows):
+        if name in self._added:
+            values: pa.Array = self._added[name]
+        elif _is_arrow(self.rows):
             table = self.rows.select_columns([name]).with_format("arrow")[:]  # type: ignore[attr-defined]
-            values: pa.Array = table.column(name).combine_chunks()
+            values = table.column(name).combine_chunks()
         else:
             values = _as_arrow([self.rows[row][name] for row in range(len(self))])
         if complete and values.null_count:

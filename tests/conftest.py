@@ -1,6 +1,7 @@
 """Shapes are checked at run time in tests; fixtures that several files share."""
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -71,3 +72,14 @@ def shared() -> Path:
     if not folder.exists():
         pytest.skip("the folder with the papers' reference numbers is not beside this checkout")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _accelerates_environment() -> Iterator[None]:
+    """Older releases of transformers write settings of a trainer (`torch_compile`) into the environment of the process,
+    where the next trainer finds them."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
+    os.environ.update(before)

@@ -20,6 +20,7 @@ from distill_sampler import BestOf, Curriculum, RankSurprisalRatio, Scorer, Shuf
 from distill_sampler.sources.templates import conversation
 from tests import tiny
 from tests.cli.conftest import call, write_lines
+from tests.test_attach import truncating
 
 RSR = "rank_surprisal_ratio"
 IDENTITY = ("prompt_id", "teacher")
@@ -270,7 +271,7 @@ def test_truncation_takes_away_tokens_and_nothing_else(
     layout: Layout, mode: str, tmp_path: Path, merging: PreTrainedTokenizerBase, model: PreTrainedModel
 ) -> None:
     data = laid_out(rows().select(range(5)), layout, merging)
-    trainer = sft_trainer(tmp_path, model, merging, data, max_length=70, truncation_mode=mode)
+    trainer = sft_trainer(tmp_path, model, merging, data, max_length=70, **truncating(mode))
     for found, whole in zip(scored(attached(trainer)), expected_tokens(rows(), merging), strict=False):
         # the first token of a row is never scored: nothing predicts it
         assert len(found) > 10

@@ -204,6 +204,11 @@ class CurriculumCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._manifests.begin(Ranks.current(args.device))
+        if self.curriculum.sampler.handed_out == 0:
+            raise ValueError(
+                f"{type(self.trainer).__name__} has read a batch, but not from the plan: its data loaders do not draw "
+                "from trainer._get_train_sampler. Choose before training with distill-sampler select."
+            )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         into_epoch = state.global_step - self._steps_before

@@ -82,8 +82,8 @@ class LossWeights(Tap):
         if output.shape[:2] != by_position.shape:
             raise ValueError(
                 f"The policies give loss weights, but the student gives outputs for {tuple(output.shape[:2])} "
-                f"positions where the batch has {tuple(by_position.shape)} (prompt tuning?), so it is not known which "
-                "sample each one belongs to. Use SampleBySoftmax instead of WeightBySoftmax."
+                f"positions where the batch has {tuple(by_position.shape)} (prompt tuning? logits_to_keep?), so it is "
+                "not known which sample each one belongs to. Use SampleBySoftmax instead of WeightBySoftmax."
             )
         by_position = by_position.reshape(*by_position.shape, *[1] * (output.ndim - 2)).to(output.device)
 

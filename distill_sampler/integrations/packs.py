@@ -88,6 +88,13 @@ def packing_of(
     Raises:
         ValueError: an argument is not a number of tokens, or the trainer's settings contradict it.
     """
+    if type(trainer)._get_dataloader is not Trainer._get_dataloader and (
+        pack_to is not None or batch_tokens is not None
+    ):
+        raise ValueError(
+            f"pack_to= and batch_tokens= need the data loaders of transformers, but {type(trainer).__name__} overrides "
+            "_get_dataloader. Leave both out."
+        )
     if batch_tokens is not None:
         if pack_to is not None:
             raise ValueError("pack_to= lays samples end to end, and batch_tokens= pads them. Give one of the two.")

@@ -15,13 +15,18 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import ParallelMode
 
 from distill_sampler.curriculum import Curriculum
+from distill_sampler.integrations.own_order import refuse_own_order
 from distill_sampler.integrations.trl import is_sft_trainer, refuse_sft_settings
 from distill_sampler.integrations.versions import parallel_sizes, refuse_old_trl, sampling_of
 from distill_sampler.protocols import Objective
 
 
-def refuse_settings(trainer: Trainer) -> None:
+def refuse_settings(trainer: Trainer, *, replace_sampler: bool = False) -> None:
     """Refuse settings of a trainer under which no curriculum can keep its promises.
+
+    Args:
+        trainer: the trainer.
+        replace_sampler: whether a sampler or data loader of its own may be replaced.
 
     Raises:
         ValueError: names the setting and the cure.
@@ -29,11 +34,6 @@ def refuse_settings(trainer: Trainer) -> None:
     args = trainer.args
     if "_get_train_sampler" in vars(trainer):
         raise ValueError("A sampler is already attached to this trainer. Call attach once for each trainer.")
-    if type(trainer)._get_train_sampler is not Trainer._get_train_sampler:
-        raise ValueError(
-            f"{type(trainer).__name__} has its own sampler, which a curriculum would replace. attach works with "
-            "Trainer, SFTTrainer and subclasses that do not override _get_train_sampler."
-        )
     if trainer.train_dataset is None:
         raise ValueError("The trainer has no train_dataset to choose from. Pass train_dataset= to the trainer.")
     if isinstance(trainer.train_dataset, torch.utils.data.IterableDataset):
@@ -68,6 +68,7 @@ def refuse_settings(trainer: Trainer) -> None:
             "accelerate launch, or limit it to one GPU with CUDA_VISIBLE_DEVICES."
         )
     refuse_parallelism(trainer.accelerator)
+    refuse_own_order(trainer, replace=replace_sampler)
     if is_sft_trainer(trainer):
         refuse_old_trl()
         refuse_sft_settings(trainer)

@@ -22,6 +22,7 @@ from distill_sampler.integrations.live_report import LiveReport
 from distill_sampler.integrations.loss_weights import LossWeights
 from distill_sampler.integrations.objectives import set_up
 from distill_sampler.integrations.observed_scores import ObservedScores
+from distill_sampler.integrations.own_order import has_own_loader, load_as_transformers
 from distill_sampler.integrations.packs import (
     Overlong,
     SeparateSamples,
@@ -81,6 +82,8 @@ def attach(
     pack_balance: int = 1,
     pack_overlong: Overlong = "refuse",
     report_every: int | None = None,
+    prompt_column: str | None = None,
+    replace_sampler: bool = False,
 ) -> None:
     """Let a curriculum decide what each epoch of this trainer trains on. Call it once, before `trainer.train()`.
 
@@ -146,6 +149,11 @@ def attach(
         report_every: write the report (`report.html` in the output folder) after the plan of every so many epochs, and
             when training ends. A page that is open reloads itself. None: write none; `distill-sampler report OUTPUT`
             makes one at any time.
+        prompt_column: name of a column to make, for policies and reports, which is the same for responses to the same
+            prompt: those with the same tokens before the response. For trainers that have dropped the columns of the
+            data. None: the data set has the columns that the policies name.
+        replace_sampler: whether the plan may take the place of a sampler or data loader of the trainer's own. False:
+            such a trainer is refused, unless it hands on those of transformers with its present settings.
 
     Raises:
         ValueError: the trainer's settings rule out a curriculum, or the data set lacks rows or columns; the message
@@ -153,7 +161,7 @@ def attach(
     """
     if logs not in get_args(Logs):
         raise ValueError(f"logs={logs!r}: choose 'few' or 'all'.")
-    refuse_settings(trainer)
+    refuse_settings(trainer, replace_sampler=replace_sampler)
     refuse_second_host(curriculum)
     report = LiveReport(curriculum, report_every)
     args = trainer.args
@@ -173,6 +181,8 @@ def attach(
         rows, labels=labels, end_token_ids=() if score_end_marker else end_tokens, unscorable=unscorable
     )
     dataset.source_rows = source
+    if prompt_column is not None:
+        dataset.add_column(prompt_column, [f"{prompt:016x}" for prompt in dataset.prompt_hash.tolist()])
     if is_sft_trainer(trainer):
         dataset.dropped = dropped_rows(trainer)
         limits = [args.max_length] if args.max_length else []  # type: ignore[attr-defined]  # of SFTConfig
@@ -212,6 +222,8 @@ def attach(
         report=report,
     )
     sample_through(trainer, sampler)
+    if has_own_loader(trainer):
+        load_as_transformers(trainer)
     if packing is not None:
         pack_through(trainer, packing)
     begin_through(trainer, callback)

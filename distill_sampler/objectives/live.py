@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.objectives.divergence import Cells, Targets, blocks
-from distill_sampler.reading.forward import unwrap
+from distill_sampler.reading.forward import decoder_of, unwrap
 from distill_sampler.reading.head import LogitTransform, linear
 from distill_sampler.reading.observer import ReadsAlong, transform_of
 from distill_sampler.reading.token_stats import chunk_for, token_stats
@@ -42,7 +42,7 @@ class Watch:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = unwrap(model)
-        self.decoder: nn.Module = self.model.get_decoder()
+        self.decoder: nn.Module = decoder_of(self.model)
         self._layers: set[int] = set()
         self._attention: set[int] = set()
         self._outputs: dict[int, Tensor] = {}
@@ -232,7 +232,7 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     """
     inner = unwrap(model)
     number = inner.config.get_text_config().num_hidden_layers
-    for module in inner.get_decoder().modules():
+    for module in decoder_of(inner).modules():
         if isinstance(module, nn.ModuleList) and len(module) == number:
             return module
     raise ValueError(

@@ -362,6 +362,17 @@ def reading(
             part.training = training
 
 
+def decoder_of(student: Any) -> nn.Module:
+    """The module that makes the hidden states which a causal language model's output head reads.
+
+    For some architectures, transformers before 5.0 gives the whole model.
+    """
+    decoder: Any = student.get_decoder()
+    whole = callable(getattr(decoder, "get_output_embeddings", None)) and decoder.get_output_embeddings() is not None
+    inner: nn.Module = decoder.base_model if whole else decoder
+    return inner
+
+
 def unwrap(model: nn.Module) -> Any:
     """The language model inside DDP, DeepSpeed and `torch.compile` wrappers.
 

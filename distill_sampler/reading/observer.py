@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.protocols import Metric
-from distill_sampler.reading.forward import autocast_dtype, forward_of, reading, unwrap
+from distill_sampler.reading.forward import autocast_dtype, decoder_of, forward_of, reading, unwrap
 from distill_sampler.reading.head import LogitTransform, Project, Room, linear, module
 from distill_sampler.reading.lengths import switches_at
 from distill_sampler.reading.model_reader import ModelReader
@@ -91,7 +91,7 @@ class Observer:
         along: Mapping[int, ReadsAlong] | None = None,
     ) -> None:
         self._student = unwrap(model)
-        self._decoder: nn.Module = self._student.get_decoder()
+        self._decoder: nn.Module = decoder_of(self._student)
         self._dataset = dataset
         self._metrics = metrics
         self._mid_ranks = ties == "mid"
@@ -224,7 +224,7 @@ def transform_of(model: nn.Module, *, purpose: str) -> LogitTransform:
         ValueError: the logits are not the head's product with the hidden states, scaled or soft-capped.
     """
     student = unwrap(model)
-    decoder: nn.Module = student.get_decoder()
+    decoder: nn.Module = decoder_of(student)
     seen: dict[str, Tensor] = {}
 
     def head_sees(hidden: Tensor) -> Tensor:
