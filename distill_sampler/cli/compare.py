@@ -14,6 +14,7 @@ from distill_sampler.cli.score import join, quiet
 from distill_sampler.compare.arms import CONTROLS, CORE, parse_arms
 from distill_sampler.compare.budget import Budget
 from distill_sampler.compare.candidates import prepare
+from distill_sampler.compare.generated import verifier
 from distill_sampler.compare.pilot import pilot_arms, pilot_report
 from distill_sampler.compare.runner import Comparison, metrics_for, runs_in, scoring_cost
 from distill_sampler.compare.student import Training
@@ -58,6 +59,8 @@ class Options:
     group: str | None = None
     teacher: str | None = None
     correct: str | None = None
+    verifier: str | None = None
+    max_new_tokens: int = 512
     plain: bool = False
     device: str = "auto"
     pilot: bool = False
@@ -74,6 +77,7 @@ def run(options: Options) -> None:
     Raises:
         ValueError: an option, the data or the model cannot be used; the message names it and the cure.
     """
+    verify = None if options.verifier is None else verifier(options.verifier, human=options.human)
     quiet()
     device = pick_device(options.device)
     ranks = join(device)
@@ -135,6 +139,9 @@ def run(options: Options) -> None:
         margin=options.margin,
         identity={"student": hash_of(*(f"{name} {files[name]}".encode() for name in sorted(files)))},
         ranks=ranks,
+        verify=verify,
+        verified_by=options.verifier or "",
+        max_new_tokens=options.max_new_tokens,
         say=lambda line: say.print(line, markup=False, highlight=False),
     )
     complete = comparison.run()

@@ -76,6 +76,14 @@ def compare(
     group_column: GroupColumn = None,
     teacher_column: TeacherColumn = None,
     correct_column: CorrectColumn = None,
+    verifier: Annotated[
+        str | None,
+        typer.Option(
+            help="Let each student answer the held-out prompts, and judge the answers: last_number (the last number is "
+            "that of the human solution), or a function of yours as package.module:function."
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of such an answer at most.")] = 512,
     plain: Annotated[bool, typer.Option("--plain", help="Read prompt and response without a chat template.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
     pilot: Annotated[
@@ -134,6 +142,8 @@ def compare(
                 group=group_column,
                 teacher=teacher_column,
                 correct=correct_column,
+                verifier=verifier,
+                max_new_tokens=max_new_tokens,
                 plain=plain,
                 device=device,
                 pilot=pilot,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +32,8 @@ class Candidates:
     """The prompts, in an order that depends on their names alone."""
     human: ScoredDataset | None
     """The human solutions, with `prompt_id`; None: there are none."""
+    references: Mapping[str, Mapping[str, Any]]
+    """By prompt: the other columns of its first row, the human solution among them, for a verifier."""
     notes: tuple[str, ...]
     """What was left out, in sentences."""
 
@@ -154,6 +156,7 @@ def prepare(
         dataset=ScoredDataset(Dataset.from_list(rows), end_token_ids=end_token_ids),
         prompts=tuple(name for name, _, _ in kept),
         human=ScoredDataset(Dataset.from_list(solutions), end_token_ids=end_token_ids) if solutions else None,
+        references={name: {**groups[name][0].extra, **groups[name][0].read} for name, _, _ in kept},
         notes=tuple(notes),
     )
 

@@ -37,6 +37,7 @@ MEASURES: Mapping[str, tuple[str, int]] = {
     "loss": ("loss of correct answers, all teachers", -1),
     "ranking": ("correct above incorrect", 1),
     "human": ("loss of a human solution", -1),
+    "solved": ("solved", 1),
 }
 """By name: what it is, and 1 if higher is better, else -1. The first is the primary one."""
 

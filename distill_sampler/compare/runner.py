@@ -12,7 +12,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 from distill_sampler.compare.arms import Arm, Chooser, teacher_counts
 from distill_sampler.compare.budget import Budget
 from distill_sampler.compare.candidates import Candidates
+from distill_sampler.compare.generated import Verifier, solved
 from distill_sampler.compare.measures import Answer
 from distill_sampler.compare.student import Training, read, scores_of, train
 from distill_sampler.distributed import Ranks
@@ -63,11 +64,14 @@ class Run:
     """The held-out responses with their losses."""
     seconds: Mapping[str, float]
     """Time of training, of reading the held-out responses and of scoring again. Not part of any comparison."""
+    solved: Mapping[str, bool] = field(default_factory=dict)
+    """By held-out prompt, whether the student's own answer solves it; empty without a verifier."""
 
     def as_json(self) -> str:
         """The run as JSON on one line; losses have 6 digits behind the point."""
         answers = [[a.prompt, a.teacher, a.correct, round(a.loss, 6)] for a in self.answers]
-        return json.dumps({**vars(self), "teachers": dict(self.teachers), "answers": answers}, sort_keys=True)
+        mappings = {"teachers": dict(self.teachers), "solved": dict(self.solved)}
+        return json.dumps({**vars(self), **mappings, "answers": answers}, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Run:
@@ -100,6 +104,12 @@ class Comparison:
     """Hashes of the student's files and of the data."""
     ranks: Ranks
     say: Callable[[str], None]
+    verify: Verifier | None = None
+    """Judges the student's own answers to held-out prompts; None: it does not write any."""
+    verified_by: str = ""
+    """What the user typed for it."""
+    max_new_tokens: int = 512
+    """Of such an answer."""
 
     def facts(self) -> dict[str, Any]:
         """Everything that a run's numbers depend on, other than its arm and seed."""
@@ -115,6 +125,7 @@ class Comparison:
             "subject name": self.subject.name,
             "margin": self.margin,
             "processes": self.ranks.world_size,
+            **({"verifier": self.verified_by, "max_new_tokens": self.max_new_tokens} if self.verify else {}),
         }
 
     def run(self) -> bool:
@@ -190,6 +201,17 @@ class Comparison:
             spent["training"] += seconds
             steps += taken
         answers, spent["measuring"] = read(model, self.candidates, held_out, self.training)
+        solves: dict[str, bool] = {}
+        if self.verify is not None:
+            solves, spent["answering"] = solved(
+                model,
+                self.tokenizer,
+                self.candidates,
+                held_out,
+                self.verify,
+                max_new_tokens=self.max_new_tokens,
+                training=self.training,
+            )
         indices = np.concatenate([np.zeros(0, np.int64), *(plan.indices for plan in planned)])
         counts: dict[str, int] = {}
         for plan in planned:
@@ -208,6 +230,7 @@ class Comparison:
             rescored_tokens=rescored,
             answers=tuple(answers),
             seconds={name: round(value, 1) for name, value in spent.items()},
+            solved=solves,
         )
 
     def split(self, seed: int) -> tuple[Any, Any]:

@@ -21,7 +21,11 @@ PRIMARY = next(iter(MEASURES))
 
 def measured_runs(runs: Sequence[Run]) -> dict[tuple[str, int], dict[str, dict[str, float]]]:
     """What each run was measured at."""
-    return {(run.arm, run.seed): measured(run.answers) for run in runs}
+    found = {}
+    for run in runs:
+        solved = {"solved": {prompt: float(value) for prompt, value in run.solved.items()}} if run.solved else {}
+        found[run.arm, run.seed] = measured(run.answers) | solved
+    return found
 
 
 def paired(found: Measured, measure: str, arm: str, control: str) -> list[FloatArray]:
@@ -75,10 +79,13 @@ def tables(runs: Sequence[Run], *, subject: str, controls: Sequence[str], margin
 
 def costs(runs: Sequence[Run], scoring: tuple[int, float] | None) -> str:
     """What the runs took, in Markdown. Seconds differ from machine to machine, so they are no part of `tables`."""
-    lines = ["| arm | seconds of training | of measuring | of scoring again |", "|---|---:|---:|---:|"]
+    parts = {"training": "training", "measuring": "measuring", "answering": "answering", "scoring": "scoring again"}
+    parts = {name: what for name, what in parts.items() if any(name in run.seconds for run in runs)}
+    lines = ["| arm | " + " | ".join(f"seconds of {what}" for what in parts.values()) + " |"]
+    lines.append("|---|" + "---:|" * len(parts))
     for arm in sorted({run.arm for run in runs}, key=_place):
         of_arm = [run.seconds for run in runs if run.arm == arm]
-        cells = [np.mean([each.get(name, 0.0) for each in of_arm]) for name in ("training", "measuring", "scoring")]
+        cells = [np.mean([each.get(name, 0.0) for each in of_arm]) for name in parts]
         lines.append(f"| {arm} | " + " | ".join(f"{cell:.0f}" for cell in cells) + " |")
     if scoring is not None:
         lines.append(

@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from distill_sampler.cli.compare import Options, run, show_runs, tables_of
+from distill_sampler.compare.generated import verifier
 from distill_sampler.compare.runner import runs_in
 from recipes.correlation_grid import by_chance, grid
 from tests import tiny
@@ -124,6 +126,64 @@ def test_the_student_that_is_scored_again_chooses_in_rounds(stage: Path, tmp_pat
     assert one.rescored_tokens > 0
     assert abs(one.response_tokens / 4000 - 1) <= 0.01
     assert one.steps == one.samples
+
+
+ANSWERS: dict[str, str] = {}
+
+
+def even(answer: str, row: dict[str, object]) -> bool:
+    """A verifier."""
+    ANSWERS[str(row["question"])] = answer
+    return len(answer) % 2 == 0
+
+
+def test_a_student_answers_held_out_prompts_as_it_would_one_by_one(stage: Path, tmp_path: Path) -> None:
+    data = tmp_path / "candidates.jsonl"
+    with open(stage / "candidates.jsonl", encoding="utf-8") as rows, open(data, "w", encoding="utf-8") as file:
+        for row in map(json.loads, rows):
+            question = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+            file.write(json.dumps({**row, "question": question}) + "\n")
+    how = {"data": [str(data)], "arms": ["none", "random"], "verifier": f"{__name__}:even", "max_new_tokens": 6}
+    ANSWERS.clear()
+    run(options(stage, tmp_path / "out", **how, seeds=1))
+    runs = {each.arm: each for each in runs_in(tmp_path / "out")}
+    for each in runs.values():
+        assert set(each.solved) == {answer.prompt for answer in each.answers}
+    assert "solved" in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+    assert "answering" in (tmp_path / "out" / "costs.md").read_text(encoding="utf-8")
+
+    ANSWERS.clear()
+    run(options(stage, tmp_path / "untrained", **{**how, "arms": ["none"]}, seeds=1))
+    tok, model = tiny.tokenizer(), AutoModelForCausalLM.from_pretrained(stage / "student").eval()
+    assert len(ANSWERS) == 3
+    for question, answer in ANSWERS.items():
+        ids = tok.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
+        alone = model.generate(input_ids=ids, do_sample=False, max_new_tokens=6, pad_token_id=tok.pad_token_id)
+        assert answer == tok.decode(alone[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("answer", "solution", "right"),
+    [
+        ("She pays $1,200.00.", "12 * 100 = 1200\n#### 1200", True),
+        ("It is 7, or 8", "#### 7", False),
+        ("-3", "#### 3", False),
+        ("no idea", "#### 3", False),
+    ],
+)
+def test_the_last_numbers_decide(answer: str, solution: str, right: bool) -> None:
+    assert verifier("last_number", human="solution")(answer, {"solution": solution}) is right
+
+
+@pytest.mark.parametrize(
+    ("name", "human", "cure"),
+    [("last_number", None, "--human-column"), ("exact", "human", "package.module:function")],
+)
+def test_a_verifier_that_cannot_be_is_refused(name: str, human: str | None, cure: str) -> None:
+    with pytest.raises(ValueError, match=cure):
+        verifier(name, human=human)
 
 
 def test_the_grid_reproduces_the_papers_numbers(shared: Path) -> None:
