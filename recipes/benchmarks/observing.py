@@ -5,7 +5,8 @@
 `Curriculum(observe=True)` costs one more product of scored positions with the output head, so the cost depends on the
 head's share of the model. TRL's `SFTTrainer` (forward, fused head, backward, optimizer step) trains random Llamas with
 different shares. Each batch is trained on twice in a row, with and without observing, in alternating order. The table
-has the median ratio of the two times. `--student` measures a model of your own, loaded in float32.
+has the median ratio of the two times. `--student` measures a model of your own, loaded in float32. With `--bf16 --lora`
+it is the set-up that most people train in.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
+from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -71,11 +73,12 @@ def measure(model: Any, tokenizer: Any, options: argparse.Namespace) -> tuple[fl
             model=model,
             processing_class=tokenizer,
             train_dataset=Dataset.from_list(rows),
+            peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear") if options.lora else None,
             args=SFTConfig(
                 output_dir=folder,
                 per_device_train_batch_size=options.batch_size,
                 max_length=None,
-                bf16=False,
+                bf16=options.bf16,
                 gradient_checkpointing=False,
                 use_cpu=not torch.accelerator.is_available(),
                 report_to="none",
@@ -124,6 +127,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=256, help="tokens of a sample; two thirds of them are scored")
     parser.add_argument("--student", type=Path, help="a folder or hub name")
+    parser.add_argument("--bf16", action="store_true", help="float32 weights, multiplied in bfloat16: TRL's default")
+    parser.add_argument("--lora", action="store_true", help="train an adapter of all linear layers")
     options = parser.parse_args()
     disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(options.student or demo_parts.student_folder())
