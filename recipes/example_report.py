@@ -21,8 +21,8 @@ from distill_sampler.cli import app
 from distill_sampler.cli.demo_parts import candidates, student_folder
 
 PICTURES = {
-    "report.png": ("light", "", 1010),
-    "report-dark.png": ("dark", "", 1010),
+    "report.png": ("light", "", 984),
+    "report-dark.png": ("dark", "", 984),
     "traces.png": ("light", "browser", 900),
 }
 """By file, the view, the section that it begins with, and its height in pixels."""
