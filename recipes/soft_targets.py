@@ -59,6 +59,7 @@ class Study(Run):
             names = ("prompt", "completion", "prompt_id")
             lines = [json.dumps({name: row[name] for name in names}) for row in self.traces("distilled")]
             data.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            self.tokenizer.save_pretrained(self.folder / "teacher")
             program = "from distill_sampler.cli import app; app()"
             command = [sys.executable, "-c", program, "teacher-logprobs", str(data), "--output", str(store)]
             subprocess.run([*command, "--model", str(self.folder / "teacher"), "--top-k", "32"], check=True)

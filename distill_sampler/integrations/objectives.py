@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -17,6 +18,7 @@ from distill_sampler.reading.forward import unwrap
 
 logger = logging.getLogger(__name__)
 
+_ENGINE = "_distill_sampler_engine"
 _CHAT = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
 
 
@@ -34,6 +36,9 @@ def set_up(
         ValueError: something is not an objective, or does not fit the run.
     """
     objectives = checked_objectives(objective)
+    for each in objectives:
+        if isinstance(teacher := getattr(each, "teacher", None), nn.Module):
+            gather_in_forward(teacher)
     setting = Setting(dataset, tokenizer)
     taps = [each.tap(setting) for each in objectives]
     for teacher in setting.models:
@@ -46,6 +51,23 @@ def set_up(
                 _name(teacher),
             )
     return objectives, taps, setting.models
+
+
+def gather_in_forward(teacher: nn.Module) -> None:
+    """Let a teacher that ZeRO-3 has sharded gather its weights in its forward passes, as training does the student's.
+
+    ZeRO-3 shards every model that is loaded after the `TrainingArguments`; it is DeepSpeed's engine that gathers them.
+    """
+    sharded = [each for each in teacher.parameters() if hasattr(each, "ds_tensor")]
+    if not sharded or type(teacher).__name__ == "DeepSpeedEngine" or hasattr(teacher, _ENGINE):
+        return
+    import deepspeed  # type: ignore[import-untyped]
+
+    config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        config[name] = {"enabled": sharded[0].dtype == dtype}
+    engine, *_ = deepspeed.initialize(model=teacher, config=config)
+    object.__setattr__(teacher, _ENGINE, engine)  # not as a module of the teacher's
 
 
 def another_template(teacher: nn.Module, tokenizer: Any) -> bool:

@@ -170,7 +170,8 @@ class FollowsTeacher(FollowsStudent):
             "teacher with the student's tokenizer. To choose traces with another teacher, use TeacherSentences, which "
             "compares text.",
         )
-        teacher.to(next(student.parameters()).device)
+        if not self.teacher.sharded:
+            teacher.to(next(student.parameters()).device)
         with super().open(model, step=step):
             yield
 

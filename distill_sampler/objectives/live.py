@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.objectives.divergence import Cells, Targets, blocks
-from distill_sampler.reading.forward import decoder_of, unwrap
-from distill_sampler.reading.head import LogitTransform, linear
+from distill_sampler.reading.forward import decoder_of, forward_of, unwrap
+from distill_sampler.reading.head import LogitTransform, Project, linear
 from distill_sampler.reading.observer import ReadsAlong, transform_of
 from distill_sampler.reading.token_stats import chunk_for, token_stats
 
@@ -94,13 +94,16 @@ class LiveTeacher:
     """A frozen causal language model as a teacher. Objectives with the same teacher share its forward pass.
 
     Args:
-        model: the teacher; every process holds all of it. It is put into evaluation mode, and moved to the student's
-            device when training starts.
+        model: the teacher. It is put into evaluation mode. ZeRO-3 or FSDP2 may have distributed its weights over the
+            processes; otherwise it is moved to the student's device when training starts.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        require_whole(model)
         self.model = model
+        self.sharded = is_sharded(model)
+        """Whether its weights are distributed over the processes, which gather them for each of its forward passes."""
+        self._head: tuple[Tensor, Tensor | None] | None = None
+        """For a sharded teacher, the whole output head, from a forward pass until the batch has been trained on."""
         self.observed = False
         """Whether scores are taken from it in training. Then it reads each batch, whatever the objectives weigh."""
         self.watch = Watch(model.eval().requires_grad_(False))
@@ -118,7 +121,7 @@ class LiveTeacher:
         Raises:
             ValueError: its logits are not the product of its decoder's hidden states and its output head.
         """
-        return transform_of(self.watch.model, purpose="SoftTargets(teacher=)")
+        return transform_of(self.model, purpose="SoftTargets(teacher=)")
 
     @torch.no_grad()
     def read(self, inputs: Mapping[str, Any]) -> Seen:
@@ -128,8 +131,14 @@ class LiveTeacher:
             inputs: the batch as the student reads it.
         """
         if self._read is not inputs["input_ids"]:
-            with self.watch.open(self._keep):
-                self.watch.decoder(**{k: v for k, v in inputs.items() if k in self._takes}, use_cache=False)
+            taken = {name: value for name, value in inputs.items() if name in self._takes}
+            if self.sharded:
+                _ = self.transform  # a forward pass, which all processes must make now
+                with self.watch.open(self._keep), forward_of(self.watch.model.get_output_embeddings(), self._keep_head):
+                    self.model(**taken, use_cache=False)
+            else:
+                with self.watch.open(self._keep):
+                    self.watch.decoder(**taken, use_cache=False)
             self._read = inputs["input_ids"]
         assert self._seen is not None
         return self._seen
@@ -138,24 +147,40 @@ class LiveTeacher:
         """A function that gives the statistics of tokens in the batch that it has read last. Each batch is read from
         now on."""
         self.observed = True
-        head = self.watch.model.get_output_embeddings()
-        chunk = chunk_for(head.weight.shape[0])
+        chunk = chunk_for(self.watch.model.config.get_text_config().vocab_size)
 
         @torch.no_grad()
         def stats(places: Tensor, targets: Tensor) -> dict[str, Tensor]:
             assert self._seen is not None, "it reads before the student"
             states = self._seen.last.flatten(0, 1)[places]
             with torch.autocast(states.device.type, enabled=False):
-                return token_stats(states, targets, linear(head.weight, head.bias, self.transform), chunk=chunk)
+                return token_stats(states, targets, self._project(), chunk=chunk)
 
         return stats
 
     def _keep(self, seen: Seen) -> None:
         self._seen = seen
 
+    def _keep_head(self, states: Tensor) -> Tensor:
+        """In place of a sharded output head, where its weights are gathered: copies them and computes no logits."""
+        self._head = self._weights(copy=True)
+        return states.new_zeros(*states.shape[:-1], 1)
+
+    def _weights(self, *, copy: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the output head."""
+        head = self.watch.model.get_output_embeddings()
+        parts = [None if part is None else part.detach() for part in (head.weight, head.bias)]
+        weight, bias = [part.clone() if copy and part is not None else part for part in parts]
+        return weight, bias
+
+    def _project(self, *, rounded: bool = False) -> Project:
+        """Its logits of some states."""
+        weight, bias = self._weights() if self._head is None else self._head
+        return linear(weight, bias, self.transform, rounded=rounded)
+
     def forget(self) -> None:
-        """Free the states and attention of the last batch."""
-        self._seen = self._read = None
+        """Free the states and attention of the last batch, and a gathered output head."""
+        self._seen = self._read = self._head = None
 
     def targets(self, states: Tensor, *, temperature: float, columns: int) -> Targets:
         """The teacher's predictions.
@@ -168,8 +193,7 @@ class LiveTeacher:
         Raises:
             ValueError: its logits are not the product of its decoder's hidden states and its output head.
         """
-        head = self.watch.model.get_output_embeddings()
-        project = linear(head.weight, head.bias, self.transform, rounded=True)
+        project = self._project(rounded=True)
 
         def cells(start: int, stop: int) -> Cells:
             with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
@@ -181,20 +205,9 @@ class LiveTeacher:
         return cells
 
 
-def require_whole(model: nn.Module) -> None:
-    """Refuse a teacher whose weights are distributed over processes.
-
-    Raises:
-        ValueError: ZeRO-3 or FSDP shards it.
-    """
-    if any(isinstance(each, DTensor) or hasattr(each, "ds_tensor") for each in model.parameters()):
-        raise ValueError(
-            f"objective= (teacher=): the weights of {type(model).__name__} are distributed over the processes, but "
-            "each process must hold the whole teacher. Load it before you make the TrainingArguments (SFTConfig), "
-            "which make ZeRO-3 shard every model that is loaded after them, and do not wrap it with FSDP. If it does "
-            "not fit into one device, read it once: distill-sampler teacher-logprobs --top-k 32, and "
-            "SoftTargets('teacher.arrow')."
-        )
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ZeRO-3 or FSDP2 distributes a model's weights over the processes."""
+    return any(isinstance(each, DTensor) or hasattr(each, "ds_tensor") for each in model.parameters())
 
 
 _LIMITS = {"seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
@@ -217,7 +230,7 @@ class Setting:
     @property
     def models(self) -> list[nn.Module]:
         """The models of the live teachers."""
-        return [teacher.watch.model for teacher in self._live.values()]
+        return [teacher.model for teacher in self._live.values()]
 
     def live(self, model: nn.Module) -> LiveTeacher:
         """The live teacher of this model. Objectives with the same model share it and its forward pass."""

@@ -182,5 +182,8 @@ class _FromStore(_SoftTargetsTap):
         counted[torch.from_numpy(places).to(ids.device)] = True
         return counted.reshape(ids.shape), targets
 
+    def sums(self) -> Mapping[str, tuple[float, float]]:
+        return {**super().sums(), f"{self.name}_coverage": self._stored.coverage()}
+
     def compare(self, student: Seen, shown: Targets, counted: Tensor, weights: Tensor) -> Tensor:
         return self.divergence(student.last[counted], shown, weights)

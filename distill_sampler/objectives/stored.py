@@ -56,6 +56,8 @@ class StoredTargets:
         self._tokenizer = tokenizer
         self._temperature = temperature
         self._tail = tail
+        self._covered = np.zeros(2)
+        """The probability of the stored tokens, summed over positions, and the positions, since the last report."""
 
     def check(self, candidates: IntArray, columns: int) -> None:
         """Look up every candidate once, before training.
@@ -96,13 +98,22 @@ class StoredTargets:
             places.append(start + np.flatnonzero(sample.scored) - 1)
             ids.append(found[0])
             log_probs.append(found[1])
-        cells = self._cells(torch.from_numpy(np.concatenate(log_probs)).to(device))
+        stored = np.concatenate(log_probs)
+        self._covered += np.exp(stored).sum(dtype=np.float64), len(stored)
+        cells = self._cells(torch.from_numpy(stored).to(device))
         tokens = torch.from_numpy(np.concatenate(ids)).to(device)
 
         def targets(start: int, stop: int) -> Cells:
             return Cells(log_probs=cells[start:stop], ids=tokens[start:stop])
 
         return np.concatenate(places), targets
+
+    def coverage(self) -> tuple[float, float]:
+        """Of the positions since the last call: the summed share of the teacher's probability that is stored, and their
+        number."""
+        share, positions = self._covered.tolist()
+        self._covered[:] = 0
+        return share, positions
 
     def _cells(self, log_probs: Tensor) -> Tensor:
         """`[positions, k + 1]` log-probabilities of the stored tokens and all others, at the targets' temperature."""

@@ -35,6 +35,7 @@ from distill_sampler import (
     attach,
 )
 from distill_sampler.integrations.batches import rows_of
+from distill_sampler.objectives.live import is_sharded
 from distill_sampler.specs import parse_metrics
 
 parser = argparse.ArgumentParser()
@@ -54,6 +55,7 @@ parser.add_argument("--compile", action="store_true")
 parser.add_argument("--bf16", action="store_true")
 parser.add_argument("--online", action="store_true", help="Observe, weigh, and plan anew after every step.")
 parser.add_argument("--objectives", action="store_true", help="Learn from a random teacher's targets and states too.")
+parser.add_argument("--sharded-teacher", action="store_true", help="Of --objectives.")
 parser.add_argument("--timeout", type=int, default=60, help="Seconds that a process may wait for the other one.")
 parser.add_argument("--rank-1", choices=["reads other data", "dies", "hangs"], help="What goes wrong on process 1.")
 options = parser.parse_args()
@@ -80,7 +82,6 @@ objectives: list[Any] = []
 if options.objectives:  # made before the arguments, which would shard it
     torch.manual_seed(7)
     teacher = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.student, hidden_size=48))
-    objectives = [SoftTargets(teacher), HiddenHints(teacher, layers={0: 0})]
 
 peft_config = None
 if options.lora:
@@ -132,6 +133,15 @@ trainer.model.get_input_embeddings().register_forward_pre_hook(note)
 metrics = parse_metrics(options.metrics)
 best = BestOf(metrics[0].name, per="prompt_id", k=2 if options.online else 1)
 weights = [WeightBySoftmax(metrics[0].name, temperature=2.0)] if options.online else []
+if options.objectives:
+    if options.sharded_teacher and trainer.is_fsdp_enabled:
+        for layer in teacher.model.layers:
+            torch.distributed.fsdp.fully_shard(layer)
+        torch.distributed.fsdp.fully_shard(teacher)
+    elif options.sharded_teacher:  # ZeRO-3 shards what is loaded now
+        teacher.save_pretrained(options.output / f"teacher-{rank}")
+        teacher = AutoModelForCausalLM.from_pretrained(options.output / f"teacher-{rank}", dtype=torch.float32)
+    objectives = [SoftTargets(teacher), HiddenHints(teacher, layers={0: 0})]
 curriculum = Curriculum(
     metrics=metrics,
     policies=[best, *weights, Shuffle()],
@@ -181,6 +191,7 @@ report = {
     "objectives": [
         [line["soft_targets"], line["hidden_hints"]] for line in trainer.state.log_history if "soft_targets" in line
     ],
+    "teacher is sharded": bool(objectives) and is_sharded(teacher),
     "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
 }
 options.output.mkdir(parents=True, exist_ok=True)

@@ -224,6 +224,20 @@ def test_two_processes_observe_weigh_and_plan_anew_as_one_does(way: str, stage: 
     assert rest[0]["times scored"] == one["times scored"]
 
 
+@pytest.mark.parametrize("way", ["zero3", "fsdp2"])
+def test_two_processes_learn_from_a_sharded_teacher_as_one_does(way: str, stage: Path) -> None:
+    config, distributed_type, *_ = WAYS[way]
+    if distributed_type == "DEEPSPEED":
+        pytest.importorskip("deepspeed", reason="the extra 'deepspeed' is not installed")
+    both = reports(stage, f"{way}-sharded-teacher", config, "--objectives", "--sharded-teacher")
+    one = alone_with_teacher(stage)
+    assert both[0]["teacher is sharded"]
+    assert not one["teacher is sharded"]
+    assert trained(both) == trained([one])
+    np.testing.assert_allclose(both[0]["losses"], one["losses"], rtol=1e-3)
+    np.testing.assert_allclose(both[0]["objectives"], one["objectives"], rtol=2e-3)
+
+
 @pytest.mark.parametrize("way", ["ddp", "zero2", "zero3", "fsdp2"])
 def test_two_processes_learn_from_a_teacher_as_one_does(way: str, stage: Path) -> None:
     config, distributed_type, *_ = WAYS[way]

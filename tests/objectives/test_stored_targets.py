@@ -72,7 +72,7 @@ def test_a_step_descends_the_formula_over_the_stored_tokens(
     trainer.train()
 
     student, exact = tiny.model().double(), copy.deepcopy(guide).double()
-    plan = given.sampler.plan
+    plan, covered = given.sampler.plan, []
     assert plan is not None
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     for sample, weight in zip(given.dataset.samples(plan.indices[:2]), plan.weights[:2], strict=True):
@@ -84,6 +84,7 @@ def test_a_step_descends_the_formula_over_the_stored_tokens(
         at = torch.from_numpy(sample.scored).nonzero()[:, 0] - 1  # without the end marker
         q, p = torch.softmax(z[at], -1), torch.softmax(v[at].detach(), -1)
         top = p.topk(k).indices
+        covered += p.gather(1, top).sum(1).tolist()
         p, q = (torch.cat([x.gather(1, top), 1 - x.gather(1, top).sum(1, keepdim=True)], 1) for x in (p, q))
         if tail == "renormalise":
             p = torch.cat([p[:, :-1] / p[:, :-1].sum(1, keepdim=True), torch.zeros(len(p), 1).double()], 1)
@@ -95,6 +96,8 @@ def test_a_step_descends_the_formula_over_the_stored_tokens(
         d = {"forward": kl(p, q), "reverse": kl(q, p), "js": (kl(p, m) + kl(q, m)) / 2}[divergence]
         total = total + float(weight) * (0.6 * d + 0.4 * ce)
         tokens += int((labels[1:] != -100).sum())
+    (logged,) = (line["soft_targets_coverage"] for line in trainer.state.log_history if "loss" in line)
+    assert logged == pytest.approx(sum(covered) / len(covered), rel=1e-3)
     (total / tokens).backward()
     for name, value in student.named_parameters():
         expected = value.detach() - RATE * value.grad
