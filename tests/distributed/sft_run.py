@@ -82,6 +82,7 @@ objectives: list[Any] = []
 if options.objectives:  # made before the arguments, which would shard it
     torch.manual_seed(7)
     teacher = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.student, hidden_size=48))
+    teacher.save_pretrained(options.output / f"teacher-{rank}")
 
 peft_config = None
 if options.lora:
@@ -139,7 +140,6 @@ if options.objectives:
             torch.distributed.fsdp.fully_shard(layer)
         torch.distributed.fsdp.fully_shard(teacher)
     elif options.sharded_teacher:  # ZeRO-3 shards what is loaded now
-        teacher.save_pretrained(options.output / f"teacher-{rank}")
         teacher = AutoModelForCausalLM.from_pretrained(options.output / f"teacher-{rank}", dtype=torch.float32)
     objectives = [SoftTargets(teacher), HiddenHints(teacher, layers={0: 0})]
 curriculum = Curriculum(
