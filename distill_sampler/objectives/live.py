@@ -168,10 +168,13 @@ class LiveTeacher:
 
     def _weights(self, *, copy: bool = False) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the output head."""
-        head = self.watch.model.get_output_embeddings()
-        parts = [None if part is None else part.detach() for part in (head.weight, head.bias)]
-        weight, bias = [part.clone() if copy and part is not None else part for part in parts]
-        return weight, bias
+        head: nn.Module = self.watch.model.get_output_embeddings()
+        weight, bias = head.weight, head.bias
+        assert isinstance(weight, Tensor)
+        assert bias is None or isinstance(bias, Tensor)
+        if copy:
+            return weight.detach().clone(), None if bias is None else bias.detach().clone()
+        return weight.detach(), None if bias is None else bias.detach()
 
     def _project(self, *, rounded: bool = False) -> Project:
         """Its logits of some states."""
