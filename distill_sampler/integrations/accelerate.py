@@ -241,7 +241,7 @@ class CurriculumLoop:
         if self._epoch is None:
             raise ValueError("loop.batches was called outside of an epoch. Use it in `for epoch in loop.epochs(n)`.")
         if not self._run:
-            self._begin(new_run())
+            self._begin(self._readers.ranks.gather(new_run())[0])
         if self._objectives and self._prepared is None:
             raise ValueError("objective=: call loop.prepare(model) before you make the optimizer.")
         self._manifests.begin(self._readers.ranks)

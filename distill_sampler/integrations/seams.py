@@ -114,7 +114,7 @@ def train_through(trainer: Trainer, callback: Follower) -> None:
     ) -> Any:
         try:
             if trial is not None:  # of a hyperparameter search: a run of its own, in a folder of its own
-                callback.run = new_run()
+                callback.run = Ranks.current(trainer.args.device).gather(new_run())[0]
                 return train(resume_from_checkpoint, trial, *args, **kwargs)
             output = output_of(trainer.args)
             unloadable: dict[Path, str] = {}
@@ -144,7 +144,7 @@ def _run_of(checkpoint: Path | None, readers: Readers) -> str:
     """Identity of the run that a checkpoint is of, or of a new one."""
     state = {} if checkpoint is None else read_state(checkpoint)
     readers.ranks.require_equal(f"{state.get('global_step', 0):012x}", "checkpoint to resume from")
-    return (entry_of(state) or {}).get("run") or new_run()
+    return readers.ranks.gather((entry_of(state) or {}).get("run") or new_run())[0]
 
 
 def _offered_instead(checkpoint: Path, claim: Claim, unloadable: dict[Path, str]) -> ValueError:

@@ -15,6 +15,7 @@ from distill_sampler import BestOf, Rescore, SortBy, attach
 from distill_sampler.integrations.sample_log import SampleLog, read_log
 from distill_sampler.types import Batch
 from tests import tiny
+from tests.distributed.launcher import launch
 from tests.resume.test_checkpoints import verified
 from tests.test_attach import RSR, RecordedTrainer, arguments, curriculum, plain_trainer
 
@@ -157,6 +158,26 @@ def test_a_log_of_a_later_run_in_the_same_folder_is_not_compared(
     assert code == 2
     assert "is of a later run" in said
     assert "--log" in said
+
+
+@pytest.mark.slow
+def test_what_two_processes_logged_is_verified_also_after_a_resume_with_one(tmp_path: Path) -> None:
+    script, output = Path(__file__).with_name("log_run.py"), tmp_path / "run"
+    config = Path(__file__).parents[2] / "accelerate_configs" / "cpu.yaml"
+    environment = {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = launch(script, str(output), cwd=tmp_path, config=config, environment=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    code, said = verified(*checkpoints(output))
+    assert code == 0, said
+    assert said.count("The log agrees") == 12
+    for checkpoint in checkpoints(output)[4:]:
+        shutil.rmtree(checkpoint)
+    done = launch(script, str(output), str(output / "checkpoint-4"), cwd=tmp_path, environment=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    code, said = verified(*checkpoints(output))
+    assert code == 0, said
+    assert said.count("The log agrees") == 12
+    assert len(read_log(output / "distill_sampler")) == 4 * 2 + 8
 
 
 # ---- The log ----
