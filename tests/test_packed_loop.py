@@ -159,13 +159,16 @@ def test_a_loop_with_another_batch_size_trains_the_packs_that_are_left(
         ({"collate": "pads"}, r"pack_to=.*DataCollatorForSeq2Seq.*DataCollatorWithFlattening\(\)"),
         ({"pack_to": "max_length"}, r"CurriculumLoop\(pack_to='max_length'\).*whole number"),
         ({"pack_window": 0}, r"pack_window=0"),
-        ({"cache": True}, r"pack_to=.*model\.config\.use_cache = False"),
+        ({"cache": True}, r"end to end.*model\.config\.use_cache = False"),
+        ({"cache": True, "pack_to": None, "rows": "single"}, r"end to end.*model\.config\.use_cache = False"),
         ({"pack_to": 80}, r"pack_to=80.*samples"),
     ],
 )
 def test_a_loop_that_cannot_train_packs_is_refused(
     wrong: dict[str, Any], message: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
+    if wrong.get("rows") == "single":
+        wrong = {**wrong, "rows": tiny.tokenised(tiny.candidates(), tokenizer).select_columns(["input_ids", "labels"])}
     if wrong.get("collate") == "pads":
         wrong = {"collate": DataCollatorForSeq2Seq(tokenizer)}
     with pytest.raises(ValueError, match=message):

@@ -40,7 +40,7 @@ from distill_sampler.integrations.live_report import LiveReport
 from distill_sampler.integrations.loss_weights import LossWeights
 from distill_sampler.integrations.objectives import set_up
 from distill_sampler.integrations.observed_scores import ObservedScores
-from distill_sampler.integrations.packs import PACK_WINDOW, PackedRows, PacksOfLoop
+from distill_sampler.integrations.packs import PACK_WINDOW, PackedRows, RowsOfLoop
 from distill_sampler.integrations.refusals import refuse_dispatching, refuse_parallelism, refuse_second_host
 from distill_sampler.integrations.resuming import without_randomness
 from distill_sampler.integrations.sample_log import SampleLog
@@ -130,7 +130,7 @@ class CurriculumLoop:
             self._taps.append(LossWeights())
         if curriculum.observe:
             self._taps.append(ObservedScores(curriculum, self._objective_taps))
-        self._packs = None if packing is None else PacksOfLoop(teachers)
+        self._rows = RowsOfLoop(teachers, packed=packing is not None)
         self._taps += self._objective_taps
         self._prepared: nn.Module | None = None
         self._scale: torch.Tensor | None = None
@@ -245,8 +245,7 @@ class CurriculumLoop:
         if self._objectives and self._prepared is None:
             raise ValueError("objective=: call loop.prepare(model) before you make the optimizer.")
         self._manifests.begin(self._readers.ranks)
-        if self._packs is not None:
-            self._packs.check(model, loader)
+        self._rows.check(model, loader)
         started, planned = time.perf_counter(), len(self.curriculum.summaries)
         samples_per_batch = loader.total_batch_size
         per_step = samples_per_batch * self.accelerator.gradient_accumulation_steps
@@ -267,7 +266,7 @@ class CurriculumLoop:
                 plan = self.curriculum.sampler.plan
                 assert plan is not None
                 batch: Batch | None = None
-                if self._taps or self._packs is not None:
+                if self._taps or self._rows.packed:
                     row = self._position + self.accelerator.process_index * per_batch
                     first, stop = self.sampler.places(row), self.sampler.places(row + per_batch)
                     batch = batch_of(inputs, plan, dataset, place=first, stop=stop, epoch=self._epoch, step=self.step)

@@ -263,15 +263,17 @@ def refuse_crossing(model: nn.Module, collator: Any) -> None:
         )
 
 
-class PacksOfLoop:
-    """Checks in a loop of one's own that the samples of a pack do not see each other.
+class RowsOfLoop:
+    """Checks in a loop of one's own that the samples of a row do not see each other.
 
     Args:
-        teachers: the models that also read the packs.
+        packed: whether plans are packed.
+        teachers: the models that read the batches beside the student.
     """
 
-    def __init__(self, teachers: Sequence[nn.Module]) -> None:
-        self._not_tried: list[nn.Module | None] = [None, *teachers]
+    def __init__(self, teachers: Sequence[nn.Module], *, packed: bool) -> None:
+        self.packed = packed
+        self._not_tried: list[nn.Module | None] = [None, *teachers] if packed else []
         """None: the student."""
 
     def check(self, model: nn.Module, loader: Any) -> None:
@@ -282,20 +284,23 @@ class PacksOfLoop:
             loader: the loop's data loader.
 
         Raises:
-            ValueError: the loader has another data set or another collator, or a model's samples see each other.
+            ValueError: plans are packed and the loader has another data set or another collator, or samples in a row
+                see each other.
         """
-        _require_packed_loader(model, loader)
+        if self.packed:
+            _require_packed_loader(loader)
+        if lays_end_to_end(loader.collate_fn) and getattr(unwrap(model).config.get_text_config(), "use_cache", False):
+            raise ValueError(
+                "The collator lays samples end to end, but a model that makes a cache for generation does not look at "
+                "where samples begin, so they would be trained in each other's context. Set model.config.use_cache = "
+                "False before training."
+            )
         while self._not_tried:
             refuse_crossing(self._not_tried[0] or model, loader.collate_fn)
             self._not_tried.pop(0)
 
 
-def _require_packed_loader(model: nn.Module, loader: Any) -> None:
-    if getattr(unwrap(model).config.get_text_config(), "use_cache", False):
-        raise ValueError(
-            "pack_to=: a model that makes a cache for generation does not look at where samples begin, so they would "
-            "be trained in each other's context. Set model.config.use_cache = False before training."
-        )
+def _require_packed_loader(loader: Any) -> None:
     if not isinstance(loader.dataset, PackedRows):
         raise ValueError(
             f"pack_to=: the data loader reads a {type(loader.dataset).__name__}, whose indices are single samples. "

@@ -270,7 +270,7 @@ def step(options: argparse.Namespace) -> None:
             row = [_ratio(seconds[name], base) for base in (whole, body)]
             sent = {name: value for name, value in vars(options).items() if name not in ("run", "rounds", "trl", "way")}
             command = [f"--{name.replace('_', '-')}={value}" for name, value in sent.items()]
-            found = in_own_process("step-work", f"--way={name}", *command, *([] if options.trl else ["--no-trl"]))
+            found = in_own_process("step-work", f"--way={name}", *command, *([] if name == "TRL" else ["--no-trl"]))
             table.add_row(name, *row, f"{found['MB']:,.0f}", "" if found["loss"] is None else f"{found['loss']:.6g}")
     console.print(
         f"{options.rounds} rounds of {options.batch_size} x {options.length} tokens, {options.vocab:,} columns: "
