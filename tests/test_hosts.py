@@ -1,7 +1,4 @@
-"""Trainers of other projects: reductions of theirs to what decides the order, called as their projects call them.
-
-The real packages, in environments of their own, are in `tests/hosts/`.
-"""
+"""Trainers of other projects: reductions of theirs to what decides the order, called as their projects call them."""
 
 import sys
 import types
