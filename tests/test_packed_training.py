@@ -97,7 +97,7 @@ def test_the_packs_trained_are_the_packs_planned(
     assert "curriculum/pack_fill" in trainer.state.log_history[0]
 
 
-@pytest.mark.parametrize("kind", ["Trainer", "SFTTrainer"])
+@pytest.mark.parametrize("kind", [pytest.param("Trainer", marks=pytest.mark.slow), "SFTTrainer"])
 def test_padded_batches_of_so_many_tokens_are_trained_as_planned(
     kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:

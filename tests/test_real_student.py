@@ -52,6 +52,7 @@ def test_rsr_equals_the_authors_script(student: Student, shared: Path) -> None:
     assert group == pytest.approx(reference["group_rank_surprisal_ratio"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_rsr_is_the_authors_procedure_on_the_demos_traces(student: Student) -> None:
     """All logits in float32, the top 100 of each position, one sample at a time."""
     from distill_sampler.cli.demo_parts import candidates

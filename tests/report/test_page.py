@@ -24,6 +24,8 @@ from distill_sampler.report.text import visible
 from distill_sampler.report.traces import MAX_TRACE_TOKENS
 from tests.cli.conftest import call, write_lines
 
+pytestmark = pytest.mark.xdist_group("report/test_page")  # its fixtures are made once
+
 SCREENSHOTS = runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "screenshots.py"), run_name="imported")
 chromium = SCREENSHOTS["chromium"]
 HOSTILE = [

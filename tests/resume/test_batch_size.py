@@ -16,6 +16,8 @@ from tests import tiny
 from tests.resume.test_checkpoints import verified
 from tests.test_attach import RSR, curriculum, plain_trainer, trained
 
+pytestmark = pytest.mark.xdist_group("resume/test_batch_size")  # its fixtures are made once
+
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 BATCHES: list[dict[str, Any]] = [
     {"per_device_train_batch_size": 1},
@@ -102,6 +104,7 @@ def test_a_resume_with_other_batches_trains_the_rest_of_the_plan(
     assert f"step {2 * of_epoch - len(rates)} of {2 * of_epoch}" in caplog.text
 
 
+@pytest.mark.slow
 def test_what_was_resumed_with_other_batches_is_resumed_again(
     two_at_a_time: tuple[Path, EpochPlan], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
