@@ -159,20 +159,30 @@ def test_a_loop_with_another_batch_size_trains_the_packs_that_are_left(
         ({"collate": "pads"}, r"pack_to=.*DataCollatorForSeq2Seq.*DataCollatorWithFlattening\(\)"),
         ({"pack_to": "max_length"}, r"CurriculumLoop\(pack_to='max_length'\).*whole number"),
         ({"pack_window": 0}, r"pack_window=0"),
-        ({"cache": True}, r"end to end.*model\.config\.use_cache = False"),
-        ({"cache": True, "pack_to": None, "rows": "single"}, r"end to end.*model\.config\.use_cache = False"),
         ({"pack_to": 80}, r"pack_to=80.*samples"),
     ],
 )
 def test_a_loop_that_cannot_train_packs_is_refused(
     wrong: dict[str, Any], message: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    if wrong.get("rows") == "single":
-        wrong = {**wrong, "rows": tiny.tokenised(tiny.candidates(), tokenizer).select_columns(["input_ids", "labels"])}
     if wrong.get("collate") == "pads":
         wrong = {"collate": DataCollatorForSeq2Seq(tokenizer)}
     with pytest.raises(ValueError, match=message):
         train(made(tokenizer, curriculum(policies=[Shuffle()]), **wrong))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_cache_does_not_let_samples_see_each_other(packed: bool, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Transformers does not look at where samples begin in a forward pass that makes a cache."""
+    rows = tiny.tokenised(tiny.candidates(), tokenizer).select_columns(["input_ids", "labels"])
+    how: dict[str, Any] = {} if packed else {"pack_to": None, "rows": rows, "batch_size": 2}
+    trained = []
+    for cache in (False, True):
+        parts = made(tokenizer, curriculum(policies=[Shuffle()]), cache=cache, **how)
+        train(parts)
+        trained.append(weights(parts[1]))
+    for name, values in trained[0].items():
+        assert torch.equal(values, trained[1][name]), name
 
 
 def test_a_loop_refuses_a_model_whose_samples_see_each_other(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -97,6 +97,21 @@ def test_the_packs_trained_are_the_packs_planned(
     assert "curriculum/pack_fill" in trainer.state.log_history[0]
 
 
+def test_a_model_that_makes_a_cache_trains_packs_as_one_that_does_not(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """With a cache, transformers does not look at where samples begin. Before transformers 5, `Trainer` makes one."""
+    losses = []
+    for cache in (False, True):
+        trainer = plain_trainer(tmp_path / str(cache), tokenizer, logging_steps=1)
+        trainer.model.config.use_cache = cache
+        attach(trainer, curriculum(policies=[Shuffle()]), pack_to=PACK)
+        trainer.train()
+        assert trainer.model.config.use_cache is cache
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("kind", [pytest.param("Trainer", marks=pytest.mark.slow), "SFTTrainer"])
 def test_padded_batches_of_so_many_tokens_are_trained_as_planned(
     kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase

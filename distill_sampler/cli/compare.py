@@ -140,6 +140,7 @@ def run(options: Options) -> None:
         identity={"student": hash_of(*(f"{name} {files[name]}".encode() for name in sorted(files)))},
         ranks=ranks,
         verify=verify,
+        end_token_ids=end_tokens,
         verified_by=options.verifier or "",
         max_new_tokens=options.max_new_tokens,
         say=lambda line: say.print(line, markup=False, highlight=False),

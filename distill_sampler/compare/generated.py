@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from distill_sampler.compare.arms import GROUP
 from distill_sampler.compare.candidates import Candidates
 from distill_sampler.compare.student import Training
 from distill_sampler.dataset import IGNORED_LABEL
+from distill_sampler.distributed import Ranks
 from distill_sampler.plugins import imported
 from distill_sampler.types import IntArray
 
@@ -64,8 +65,10 @@ def solved(
     rows: IntArray,
     verify: Verifier,
     *,
+    end_token_ids: Sequence[int],
     max_new_tokens: int,
     training: Training,
+    ranks: Ranks,
 ) -> tuple[dict[str, bool], float]:
     """Which held-out prompts the student solves; seconds.
 
@@ -75,8 +78,10 @@ def solved(
         candidates: the data.
         rows: the held-out rows. The first row of each prompt is what the verifier sees.
         verify: judges the answers.
+        end_token_ids: end-of-turn markers; an answer ends at the first one.
         max_new_tokens: of an answer; a longer one is judged as it stands then.
         training: how the student computes.
+        ranks: the processes, which share the prompts.
     """
     started, was_training = time.perf_counter(), model.training
     model.eval()
@@ -87,7 +92,7 @@ def solved(
         sample: Any = candidates.dataset.rows[row]
         asked[name] = sample["input_ids"][: int(np.argmax(np.asarray(sample["labels"]) != IGNORED_LABEL))]
     found: dict[str, bool] = {}
-    by_length = sorted(asked, key=lambda name: (len(asked[name]), name))
+    by_length = sorted(asked, key=lambda name: (len(asked[name]), name))[ranks.rank :: ranks.world_size]
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     for start in range(0, len(by_length), _BATCH):
         some = by_length[start : start + _BATCH]
@@ -103,9 +108,11 @@ def solved(
                 do_sample=False,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=padding,
+                eos_token_id=list(end_token_ids),
             )
         answers = tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
         for name, answer in zip(some, answers, strict=True):
             found[name] = bool(verify(answer, candidates.references[name]))
     model.train(was_training)
-    return dict(sorted(found.items())), time.perf_counter() - started
+    every = {name: value for part in ranks.gather(found) for name, value in part.items()}
+    return dict(sorted(every.items())), time.perf_counter() - started

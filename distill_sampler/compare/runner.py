@@ -108,6 +108,8 @@ class Comparison:
     """Judges the student's own answers to held-out prompts; None: it does not write any."""
     verified_by: str = ""
     """What the user typed for it."""
+    end_token_ids: Sequence[int] = ()
+    """The end-of-turn markers, where such an answer ends."""
     max_new_tokens: int = 512
     """Of such an answer."""
 
@@ -209,8 +211,10 @@ class Comparison:
                 self.candidates,
                 held_out,
                 self.verify,
+                end_token_ids=self.end_token_ids,
                 max_new_tokens=self.max_new_tokens,
                 training=self.training,
+                ranks=self.ranks,
             )
         indices = np.concatenate([np.zeros(0, np.int64), *(plan.indices for plan in planned)])
         counts: dict[str, int] = {}

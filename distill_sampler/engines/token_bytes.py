@@ -12,7 +12,7 @@ import numpy as np
 from distill_sampler.engines.alignment import place
 from distill_sampler.types import BoolArray, IntArray
 
-_KNOWN: WeakKeyDictionary[Any, TokenBytes] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[Any, tuple[int, TokenBytes]] = WeakKeyDictionary()
 
 
 class TokenBytes:
@@ -95,14 +95,16 @@ class TokenBytes:
 
 
 def token_bytes(tokenizer: Any) -> TokenBytes:
-    """The `TokenBytes` of a tokenizer, which is made once.
+    """The `TokenBytes` of a tokenizer, which is made once, and again if tokens were added to it since.
 
     Raises:
         ValueError: the tokenizer is slow.
     """
-    if tokenizer not in _KNOWN:
-        _KNOWN[tokenizer] = TokenBytes(tokenizer)
-    return _KNOWN[tokenizer]
+    size, found = _KNOWN.get(tokenizer, (None, None))
+    if found is None or size != len(tokenizer):
+        found = TokenBytes(tokenizer)
+        _KNOWN[tokenizer] = len(tokenizer), found
+    return found
 
 
 def tokens_of(text: str, tokenizer: Any) -> tuple[IntArray, IntArray]:

@@ -76,8 +76,8 @@ class CurriculumLoop:
         report_every: write the report (`report.html` in the output folder) after the plan of every so many epochs, and
             in `finish`. None: write none.
         pack_to: lay the samples of each epoch's plan end to end in packs of at most so many tokens. Give the data
-            loader `loop.packed(rows)` and `collate_fn=DataCollatorWithFlattening()`, and set `model.config.use_cache`
-            to False. The batch size counts packs.
+            loader `loop.packed(rows)` and `collate_fn=DataCollatorWithFlattening()`. The batch size counts packs. The
+            loop sets `model.config.use_cache` to False.
         pack_window: from how many samples of the plan a pack is filled, as for `attach`.
         pack_balance: how many packs in a row are sorted by the cost of their attention, as for `attach`.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -79,12 +80,12 @@ def another_template(teacher: nn.Module, tokenizer: Any) -> bool:
     if not name or not getattr(tokenizer, "chat_template", None):
         return False
     try:
-        own: Any = AutoTokenizer.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError):
+        own: Any = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+        if not own.chat_template:
+            return False
+        texts = [each.apply_chat_template(_CHAT, tokenize=False) for each in (own, tokenizer)]
+    except (OSError, ValueError, ImportError, TemplateError):  # it is a notice: nothing may end here
         return False
-    if not own.chat_template:
-        return False
-    texts = [each.apply_chat_template(_CHAT, tokenize=False) for each in (own, tokenizer)]
     return bool(texts[0] != texts[1])
 
 

@@ -16,6 +16,7 @@ from distill_sampler.planning.summary import PREFIX
 from distill_sampler.protocols import ObjectiveTap, Tap
 from distill_sampler.reading.model_reader import ModelReader
 from distill_sampler.reading.observer import Observer
+from distill_sampler.reading.reduce import extras_of
 from distill_sampler.types import Batch
 
 _MOST_VALUES = 100
@@ -43,13 +44,15 @@ class ObservedScores(Tap):
 
     @contextmanager
     def open(self, model: nn.Module, *, step: int) -> Iterator[None]:
+        metrics = list(self._curriculum.cycle.metrics.values())
+        extras = extras_of(metrics)
         observer = Observer(
             model,
             self._curriculum.dataset,
-            list(self._curriculum.cycle.metrics.values()),
+            metrics,
             ties=self._curriculum.scorer.ties,
             whole=whole_head,
-            along={id(teacher.model): teacher.reads_along() for teacher in self._teachers if self._reads(teacher)},
+            along={id(each.model): each.reads_along(extras) for each in self._teachers if self._reads(each)},
         )
         with observer:
             self._observer = observer

@@ -67,8 +67,11 @@ def _made_by(trainer: Trainer, method: str, stand_in: object, *arguments: object
     original = getattr(Trainer, method)
     if getattr(type(trainer), method) is original:
         return stand_in
+    kept = dict(vars(trainer))
     setattr(Trainer, method, lambda self, *args, **kwargs: stand_in)
     try:
         return getattr(trainer, method)(*arguments)
     finally:
         setattr(Trainer, method, original)
+        vars(trainer).clear()  # a trainer may remember what it has made
+        vars(trainer).update(kept)

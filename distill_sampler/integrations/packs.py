@@ -209,13 +209,29 @@ class SeparateSamples(Tap):
     def open(self, model: nn.Module, *, step: int) -> Iterator[None]:
         for reads in (model, *self._teachers):
             refuse_crossing(reads, self._collator)
-        yield
+        config = unwrap(model).config.get_text_config()
+        before = getattr(config, "use_cache", None)
+        make_no_cache(model)
+        try:
+            yield
+        finally:
+            config.use_cache = before
 
     def before(self, batch: Batch) -> None:
         pass
 
     def after(self, batch: Batch) -> None:
         pass
+
+
+def make_no_cache(model: nn.Module) -> None:
+    """Let a model that lays samples end to end train without a cache of keys and values.
+
+    Transformers looks at where the samples of a row begin (position ids that restart) only where there is no cache, and
+    a forward pass makes one unless the configuration or the call says otherwise. Before transformers 5, `Trainer` does
+    not switch it off.
+    """
+    unwrap(model).config.get_text_config().use_cache = False
 
 
 def refuse_crossing(model: nn.Module, collator: Any) -> None:
@@ -289,12 +305,8 @@ class RowsOfLoop:
         """
         if self.packed:
             _require_packed_loader(loader)
-        if lays_end_to_end(loader.collate_fn) and getattr(unwrap(model).config.get_text_config(), "use_cache", False):
-            raise ValueError(
-                "The collator lays samples end to end, but a model that makes a cache for generation does not look at "
-                "where samples begin, so they would be trained in each other's context. Set model.config.use_cache = "
-                "False before training."
-            )
+        if lays_end_to_end(loader.collate_fn):
+            make_no_cache(model)
         while self._not_tried:
             refuse_crossing(self._not_tried[0] or model, loader.collate_fn)
             self._not_tried.pop(0)

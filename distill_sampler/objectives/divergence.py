@@ -119,13 +119,21 @@ class _SoftTargetLoss(torch.autograd.Function):
     ) -> Tensor:
         total = torch.zeros((), device=hidden.device)
         of_hidden, of_weight, of_bias = (
-            torch.zeros_like(each) if needed and each is not None else None
-            for each, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
+            torch.zeros_like(each, dtype=dtype) if needed and each is not None else None
+            for each, dtype, needed in (
+                (hidden, torch.float32, ctx.needs_input_grad[0]),
+                (weight, weight.dtype, ctx.needs_input_grad[1]),
+                (bias, torch.float32, ctx.needs_input_grad[2]),
+            )
         )
+        ctx.dtypes = [each if each is None else each.dtype for each in (hidden, weight, bias)]
         columns, transform = head.columns or len(weight), head.transform
-        states, factor = hidden, weight
+        states = hidden
         if head.operands is not None:
-            states, factor = hidden.to(head.operands), weight.to(head.operands)
+            states = hidden.to(head.operands)
+        factor = weight.to(states.dtype)
+        # the loss's scale, which keeps float16 in range, is only known in the backward pass
+        dtype = torch.float32 if states.dtype == torch.float16 else states.dtype
         project = linear(factor, bias, LogitTransform(), rounded=True)
         rows = max(1, _CHUNK_LOGITS.get(hidden.device.type, _CHUNK_LOGITS_ELSEWHERE) // len(weight))
         with torch.autocast(hidden.device.type, enabled=False):
@@ -137,11 +145,11 @@ class _SoftTargetLoss(torch.autograd.Function):
                     weights = coefficients[some][block]
                     total += (weights * loss).sum()
                     logits[block] *= weights[:, None]
-                gradient = logits.to(states.dtype)
+                gradient = logits.to(dtype)
                 if of_hidden is not None:
-                    of_hidden[some] = gradient @ factor[:columns]
+                    of_hidden[some] = gradient @ factor[:columns].to(dtype)
                 if of_weight is not None:
-                    _add_product(of_weight[:columns], gradient.T, states[some])
+                    _add_product(of_weight[:columns], gradient.T, states[some].to(dtype))
                 if of_bias is not None:
                     of_bias[:columns] += logits.sum(0).to(of_bias.dtype)
         ctx.save_for_backward(of_hidden, of_weight, of_bias)
@@ -150,7 +158,18 @@ class _SoftTargetLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return *(None if each is None else each * upstream.to(each.dtype) for each in ctx.saved_tensors), *[None] * 5
+        found = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(None if each is None else _scaled(each, upstream, dtype) for each, dtype in found), *[None] * 5
+
+
+def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """`gradient * upstream`, multiplied in float32 and rounded once."""
+    if gradient.dtype == torch.float32:
+        return (gradient * upstream).to(dtype)
+    result = torch.empty_like(gradient)  # of the head
+    for block in blocks(*gradient.shape):
+        result[block] = gradient[block].float() * upstream
+    return result
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -17,6 +17,7 @@ from distill_sampler.dataset import ScoredDataset
 from distill_sampler.objectives.divergence import Cells, Targets, blocks
 from distill_sampler.reading.forward import decoder_of, forward_of, unwrap
 from distill_sampler.reading.head import LogitTransform, Project, linear
+from distill_sampler.reading.head import module as through_the_head
 from distill_sampler.reading.observer import ReadsAlong, transform_of
 from distill_sampler.reading.token_stats import chunk_for, token_stats
 
@@ -143,9 +144,13 @@ class LiveTeacher:
         assert self._seen is not None
         return self._seen
 
-    def reads_along(self) -> ReadsAlong:
+    def reads_along(self, extras: Collection[str] = ()) -> ReadsAlong:
         """A function that gives the statistics of tokens in the batch that it has read last. Each batch is read from
-        now on."""
+        now on.
+
+        Args:
+            extras: which optional statistics are wanted, as for `token_stats`.
+        """
         self.observed = True
         chunk = chunk_for(self.watch.model.config.get_text_config().vocab_size)
 
@@ -154,7 +159,7 @@ class LiveTeacher:
             assert self._seen is not None, "it reads before the student"
             states = self._seen.last.flatten(0, 1)[places]
             with torch.autocast(states.device.type, enabled=False):
-                return token_stats(states, targets, self._project(), chunk=chunk)
+                return token_stats(states, targets, self._project(), extras=extras, chunk=chunk)
 
         return stats
 
@@ -178,6 +183,9 @@ class LiveTeacher:
 
     def _project(self, *, rounded: bool = False) -> Project:
         """Its logits of some states."""
+        head: Any = self.watch.model.get_output_embeddings()
+        if self._head is None and type(head) is not nn.Linear:  # quantised, with an adapter on it, ...
+            return through_the_head(head, self.transform)
         weight, bias = self._weights() if self._head is None else self._head
         return linear(weight, bias, self.transform, rounded=rounded)
 

@@ -279,11 +279,12 @@ def written_in(row: Written, input_ids: Sequence[int], tokenizer: Any) -> BoolAr
     whole = b"".join(pieces)
     if (whole != text and not (whole.startswith(text) and len(whole) - len(text) == len(pieces[-1]))) or b"" in pieces:
         return None
-    ends = np.cumsum(list(map(len, pieces)))
+    lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
+    ends = np.cumsum(lengths)
     spans = row.responses
     if len(text) != len(row.text):  # from characters to bytes
         spans = tuple((len(row.text[:begin].encode()), len(row.text[:end].encode())) for begin, end in spans)
-    return _inside(np.concatenate([[0], ends[:-1]]), ends, spans)
+    return _inside(ends - lengths, ends, spans)
 
 
 def text_of(input_ids: Sequence[int], tokenizer: Any) -> tuple[str, IntArray, IntArray]:

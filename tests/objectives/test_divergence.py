@@ -201,3 +201,30 @@ def test_a_bfloat16_head_gets_its_gradient_to_the_precision_of_its_dtype() -> No
     for one, other in zip(gradients(ours, low), theirs, strict=True):
         assert one.dtype == torch.bfloat16
         assert (one.double() - other).norm() < 0.02 * other.norm()
+
+
+def test_a_float16_sum_that_a_scale_would_keep_in_range_does_not_overflow() -> None:
+    """Gradients are made before the loss's scale is known."""
+    generator = torch.Generator().manual_seed(7)
+    states = torch.randn(300, HIDDEN, generator=generator)
+    states[:, 0] = 150.0
+    weight = (0.02 * torch.randn(VOCAB, HIDDEN, generator=generator)).requires_grad_()
+    log_p = torch.full((300, VOCAB), -1e4)
+    log_p[:, 7] = 0.0
+    head = Head(weight=weight, operands=torch.float16)
+    loss = soft_target_loss(states, head, lambda a, b: Cells(log_probs=log_p[a:b]), torch.ones(300), temperature=2.0)
+    (found,) = torch.autograd.grad(loss / 300, [weight])
+    exact = weight.detach().double().requires_grad_()
+    log_q = torch.log_softmax(states.double() @ exact.T / 2, -1)
+    (theirs,) = torch.autograd.grad(-4 * log_q[:, 7].mean(), [exact])
+    assert (found.double() - theirs).norm() < 0.01 * theirs.norm()
+
+
+def test_a_head_of_another_dtype_than_the_states_is_converted() -> None:
+    given = problem(8)
+    head = Head(weight=given["weight"].detach().bfloat16())
+    log_p = torch.log_softmax(given["teacher"], -1)
+    loss = soft_target_loss(given["hidden"], head, lambda a, b: Cells(log_probs=log_p[a:b]), given["coefficients"])
+    logits = given["hidden"].double() @ head.weight.double().T
+    theirs = (given["coefficients"].double() * (log_p.exp() * (log_p - torch.log_softmax(logits, -1))).sum(-1)).sum()
+    torch.testing.assert_close(loss.double(), theirs, rtol=1e-5, atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from distill_sampler import (
     CurriculumLoop,
     GlobalNaturalness,
     HiddenHints,
+    Metric,
     ModelReader,
     ScoredDataset,
     SoftTargets,
     TeacherStudentGap,
     attach,
 )
+from distill_sampler.types import View
 from tests import tiny
 from tests.objectives.test_soft_targets import curriculum, teacher
 from tests.objectives.test_stored_targets import store_of
@@ -80,6 +83,48 @@ def test_the_gap_to_an_objectives_teacher_is_observed_at_no_extra_forward(
     assert len(with_gap) == 3
 
 
+@dataclass(frozen=True)
+class TeacherEntropy(Metric):
+    """What the teacher does not know: a statistic that is only computed on request."""
+
+    teacher: ModelReader
+
+    @property
+    def name(self) -> str:
+        return "teacher_entropy"
+
+    @property
+    def higher_is_better(self) -> bool:
+        return False
+
+    @property
+    def readers(self) -> dict[str, Any]:
+        return {"teacher": self.teacher}
+
+    @property
+    def uses_statistics(self) -> tuple[str, ...]:
+        return ("entropy",)
+
+    def views(self, sample: Any) -> list[View]:
+        return [View(input_ids=sample.input_ids, scored=sample.scored, reader="teacher")]
+
+    def reduce(self, sample: Any, stats: Any) -> dict[str, float]:
+        return {self.name: float(stats[0].entropy.mean())}
+
+
+def test_every_statistic_of_a_teacher_that_reads_along_is_observed(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    guide = teacher()
+    trainer = trainer_of("Trainer", tmp_path, tokenizer, learning_rate=0.0)
+    given = observing(metrics=[GlobalNaturalness(), TeacherEntropy(ModelReader(guide))])
+    attach(trainer, given, objective=SoftTargets(guide))
+    trainer.train()
+    (first,) = given.cycle.record.passes
+    seen = given.store.observed
+    np.testing.assert_allclose(seen.columns["teacher_entropy"], first.columns["teacher_entropy"], rtol=1e-4)
+
+
 def test_the_gap_to_a_stored_teacher_is_observed_without_a_forward(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -116,8 +161,9 @@ def saved(folder: Path, template: str | None) -> PreTrainedModel:
         (tiny.CHATML.replace("<|im_end|>", "</s>"), True),
         (tiny.CHATML + "{# the same conversation #}", False),
         (None, False),
+        ("{{ raise_exception('no such turn') }}", False),
     ],
-    ids=["another", "the same in other words", "none"],
+    ids=["another", "the same in other words", "none", "one that refuses"],
 )
 @pytest.mark.parametrize("host", ["trainer", "loop"])
 def test_another_chat_template_of_the_teacher_is_told(

@@ -308,3 +308,20 @@ def test_tokens_are_read_as_text_though_a_character_is_cut_off() -> None:
 )
 def test_what_truncation_took_from_the_front(kept: list[int], cut: int | None) -> None:
     assert cut_off([1, 2, 3], kept) == cut
+
+
+def test_a_row_without_tokens_has_no_response() -> None:
+    tok = tokenizer_with()
+    found = written_in(prompt_and_completion("", "", None), [], tok)
+    assert found is not None
+    assert not len(found)
+
+
+def test_tokens_that_were_added_later_have_bytes() -> None:
+    tok = tokenizer_with()
+    row = prompt_and_completion("is ", "<half>", None)
+    assert written_in(row, tok(row.text)["input_ids"], tok) is not None
+    tok.add_tokens(["<half>"])
+    found = written_in(row, tok(row.text)["input_ids"], tok)
+    assert found is not None
+    assert found.tolist() == [False] * 3 + [True]
