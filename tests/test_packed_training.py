@@ -103,7 +103,7 @@ def test_a_model_that_makes_a_cache_trains_packs_as_one_that_does_not(
     """With a cache, transformers does not look at where samples begin. Before transformers 5, `Trainer` makes one."""
     losses = []
     for cache in (False, True):
-        trainer = plain_trainer(tmp_path / str(cache), tokenizer, logging_steps=1)
+        trainer = plain_trainer(tmp_path / str(cache), tokenizer, logging_steps=1, num_train_epochs=1)
         trainer.model.config.use_cache = cache
         attach(trainer, curriculum(policies=[Shuffle()]), pack_to=PACK)
         trainer.train()
