@@ -24,13 +24,6 @@ datasets.disable_progress_bars()
 torch.set_num_threads(1)  # threads wait for each other longer than these models take
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers (`pytest -n auto --dist loadgroup`), one of them runs all tests of the real student."""
-    for item in items:
-        if {"student", "student_folder"} & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group("real student"))
-
-
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
     return tiny.tokenizer()

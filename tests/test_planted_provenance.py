@@ -21,8 +21,6 @@ from distill_sampler.metrics.steps import sentences
 from distill_sampler.tracing import Response, read_responses, trace
 from distill_sampler.types import FloatArray
 
-pytestmark = pytest.mark.xdist_group("test_planted_provenance")  # its fixtures are made once
-
 TEXT = "we so add two and the sum is then check that it all must be even odd less more than one half of each part next"
 WORDS = [*TEXT.split(), "to", "know", "why", "not", "now", "if", "same", "as", "was", "ten", "six"]
 OWN_SHARE = 0.8

@@ -49,5 +49,5 @@ def test_the_readme_has_the_two_commands_that_ci_runs() -> None:
     commands = re.findall(r"^python3 -m venv .*$", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert [command.rsplit("&& ", 1)[1] for command in commands] == [
         "distill-sampler demo",
-        "pytest -n auto --dist loadgroup",
+        "pytest -n auto --dist loadfile",
     ]

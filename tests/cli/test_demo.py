@@ -9,8 +9,6 @@ from distill_sampler.cli import demo_parts, demo_truth
 from distill_sampler.cli.demo_parts import candidates, experts_on_right_answers
 from tests import tiny
 
-pytestmark = pytest.mark.xdist_group("cli/test_demo")  # its fixtures are made once
-
 demo = import_module("distill_sampler.cli.demo")  # the package's own name is the command
 
 

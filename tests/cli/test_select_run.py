@@ -28,8 +28,6 @@ from tests import tiny
 from tests.cli.conftest import call
 from tests.contracts.test_one_why import LISTS
 
-pytestmark = pytest.mark.xdist_group("cli/test_select_run")  # its fixtures are made once
-
 RSR = "rank_surprisal_ratio"
 EVERY: list[list[Policy]] = [*LISTS.values(), [MixDomains({"even": 2, "odd": 1}, column="step")]]
 

@@ -19,8 +19,6 @@ from distill_sampler.serialize import decode_facts
 from tests import tiny
 from tests.cli.conftest import Ended, call, rows, write_lines
 
-pytestmark = pytest.mark.xdist_group("cli/test_shards")  # its fixtures are made once
-
 SCORES = ("mean_rank", "mean_surprisal", "rank_surprisal_ratio", "global_naturalness")
 TRACES = ("token_ranks", "token_surprisals")
 

@@ -19,8 +19,6 @@ from tests import tiny
 from tests.cli.conftest import Ended, call, rows, write_lines
 from tests.engines.test_alignment import HARMONY, by_bytes, harmony, sentencepiece
 
-pytestmark = pytest.mark.xdist_group("cli/test_teacher_logprobs")  # its fixtures are made once
-
 
 def made(data: Path, output: Path, *more: object) -> Ended:
     return call("teacher-logprobs", data, "--output", output, *more)

@@ -19,8 +19,6 @@ from recipes.correlation_grid import by_chance, grid
 from tests import tiny
 from tests.distributed.launcher import launch
 
-pytestmark = pytest.mark.xdist_group("compare/test_run")  # its fixtures are made once
-
 ROOT = Path(__file__).parents[2]
 
 

@@ -1,10 +1,12 @@
 """The page: hostile text stays text, everything on it is there, and it works in a browser."""
 
 import json
+import os
 import re
 import runpy
 import struct
 import sys
+import time
 import zlib
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -23,8 +25,6 @@ from distill_sampler.report.payload import MAX_POINTS, payload
 from distill_sampler.report.text import visible
 from distill_sampler.report.traces import MAX_TRACE_TOKENS
 from tests.cli.conftest import call, write_lines
-
-pytestmark = pytest.mark.xdist_group("report/test_page")  # its fixtures are made once
 
 SCREENSHOTS = runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "screenshots.py"), run_name="imported")
 chromium = SCREENSHOTS["chromium"]
@@ -297,6 +297,8 @@ def test_a_page_of_a_run_reloads_itself_until_it_is_the_last(live: str, hostile:
             if self.path == "/report.html":
                 read.append(code)
                 write_report(hostile, page)  # the run ends while somebody looks at its page
+                later = time.time() + 60  # HTTP tells the age of a file in seconds: the new page must not look like the old
+                os.utime(page, (later, later))
 
         def log_error(self, format: str, *args: Any) -> None:
             pass

@@ -14,8 +14,6 @@ from distill_sampler.report.payload import payload
 from tests import tiny
 from tests.cli.conftest import call
 
-pytestmark = pytest.mark.xdist_group("report/test_run_folder")  # its fixtures are made once
-
 RSR = "rank_surprisal_ratio"
 
 

@@ -16,8 +16,6 @@ from tests import tiny
 from tests.resume.test_checkpoints import verified
 from tests.test_attach import RSR, curriculum, plain_trainer, trained
 
-pytestmark = pytest.mark.xdist_group("resume/test_batch_size")  # its fixtures are made once
-
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 BATCHES: list[dict[str, Any]] = [
     {"per_device_train_batch_size": 1},

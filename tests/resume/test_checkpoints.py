@@ -22,8 +22,6 @@ from distill_sampler.integrations.checkpoints import STATE_ENTRY, last_whole, wh
 from tests import tiny
 from tests.test_attach import RSR, RecordedTrainer, arguments, curriculum, plain_trainer, trained
 
-pytestmark = pytest.mark.xdist_group("resume/test_checkpoints")  # its fixtures are made once
-
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 
 

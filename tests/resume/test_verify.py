@@ -19,8 +19,6 @@ from tests.distributed.launcher import launch
 from tests.resume.test_checkpoints import verified
 from tests.test_attach import RSR, RecordedTrainer, arguments, curriculum, plain_trainer
 
-pytestmark = pytest.mark.xdist_group("resume/test_verify")  # its fixtures are made once
-
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 REPLANNED = Rescore(every_steps=2, lag=2)
 
