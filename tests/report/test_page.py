@@ -297,7 +297,7 @@ def test_a_page_of_a_run_reloads_itself_until_it_is_the_last(live: str, hostile:
             if self.path == "/report.html":
                 read.append(code)
                 write_report(hostile, page)  # the run ends while somebody looks at its page
-                later = time.time() + 60  # HTTP tells the age of a file in seconds: the new page must not look like the old
+                later = time.time() + 60  # HTTP gives times in seconds: the new page must not look like the old
                 os.utime(page, (later, later))
 
         def log_error(self, format: str, *args: Any) -> None:
