@@ -11,7 +11,8 @@ the teacher p. The loss of a position is T² D(p, q), whose gradient keeps its s
 
 Logits exist for a chunk of positions at a time. The forward pass also computes the gradients with respect to the hidden
 states and to the output head, and drops the logits of the chunk. The backward pass multiplies these gradients by the
-gradient of the loss, so nothing is computed twice. Formulas of a chunk are applied to a few rows at a time, in place.
+gradient of the loss, so nothing is computed twice. It multiplies in place, so the head's gradient exists once, unless
+the graph is kept for another backward pass. Formulas of a chunk are applied to a few rows at a time, in place.
 
 If only a teacher's most probable tokens were stored, nothing is known about the single tokens beyond them. All other
 tokens then form one *cell*, for the teacher and for the student, and D is computed over the stored tokens and that
@@ -152,24 +153,25 @@ class _SoftTargetLoss(torch.autograd.Function):
                     _add_product(of_weight[:columns], gradient.T, states[some].to(dtype))
                 if of_bias is not None:
                     of_bias[:columns] += logits.sum(0).to(of_bias.dtype)
+                del gradient  # before there are logits of the next chunk
         ctx.save_for_backward(of_hidden, of_weight, of_bias)
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        found = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if each is None else _scaled(each, upstream, dtype) for each, dtype in found), *[None] * 5
-
-
-def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """`gradient * upstream`, multiplied in float32 and rounded once."""
-    if gradient.dtype == torch.float32:
-        return (gradient * upstream).to(dtype)
-    result = torch.empty_like(gradient)  # of the head
-    for block in blocks(*gradient.shape):
-        result[block] = gradient[block].float() * upstream
-    return result
+        # a graph that is kept (retain_graph=True) needs its gradients again, and its caller may keep what is returned
+        kept = torch._C._autograd._get_current_graph_task_keep_graph()
+        given: list[Tensor | None] = []
+        for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
+            if gradient is None:
+                given.append(None)
+                continue
+            scaled = torch.empty_like(gradient) if kept else gradient
+            for block in blocks(len(gradient), gradient[:1].numel()):
+                scaled[block] = gradient[block].float() * upstream  # rounded once
+            given.append(scaled.to(dtype))
+        return *given, *[None] * 5
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -187,6 +187,51 @@ def test_nothing_is_computed_again_in_the_backward_pass() -> None:
     assert len(asked) == 2 * -(-POSITIONS // 5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward_passes_over_a_kept_graph_do_not_know_of_each_other(dtype: torch.dtype) -> None:
+    given = {
+        name: values.detach().to(dtype).requires_grad_(values.requires_grad) for name, values in problem(9).items()
+    }
+
+    def loss() -> Tensor:
+        return soft_target_loss(
+            given["hidden"],
+            Head(weight=given["weight"], bias=given["bias"]),
+            lambda start, stop: Cells(log_probs=torch.log_softmax(given["teacher"][start:stop].float(), -1)),
+            given["coefficients"].float(),
+        )
+
+    wanted = ("hidden", "weight", "bias")
+    alone = {factor: gradients(factor * loss(), given) for factor in (0.0, 3.0, -0.7)}
+    kept, found = loss(), []
+    for factor in (0.0, 3.0, -0.7):
+        found.append(torch.autograd.grad(factor * kept, [given[name] for name in wanted], retain_graph=True))
+    found.append(torch.autograd.grad(3.0 * kept, [given[name] for name in wanted]))
+    for factor, several in zip((0.0, 3.0, -0.7, 3.0), found, strict=True):
+        for one, other in zip(several, alone[factor], strict=True):
+            assert torch.equal(one, other)
+    for one, other in zip(found[1], found[3], strict=True):
+        assert one.data_ptr() != other.data_ptr()
+    with pytest.raises(RuntimeError, match="second time"):
+        gradients(kept, given)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_heads_gradient_exists_once_unless_the_graph_is_kept(kept: bool) -> None:
+    given = problem(10)
+    head = Head(weight=given["weight"], bias=given["bias"])
+    log_p = torch.log_softmax(given["teacher"], -1)
+    loss = soft_target_loss(given["hidden"], head, lambda a, b: Cells(log_probs=log_p[a:b]), given["coefficients"])
+    (saved,) = (
+        each.data_ptr()
+        for each in loss.grad_fn.saved_tensors  # type: ignore[union-attr]
+        if each.shape == given["weight"].shape
+    )
+    (2 * loss).backward(retain_graph=kept)
+    assert given["weight"].grad is not None
+    assert (given["weight"].grad.data_ptr() == saved) is not kept
+
+
 def test_a_bfloat16_head_gets_its_gradient_to_the_precision_of_its_dtype() -> None:
     given = problem(6)
     exact = {name: values.detach().double().requires_grad_(values.requires_grad) for name, values in given.items()}
