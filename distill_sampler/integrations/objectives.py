@@ -26,7 +26,7 @@ _CHAT = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content":
 def set_up(
     objective: Objective | Sequence[Objective], dataset: ScoredDataset, tokenizer: Any
 ) -> tuple[tuple[Objective, ...], list[ObjectiveTap], list[nn.Module]]:
-    """The objectives, their taps, and the live teachers.
+    """The objectives, the taps of their live teachers and their own, and the models of these teachers.
 
     Args:
         objective: one objective, or several.
@@ -42,7 +42,8 @@ def set_up(
             gather_in_forward(teacher)
     setting = Setting(dataset, tokenizer)
     taps = [each.tap(setting) for each in objectives]
-    for teacher in setting.models:
+    models = [teacher.model for teacher in setting.teachers]
+    for teacher in models:
         if another_template(teacher, tokenizer):
             logger.warning(
                 "The chat template of the teacher %s writes a conversation differently from the student's. The teacher "
@@ -51,7 +52,7 @@ def set_up(
                 "distill-sampler teacher-logprobs --top-k 32, and SoftTargets('teacher.arrow').",
                 _name(teacher),
             )
-    return objectives, taps, setting.models
+    return objectives, [*setting.teachers, *taps], models
 
 
 def gather_in_forward(teacher: nn.Module) -> None:

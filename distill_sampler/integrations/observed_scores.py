@@ -10,7 +10,6 @@ from torch import nn
 
 from distill_sampler.curriculum import Curriculum
 from distill_sampler.integrations.sharding import whole_head
-from distill_sampler.objectives.following import FollowsTeacher
 from distill_sampler.objectives.live import LiveTeacher
 from distill_sampler.planning.summary import PREFIX
 from distill_sampler.protocols import ObjectiveTap, Tap
@@ -28,12 +27,12 @@ class ObservedScores(Tap):
 
     Args:
         curriculum: provides the metrics, and its store receives the scores.
-        objectives: the taps of the run's objectives, whose teachers read the batches too.
+        objectives: the taps of the run's objectives. Those of live teachers read the batches too.
     """
 
     def __init__(self, curriculum: Curriculum, objectives: Sequence[ObjectiveTap] = ()) -> None:
         self._curriculum = curriculum
-        self._teachers = [tap.teacher for tap in objectives if isinstance(tap, FollowsTeacher)]
+        self._teachers = [tap for tap in objectives if isinstance(tap, LiveTeacher)]
         self._observer: Observer | None = None
         dataset = curriculum.dataset
         named = [name for name in (curriculum.teacher, curriculum.domain) if name in dataset.column_names]

@@ -28,8 +28,8 @@ class AttentionTransfer(Objective):
     """
 
     teacher: nn.Module
-    """A causal language model with the student's tokens and eager attention. It is frozen, put into evaluation mode and
-    moved to the student's device."""
+    """A causal language model with the student's tokens and eager attention. It is frozen, put into evaluation mode
+    and, unless ZeRO-3 or FSDP2 has sharded it, moved to the student's device."""
     layers: Mapping[int, int] = field(default_factory=lambda: {-1: -1})
     """The teacher's layer for each layer of the student. Layers count from 0; -1 is the last one."""
     weight: float | Callable[[float], float] = 1.0

@@ -148,14 +148,15 @@ class FollowsTeacher(FollowsStudent):
         name: the objective's name.
         setting: what is known of the run.
         teacher: reads the same batches.
+        predicts: whether its predictions are needed, and not only its states and attention.
     """
 
     columns: int
     """How many columns the output heads of student and teacher have in common. Known when training starts."""
 
-    def __init__(self, name: str, setting: Setting, teacher: nn.Module) -> None:
+    def __init__(self, name: str, setting: Setting, teacher: nn.Module, *, predicts: bool = False) -> None:
         super().__init__(name)
-        self.teacher = setting.live(teacher)
+        self.teacher = setting.live(teacher, predicts=predicts)
         self._num_tokens = None if setting.tokenizer is None else len(setting.tokenizer)
 
     @contextmanager
@@ -170,19 +171,8 @@ class FollowsTeacher(FollowsStudent):
             "teacher with the student's tokenizer. To choose traces with another teacher, use TeacherSentences, which "
             "compares text.",
         )
-        if not self.teacher.sharded:
-            teacher.to(next(student.parameters()).device)
         with super().open(model, step=step):
             yield
-
-    def expect(self, inputs: Mapping[str, Any], *, progress: float) -> None:
-        super().expect(inputs, progress=progress)
-        if self.teacher.observed:
-            self.teacher.read(inputs)
-
-    def after(self, batch: Batch) -> None:
-        super().after(batch)
-        self.teacher.forget()
 
     def look(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Seen]:
         return predicting(inputs), self.teacher.read(inputs)

@@ -15,11 +15,13 @@ from torch.distributed.tensor import DTensor
 
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.objectives.divergence import Cells, Targets, blocks
+from distill_sampler.protocols import ObjectiveTap
 from distill_sampler.reading.forward import decoder_of, forward_of, unwrap
 from distill_sampler.reading.head import LogitTransform, Project, linear
 from distill_sampler.reading.head import module as through_the_head
 from distill_sampler.reading.observer import ReadsAlong, transform_of
 from distill_sampler.reading.token_stats import chunk_for, token_stats
+from distill_sampler.types import Batch
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,12 +93,15 @@ class Watch:
         return keep
 
 
-class LiveTeacher:
+class LiveTeacher(ObjectiveTap):
     """A frozen causal language model as a teacher. Objectives with the same teacher share its forward pass.
 
+    It is a tap of the run that adds nothing to the loss. When training starts, it moves the teacher to the student's
+    device. It reads each batch whose scores are observed, and frees what was read once the batch has been trained on.
+
     Args:
-        model: the teacher. It is put into evaluation mode. ZeRO-3 or FSDP2 may have distributed its weights over the
-            processes; otherwise it is moved to the student's device when training starts.
+        model: the teacher. It is put into evaluation mode. If ZeRO-3 or FSDP2 has distributed its weights over the
+            processes, it stays where it is.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -105,6 +110,8 @@ class LiveTeacher:
         """Whether its weights are distributed over the processes, which gather them for each of its forward passes."""
         self._head: tuple[Tensor, Tensor | None] | None = None
         """For a sharded teacher, the whole output head, from a forward pass until the batch has been trained on."""
+        self.predicts = False
+        """Whether its predictions are needed, and not only its states and attention."""
         self.observed = False
         """Whether scores are taken from it in training. Then it reads each batch, whatever the objectives weigh."""
         self.watch = Watch(model.eval().requires_grad_(False))
@@ -114,6 +121,25 @@ class LiveTeacher:
             self._takes |= _LIMITS
         self._seen: Seen | None = None
         self._read: Any = None
+
+    @contextmanager
+    def open(self, model: nn.Module, *, step: int) -> Iterator[None]:
+        if not self.sharded:
+            self.model.to(next(unwrap(model).parameters()).device)
+        yield
+
+    def before(self, batch: Batch) -> None:
+        """Nothing: what it reads is announced by `expect`."""
+
+    def expect(self, inputs: Mapping[str, Any], *, progress: float) -> None:
+        if self.observed:
+            self.read(inputs)
+
+    def added_to(self, loss: Tensor, *, scale: float | Tensor) -> Tensor:
+        return loss
+
+    def after(self, batch: Batch) -> None:
+        self.forget()
 
     @cached_property
     def transform(self) -> LogitTransform:
@@ -134,8 +160,9 @@ class LiveTeacher:
         if self._read is not inputs["input_ids"]:
             taken = {name: value for name, value in inputs.items() if name in self._takes}
             if self.sharded:
-                _ = self.transform  # a forward pass, which all processes must make now
-                with self.watch.open(self._keep), forward_of(self.watch.model.get_output_embeddings(), self._keep_head):
+                if self.predicts:
+                    _ = self.transform  # a forward pass, which all processes must make now
+                with self.watch.open(self._keep), forward_of(self.watch.model.get_output_embeddings(), self._at_head):
                     self.model(**taken, use_cache=False)
             else:
                 with self.watch.open(self._keep):
@@ -151,7 +178,7 @@ class LiveTeacher:
         Args:
             extras: which optional statistics are wanted, as for `token_stats`.
         """
-        self.observed = True
+        self.observed = self.predicts = True
         chunk = chunk_for(self.watch.model.config.get_text_config().vocab_size)
 
         @torch.no_grad()
@@ -166,9 +193,11 @@ class LiveTeacher:
     def _keep(self, seen: Seen) -> None:
         self._seen = seen
 
-    def _keep_head(self, states: Tensor) -> Tensor:
-        """In place of a sharded output head, where its weights are gathered: copies them and computes no logits."""
-        self._head = self._weights(copy=True)
+    def _at_head(self, states: Tensor) -> Tensor:
+        """In place of a sharded output head, where its weights are gathered: copies them where predictions are needed,
+        and computes no logits."""
+        if self.predicts:
+            self._head = self._weights(copy=True)
         return states.new_zeros(*states.shape[:-1], 1)
 
     def _weights(self, *, copy: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -202,8 +231,11 @@ class LiveTeacher:
             columns: how many columns count; see `shared_columns`.
 
         Raises:
-            ValueError: its logits are not the product of its decoder's hidden states and its output head.
+            ValueError: its logits are not the product of its decoder's hidden states and its output head, or nobody
+                said before training that its predictions are needed.
         """
+        if not self.predicts:
+            raise ValueError("The teacher gives no targets. Ask for it with setting.live(teacher, predicts=True).")
         project = self._project(rounded=True)
 
         def cells(start: int, stop: int) -> Cells:
@@ -239,13 +271,22 @@ class Setting:
         self._live: dict[int, LiveTeacher] = {}
 
     @property
-    def models(self) -> list[nn.Module]:
-        """The models of the live teachers."""
-        return [teacher.model for teacher in self._live.values()]
+    def teachers(self) -> list[LiveTeacher]:
+        """The live teachers that were asked for."""
+        return list(self._live.values())
 
-    def live(self, model: nn.Module) -> LiveTeacher:
-        """The live teacher of this model. Objectives with the same model share it and its forward pass."""
-        return self._live.setdefault(id(model), LiveTeacher(model))
+    def live(self, model: nn.Module, *, predicts: bool = False) -> LiveTeacher:
+        """The live teacher of this model. Objectives with the same model share it and its forward pass.
+
+        Ask for it in `Objective.tap`, so that the run knows its teachers before it starts.
+
+        Args:
+            model: the teacher.
+            predicts: whether its predictions are needed (`targets`), and not only its states and attention.
+        """
+        teacher = self._live.setdefault(id(model), LiveTeacher(model))
+        teacher.predicts |= predicts
+        return teacher
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:

@@ -32,9 +32,10 @@ class SoftTargets(Objective):
     """
 
     teacher: nn.Module | StoredTeacher | str
-    """A causal language model with the student's vocabulary. It is frozen, put into evaluation mode and moved to the
-    student's device. Or a store that `distill-sampler teacher-logprobs --top-k` wrote from this data: its path, or a
-    `StoredTeacher`. The store covers the tokens of the response, without end markers."""
+    """A causal language model with the student's vocabulary. It is frozen, put into evaluation mode and, unless ZeRO-3
+    or FSDP2 has sharded it, moved to the student's device. Or a store that `distill-sampler teacher-logprobs --top-k`
+    wrote from this data: its path, or a `StoredTeacher`. The store covers the tokens of the response, without end
+    markers."""
     temperature: float = 2.0
     """T, which softens both distributions. T² keeps the size of the gradient when T changes."""
     alpha: float | Callable[[float], float] = 0.5
@@ -141,7 +142,7 @@ class _SoftTargetsTap(FollowsStudent):
 
 class _FromModel(_SoftTargetsTap, FollowsTeacher):
     def __init__(self, objective: SoftTargets, setting: Setting, teacher: nn.Module) -> None:
-        super().__init__(objective.name, setting, teacher)
+        super().__init__(objective.name, setting, teacher, predicts=True)
         self.objective = objective
 
     def compare(self, student: Seen, shown: Seen, counted: Tensor, weights: Tensor) -> Tensor:

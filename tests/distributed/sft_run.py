@@ -3,8 +3,8 @@
     python sft_run.py STUDENT CANDIDATES OUTPUT [--resume CHECKPOINT] [--metrics TEXT] [--rank-1 dies] …
 
 Every process writes `rank-R.json`: how it was distributed, the rows of each of its batches where the loss is computed,
-the scores of each pass, the shape of each batch that was read for them, and the bytes that it gave to collectives while
-an epoch was planned.
+the scores of each pass, the shape of each batch that was read for them, the bytes that it gave to collectives while an
+epoch was planned, and with `--lora` the adapter and the projections at the end of training.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from distill_sampler import (
@@ -78,6 +78,22 @@ class Recorded(SFTTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
+class Trained(TrainerCallback):
+    """Notes the weights that were trained, while the projections are still among them."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, list[float]] = {}
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        trainable = {name: each for name, each in model.named_parameters() if each.requires_grad}
+        with ExitStack() as whole:
+            if any(hasattr(each, "ds_tensor") for each in trainable.values()):
+                import deepspeed
+
+                whole.enter_context(deepspeed.zero.GatheredParameters(list(trainable.values())))
+            self.weights = {name: each.detach().flatten().tolist() for name, each in trainable.items()}
+
+
 objectives: list[Any] = []
 if options.objectives:  # made before the arguments, which would shard it
     torch.manual_seed(7)
@@ -116,6 +132,9 @@ trainer = Recorded(
     args=args,
     peft_config=peft_config,
 )
+trained = Trained()
+if options.lora:
+    trainer.add_callback(trained)
 trainer.batches = []
 shapes = []  # [rows, tokens] of each batch that is read for scores
 
@@ -192,6 +211,7 @@ report = {
         [line["soft_targets"], line["hidden_hints"]] for line in trainer.state.log_history if "soft_targets" in line
     ],
     "teacher is sharded": bool(objectives) and is_sharded(teacher),
+    "weights": trained.weights,
     "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
 }
 options.output.mkdir(parents=True, exist_ok=True)

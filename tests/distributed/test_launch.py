@@ -256,6 +256,23 @@ def test_two_processes_learn_from_a_teacher_as_one_does(way: str, stage: Path) -
     np.testing.assert_allclose(rest[0]["losses"][-2:], one["losses"][-2:], rtol=1e-3)
 
 
+@pytest.mark.parametrize("way", ["ddp", "zero2", "zero3"])
+def test_an_adapter_with_projections_resumes_on_two_processes_as_if_never_stopped(way: str, stage: Path) -> None:
+    config, distributed_type, *_ = WAYS[way]
+    if distributed_type == "DEEPSPEED":
+        pytest.importorskip("deepspeed", reason="the extra 'deepspeed' is not installed")
+    options = "--objectives", "--lora"
+    whole = reports(stage, f"{way}-adapter", config, *options)
+    rest = reports(
+        stage, f"{way}-adapter-resumed", config, *options, "--resume", str(stage / f"{way}-adapter/checkpoint-1")
+    )
+    for one, other in zip(whole, rest, strict=True):
+        assert one["batches"][1:] == other["batches"]
+        assert {name.split(".")[-2] for name in one["weights"]} >= {"0", "default"}  # projection 0, and the adapter
+        assert one["weights"] == other["weights"] == whole[0]["weights"]
+    assert whole[0]["losses"] == rest[0]["losses"]
+
+
 def test_fewer_samples_than_processes_do_not_hang(stage: Path) -> None:
     both = reports(stage, "few", WAYS["fsdp2"][0], "--rows", "1")
     assert [report["plans"] for report in both] == [[[0], [0]]] * 2

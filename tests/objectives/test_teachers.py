@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,11 +21,14 @@ from distill_sampler import (
     HiddenHints,
     Metric,
     ModelReader,
+    Objective,
     ScoredDataset,
     SoftTargets,
     TeacherStudentGap,
     attach,
 )
+from distill_sampler.objectives import live
+from distill_sampler.protocols import ObjectiveTap
 from distill_sampler.types import View
 from tests import tiny
 from tests.objectives.test_soft_targets import curriculum, teacher
@@ -182,3 +188,86 @@ def test_another_chat_template_of_the_teacher_is_told(
         dataset = ScoredDataset(rows, end_token_ids=[257])
         CurriculumLoop(curriculum(), dataset, Accelerator(cpu=True), objective=objective, tokenizer=tokenizer)
     assert (f"chat template of the teacher {tmp_path / 'guide'}" in caplog.text) == told
+
+
+@dataclass(frozen=True)
+class MeanState(Objective):
+    """An objective of a user's own: how large the teacher's states are, which the student cannot change."""
+
+    teacher: PreTrainedModel
+
+    @property
+    def name(self) -> str:
+        return "mean_state"
+
+    def tap(self, setting: Any) -> MeanStateTap:
+        return MeanStateTap(setting.live(self.teacher))
+
+
+class MeanStateTap(ObjectiveTap):
+    """Reads the teacher in every second batch, and leaves the rest to the run."""
+
+    def __init__(self, guide: Any) -> None:
+        self.guide, self.batches, self.value = guide, 0, 0.0
+
+    @contextmanager
+    def open(self, model: Any, *, step: int) -> Iterator[None]:
+        yield
+
+    def before(self, batch: Any) -> None:
+        self.batches += 1
+
+    def expect(self, inputs: Any, *, progress: float) -> None:
+        if self.batches % 2:
+            self.value = float(self.guide.read(inputs).last.abs().mean())
+
+    def added_to(self, loss: Any, *, scale: Any) -> Any:
+        return loss + self.value
+
+    def after(self, batch: Any) -> None:
+        pass
+
+
+def test_the_gap_to_the_teacher_of_an_own_objective_is_observed(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    guide = teacher()
+    given = observing(metrics=[TeacherStudentGap(teacher=ModelReader(guide))])
+    trainer = trainer_of("Trainer", tmp_path, tokenizer, learning_rate=0.0)
+    attach(trainer, given, objective=MeanState(guide))
+    trainer.train()
+    seen = given.store.observed
+    assert (seen.step >= 0).all()
+    (first,) = given.cycle.record.passes
+    np.testing.assert_allclose(seen.columns[GAP], first.columns[GAP], rtol=1e-4, atol=1e-6)
+
+
+def test_a_sharded_teachers_head_is_only_copied_where_its_predictions_are_needed(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor must its logits be the product of its states and its head."""
+    monkeypatch.setattr(live, "is_sharded", lambda model: True)
+    copied: list[bool] = []
+    weights = live.LiveTeacher._weights
+    monkeypatch.setattr(
+        live.LiveTeacher, "_weights", lambda self, *, copy=False: (copied.append(copy), weights(self, copy=copy))[1]
+    )
+
+    def run(*objectives: Any) -> list[float]:
+        trainer = trainer_of("Trainer", tmp_path, tokenizer)
+        attach(trainer, curriculum(), objective=objectives)
+        trainer.train()
+        return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+    guide = teacher()
+    both = run(HiddenHints(guide), SoftTargets(guide))
+    assert copied.count(True) == len(both) == 3
+    copied.clear()
+    with monkeypatch.context() as strange:
+        strange.setattr(live, "transform_of", mock.Mock(side_effect=ValueError("SoftTargets(teacher=): strange")))
+        hints = run(HiddenHints(guide))
+        with pytest.raises(ValueError, match="strange"):
+            run(SoftTargets(guide))
+    assert not copied
+    monkeypatch.undo()
+    np.testing.assert_allclose(hints, run(HiddenHints(guide)), rtol=1e-6)
