@@ -24,6 +24,7 @@ ELSEWHERE = {
     "accelerate launch": "tests/distributed/test_recipes.py launches it",
     "python recipes/screenshots.py": "needs Chromium",
     "python recipes/matrix.py": "makes environments",
+    "LLAMAFACTORY_PYTHON": "needs environments of other projects",
     "vllm serve": "needs vLLM; tests/engines serve one",
     "distill-sampler compare": "trains for minutes; tests/compare trains a pilot",
     "distill-sampler verify": "tests/test_attach.py compares a log",
