@@ -10,7 +10,8 @@ of CHAMP.
 3. The *control* is the student, fine-tuned on as many traces of another author (PaLM 2), which the teacher never saw.
 4. Student, distilled model, control and teacher write answers to problems that none of them was trained on. Teacher and
    student read the answers: how many of the sentences are the teacher's (arXiv:2512.20908)?
-5. The control that selection needs: how often is the trace with most teacher sentences simply the longest one?
+5. A false teacher, the control, reads the distilled model's answers too: it must find fewer sentences of its own.
+6. The control that selection needs: how often is the trace with most teacher sentences simply the longest one?
 
 Each step is kept in the output folder; run it again after an interruption and it goes on. `trace.html` shows the
 distilled model's answers sentence by sentence.
@@ -147,24 +148,21 @@ class Run:
         ]
 
 
-def read(run: Run, answers: dict[str, list[dict[str, Any]]]) -> dict[str, Trace]:
-    """What teacher, student and distilled model make of everybody's answers. The distilled model reads its own alone:
+def read(run: Run, name: str, rows: list[dict[str, Any]], teacher: str = "teacher") -> Trace:
+    """What teacher, student and distilled model make of a model's answers. The distilled model reads its own alone:
     the teacher's sentences need the other two."""
-    found = {}
-    for name, rows in answers.items():
-        responses = [
-            Response(where=row["prompt_id"], prompt=tuple(row["prompt"]), text=row["completion"][0]["content"])
-            for row in rows
+    responses = [
+        Response(where=row["prompt_id"], prompt=tuple(row["prompt"]), text=row["completion"][0]["content"])
+        for row in rows
+    ]
+    readings = {}
+    third = "distilled" if name == "distilled" else "student"
+    for role, model in zip(MODELS, (teacher, "student", third), strict=True):
+        kept = run.kept(f"{name}-read-by-{model}", lambda model=model: reading(run, model, responses))
+        readings[role] = [
+            TokenLogProbs(begins=np.array(each["begins"]), surprisal=np.array(each["surprisal"])) for each in kept
         ]
-        readings = {}
-        for model in ("teacher", "student", *(("distilled",) if name == "distilled" else ())):
-            kept = run.kept(f"{name}-read-by-{model}", lambda model=model, texts=responses: reading(run, model, texts))
-            readings[model] = [
-                TokenLogProbs(begins=np.array(each["begins"]), surprisal=np.array(each["surprisal"])) for each in kept
-            ]
-        readings.setdefault("distilled", readings["student"])
-        found[name] = trace(responses, readings, provenance=Provenance(beta=BETA))
-    return found
+    return trace(responses, readings, provenance=Provenance(beta=BETA))
 
 
 def reading(run: Run, model: str, responses: list[Response]) -> list[dict[str, Any]]:
@@ -288,7 +286,7 @@ def main() -> None:
         name: run.kept(f"{name}-answers", lambda name=name: run.answers(name, "held out", chosen.samples))
         for name in ("student", "teacher", "distilled", "control")
     }
-    traced = read(run, answers)
+    traced = {name: read(run, name, rows) for name, rows in answers.items()}
     print(f"\n{'written by':12} answers sentences teacher's  share")
     for name, found in traced.items():
         of = list(counts(found).values())
@@ -296,6 +294,8 @@ def main() -> None:
     for name in ("distilled", "control", "teacher"):
         of = rise(traced[name], traced["student"])
         print(f"{name} - student: {of['rise']:+.1%} [{of['low']:+.1%}, {of['high']:+.1%}], {of['problems']} problems")
+    of = rise(traced["distilled"], read(run, "distilled", answers["distilled"], teacher="control"))
+    print(f"found by the teacher - by a false one: {of['rise']:+.1%} [{of['low']:+.1%}, {of['high']:+.1%}]")
     print(f"the teacher's sentences against the student's: AUC {auc(traced['teacher'], traced['student']):.3f}")
     for beta in (0.05, 0.15):
         shares = {name: f"{share(list(counts(found, beta).values())):.1%}" for name, found in traced.items()}
