@@ -31,7 +31,7 @@ from distill_sampler.integrations.resuming import Place, continue_schedule, plac
 from distill_sampler.integrations.sample_log import SampleLog
 from distill_sampler.integrations.seams import output_of
 from distill_sampler.integrations.trackers import numbers_of, show_plan, trackers_of_callbacks
-from distill_sampler.objectives.hidden_hints import projections_of, restore_projections
+from distill_sampler.objectives.hidden_hints import projections_of, restore_projections, sizes_of_projections
 from distill_sampler.planning.summary import PREFIX, Logs
 from distill_sampler.protocols import Tap
 
@@ -265,6 +265,8 @@ class CurriculumCallback(TrainerCallback):
             # of the plan as it is now: packs that are planned anew hold other numbers of samples
             _entries(state)[STATE_ENTRY]["places_per_epoch"] = sampler.places(sampler.shift + len(sampler))
             _entries(state)[STATE_ENTRY]["curriculum"] = self.curriculum.state_dict(arrays)
+            sizes = sizes_of_projections(_wrapped_model(self.trainer))
+            _entries(state)[STATE_ENTRY]["projections"] = sizes
             if hasattr(self.trainer.model, "peft_config"):  # whose checkpoint holds nothing but the adapter
                 projections = projections_of(_wrapped_model(self.trainer))
                 _entries(state)[STATE_ENTRY]["adapter"] = as_state({"projections": projections}, arrays)

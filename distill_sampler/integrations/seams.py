@@ -44,6 +44,7 @@ from distill_sampler.integrations.checkpoints import (
     why_damaged,
 )
 from distill_sampler.integrations.versions import BEGINS_ANYWHERE, BeginsInLoop, deactivate_neftune
+from distill_sampler.objectives.hidden_hints import require_sizes_of_projections
 from distill_sampler.objectives.places import IGNORED
 from distill_sampler.protocols import Objective, ObjectiveTap
 
@@ -123,6 +124,9 @@ def train_through(trainer: Trainer, callback: Follower) -> None:
                     readers = readers_of(trainer.args, compare=callback.compares)
                     checkpoint = checkpoint_to_resume(resume_from_checkpoint, output, claim.run, readers, unloadable)
                     callback.run = _run_of(checkpoint, readers)
+                    entry = None if checkpoint is None else entry_of(read_state(checkpoint))
+                    if entry is not None and "projections" in entry and trainer.model is not None:
+                        require_sizes_of_projections(trainer.model, entry["projections"])
                     claim.take_over(callback.run)
                     try:
                         return train(None if checkpoint is None else str(checkpoint), trial, *args, **kwargs)

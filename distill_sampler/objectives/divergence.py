@@ -168,7 +168,7 @@ class _SoftTargetLoss(torch.autograd.Function):
                 given.append(None)
                 continue
             scaled = torch.empty_like(gradient) if kept else gradient
-            for block in blocks(len(gradient), gradient[:1].numel()):
+            for block in blocks(len(gradient), gradient.shape[1:].numel()):
                 scaled[block] = gradient[block].float() * upstream  # rounded once
             given.append(scaled.to(dtype))
         return *given, *[None] * 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -199,17 +200,21 @@ def _held(states: Tensor, value: Tensor) -> Tensor:
     return held
 
 
-def scheduled(value: Any, progress: float, *, argument: str, highest: float = float("inf")) -> float:
+def scheduled(value: Any, progress: float, *, argument: str, highest: float = math.inf) -> float:
     """A number, or a function of progress, at this point of the run.
 
     Raises:
-        ValueError: it is negative, or above `highest`.
+        ValueError: it is no number, negative, or above `highest`.
     """
-    number = value(progress) if callable(value) else value
-    if not 0 <= number <= highest:
-        bounds = "of 0 or more" if highest == float("inf") else f"from 0 to {highest:g}"
-        raise ValueError(f"{argument}: the value at progress {progress} is {number}. Give numbers {bounds}.")
-    return float(number)
+    given = value(progress) if callable(value) else value
+    try:
+        number = math.nan if isinstance(given, str) else float(given)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number <= highest or number == math.inf:
+        bounds = "of 0 or more" if highest == math.inf else f"from 0 to {highest:g}"
+        raise ValueError(f"{argument}: the value at progress {progress} is {given!r}. Give numbers {bounds}.")
+    return number
 
 
 def require_model(teacher: Any, *, what: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,26 @@ class HiddenHints(Objective):
         return _HiddenHintsTap(self, setting)
 
 
+def sizes_of_projections(student: nn.Module) -> dict[str, list[int]]:
+    """The widths of teacher and student in each projection, by layer. Empty if the student has none."""
+    own = unwrap(student)._modules.get(MODULE)
+    made: Any = {} if own is None else dict(own.named_children())
+    return {layer: [linear.out_features, linear.in_features] for layer, linear in made.items()}
+
+
+def require_sizes_of_projections(student: nn.Module, saved: Mapping[str, list[int]]) -> None:
+    """Check that the student has the projections of a checkpoint.
+
+    Raises:
+        ValueError: it has others.
+    """
+    if saved != (here := sizes_of_projections(student)):
+        raise ValueError(
+            f"The checkpoint has projections of HiddenHints of the shapes {saved}, but here they have {here}. Resume "
+            "with the same objective="
+        )
+
+
 def projections_of(student: nn.Module) -> dict[str, FloatArray]:
     """Copies of the projections in float32, by layer. Empty if the student has none."""
     own = unwrap(student)._modules.get(MODULE)
@@ -101,20 +121,9 @@ def projections_of(student: nn.Module) -> dict[str, FloatArray]:
 
 @torch.no_grad()
 def restore_projections(student: nn.Module, saved: Mapping[str, FloatArray]) -> None:
-    """Set the projections to what `projections_of` returned.
-
-    Raises:
-        ValueError: the student has other projections.
-    """
+    """Set the projections to what `projections_of` returned, for a student with the same ones."""
     own = unwrap(student)._modules.get(MODULE)
-    here = {} if own is None else dict(own.named_parameters())
-    shapes = [{name: tuple(value.shape) for name, value in each.items()} for each in (saved, here)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"The checkpoint has projections of HiddenHints of the shapes {shapes[0]}, but here they have {shapes[1]}. "
-            "Resume with the same objective="
-        )
-    for name, value in here.items():
+    for name, value in () if own is None else own.named_parameters():
         value.copy_(torch.from_numpy(saved[name]))
 
 

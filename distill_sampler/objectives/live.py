@@ -124,6 +124,16 @@ class LiveTeacher(ObjectiveTap):
 
     @contextmanager
     def open(self, model: nn.Module, *, step: int) -> Iterator[None]:
+        """A context in which it reads batches.
+
+        Raises:
+            ValueError: it is the student, or shares weights with it.
+        """
+        if {id(each) for each in self.model.parameters()} & {id(each) for each in model.parameters()}:
+            raise ValueError(
+                "objective= (teacher=): the teacher shares weights with the student, so they would be frozen, and the "
+                "teacher would change with the student. Load the teacher a second time, and the student anew."
+            )
         if not self.sharded:
             self.model.to(next(unwrap(model).parameters()).device)
         yield
@@ -162,6 +172,7 @@ class LiveTeacher(ObjectiveTap):
             if self.sharded:
                 if self.predicts:
                     _ = self.transform  # a forward pass, which all processes must make now
+                    require_plain_head(self.watch.model, what="SoftTargets(teacher=) of a sharded teacher")
                 with self.watch.open(self._keep), forward_of(self.watch.model.get_output_embeddings(), self._at_head):
                     self.model(**taken, use_cache=False)
             else:
@@ -246,6 +257,24 @@ class LiveTeacher(ObjectiveTap):
                 return Cells(log_probs=logits)
 
         return cells
+
+
+def require_plain_head(model: nn.Module, *, what: str) -> None:
+    """Check that the weight of a model's output head is all that the head multiplies with.
+
+    Raises:
+        ValueError: the head is quantised, or has an adapter on it.
+    """
+    head: nn.Module = unwrap(model).get_output_embeddings()
+    trained = getattr(head, "modules_to_save", None)  # PEFT's wrapper around a module that is trained whole
+    heads = list(trained.values()) if isinstance(trained, nn.ModuleDict) else [head]
+    if not all(isinstance(each, nn.Linear) and each.weight.is_floating_point() for each in heads):
+        kind = f"{type(head).__module__}.{type(head).__name__}"
+        raise ValueError(
+            f"{what} multiplies with the weight of the output head, but here the head is a {kind}, "
+            "which does more. Leave the head out of the adapter (target_modules=, trainable_token_indices=) and out "
+            "of quantisation, or train it whole with modules_to_save=['lm_head']."
+        )
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -337,9 +366,9 @@ def chosen_layers(layers: Mapping[int, int], student: nn.Module, teacher: nn.Mod
         found = []
         for number, model, whose in zip(pair, (student, teacher), ("student", "teacher"), strict=True):
             total = len(layers_of(model))
-            if not -total <= number < total:
+            if not isinstance(number, int) or not -total <= number < total:
                 raise ValueError(
-                    f"{what}(layers={dict(layers)}): the {whose} has {total} layers, so there is no layer {number}. "
+                    f"{what}(layers={dict(layers)}): the {whose} has {total} layers, so there is no layer {number!r}. "
                     f"Give numbers from 0 to {total - 1}, or from -1 to {-total} to count from the last."
                 )
             found.append(number % total)

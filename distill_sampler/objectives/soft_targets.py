@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -14,7 +15,7 @@ from distill_sampler.engines.stored_teacher import StoredTeacher
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.objectives.divergence import Divergence, Head, Targets, soft_target_loss
 from distill_sampler.objectives.following import FollowsStudent, FollowsTeacher, require_model, scheduled
-from distill_sampler.objectives.live import Seen, Setting, Watch
+from distill_sampler.objectives.live import Seen, Setting, Watch, require_plain_head
 from distill_sampler.objectives.stored import StoredTargets, Tail
 from distill_sampler.protocols import Objective, ObjectiveTap
 from distill_sampler.reading.forward import autocast_dtype, forward_of
@@ -64,8 +65,8 @@ class SoftTargets(Objective):
             )
         if self.tail not in get_args(Tail):
             raise ValueError(f"SoftTargets(tail={self.tail!r}): choose 'renormalise' or 'bucket'.")
-        if not self.temperature > 0:
-            raise ValueError(f"SoftTargets(temperature={self.temperature}): give a number above 0, such as 2.0.")
+        if not isinstance(self.temperature, int | float) or not 0 < self.temperature < math.inf:
+            raise ValueError(f"SoftTargets(temperature={self.temperature!r}): give a number above 0, such as 2.0.")
         if self.divergence not in get_args(Divergence):
             known = ", ".join(map(repr, get_args(Divergence)))
             raise ValueError(f"SoftTargets(divergence={self.divergence!r}): choose one of {known}.")
@@ -105,6 +106,7 @@ class _SoftTargetsTap(FollowsStudent):
         return (1 - self.factor) * loss + own
 
     def begin(self, student: Watch) -> None:
+        require_plain_head(student.model, what="SoftTargets")
         self._transform = transform_of(student.model, purpose="SoftTargets")
 
     def divergence(self, states: Tensor, targets: Targets, weights: Tensor) -> Tensor:

@@ -265,6 +265,16 @@ def test_a_float16_sum_that_a_scale_would_keep_in_range_does_not_overflow() -> N
     assert (found.double() - theirs).norm() < 0.01 * theirs.norm()
 
 
+def test_no_positions_have_no_loss_and_gradients_of_zero() -> None:
+    given = problem(11)
+    head = Head(weight=given["weight"], bias=given["bias"])
+    nothing = Cells(log_probs=torch.empty(0, VOCAB))
+    loss = soft_target_loss(given["hidden"][:0], head, lambda a, b: nothing, given["coefficients"][:0])
+    loss.backward()
+    assert loss == 0
+    assert all(given[name].grad is not None and not given[name].grad.any() for name in ("hidden", "weight", "bias"))
+
+
 def test_a_head_of_another_dtype_than_the_states_is_converted() -> None:
     given = problem(8)
     head = Head(weight=given["weight"].detach().bfloat16())

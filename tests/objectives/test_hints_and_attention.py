@@ -151,6 +151,22 @@ def test_projections_resume_with_the_checkpoint_and_are_not_in_the_saved_student
         assert torch.equal(value, weights_of(resumed)[name]), name
 
 
+@pytest.mark.parametrize("requested", [True, "checkpoint-1"])
+def test_a_resume_with_other_projections_names_the_argument(
+    requested: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    def run(objective: Any, **changes: Any) -> None:
+        trainer = trainer_of("Trainer", tmp_path, tokenizer, max_steps=2, save_strategy="steps", save_steps=1)
+        attach(trainer, curriculum(), objective=objective)
+        trainer.train(**changes)
+
+    run(HiddenHints(teacher()))
+    checkpoint = requested if requested is True else str(tmp_path / requested)
+    for other in (SoftTargets(teacher()), HiddenHints(teacher(), layers={0: 0})):
+        with pytest.raises(ValueError, match=r"projections of HiddenHints.*48, 32.*objective="):
+            run(other, resume_from_checkpoint=checkpoint)
+
+
 def test_a_weight_of_zero_changes_no_bit(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     results = []
     for objective in ((), AttentionTransfer(teacher(), weight=0.0)):
@@ -166,6 +182,7 @@ def test_a_weight_of_zero_changes_no_bit(tmp_path: Path, tokenizer: PreTrainedTo
     ("objective", "message"),
     [
         (lambda: HiddenHints(teacher(), layers={5: 0}), r"layers=.*student has 2 layers.*no layer 5"),
+        (lambda: HiddenHints(teacher(), layers={"0": 0}), r"layers=.*no layer '0'"),
         (lambda: AttentionTransfer(teacher(), layers={0: -3}), r"layers=.*teacher has 2 layers.*no layer -3"),
         (lambda: HiddenHints(teacher(), projection="never"), r"projection='never'.*32 .*48.*projection='auto'"),
         (lambda: AttentionTransfer(tiny.model(attn_implementation="sdpa")), r"teacher uses 'sdpa'.*'eager'"),

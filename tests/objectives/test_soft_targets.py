@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -189,7 +190,11 @@ def test_a_teacher_with_a_far_larger_vocabulary_is_not_taken_for_a_padded_one(
         ({"teacher": "a/model"}, "a/model"),
         ({"teacher": PreTrainedModel}, "teacher="),
         ({"temperature": 0.0}, "temperature=0.0"),
+        ({"temperature": "2"}, "temperature='2'"),
+        ({"temperature": float("inf")}, "temperature=inf"),
         ({"alpha": 1.5}, "alpha="),
+        ({"alpha": "0.5"}, "alpha=.*'0.5'"),
+        ({"alpha": lambda progress: None}, "alpha=.*None"),
         ({"alpha": lambda progress: 2 * progress}, "alpha=.*progress 1.0"),
         ({"divergence": "kl"}, "divergence='kl'.*'forward'"),
     ],
@@ -207,3 +212,50 @@ def test_settings_without_a_place_for_an_objective_are_refused(
     setattr(trainer.args, setting, True)
     with pytest.raises(ValueError, match=f"{setting}=True.*soft_targets"):
         attach(trainer, curriculum(), objective=SoftTargets(teacher()))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_teacher_that_is_the_student_is_refused(
+    adapted: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    student = tiny.model()
+    trainer = trainer_of(
+        "SFTTrainer",
+        tmp_path,
+        tokenizer,
+        model=student,
+        max_steps=1,
+        peft_config=LoraConfig(target_modules=["q_proj"]) if adapted else None,
+    )
+    attach(trainer, curriculum(), objective=SoftTargets(student))
+    with pytest.raises(ValueError, match=r"teacher=.*shares weights.*second time"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"target_modules": ["lm_head"]}, {"target_modules": ["q_proj"], "trainable_token_indices": [1]}]
+)
+def test_an_adapter_on_the_head_is_refused_because_its_weight_would_not_be_trained(
+    settings: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    student = get_peft_model(
+        tiny.model(tie_word_embeddings="q_proj" in settings["target_modules"]), LoraConfig(**settings)
+    )
+    trainer = trainer_of("Trainer", tmp_path, tokenizer, model=student, max_steps=1)
+    attach(trainer, curriculum(), objective=SoftTargets(teacher()))
+    with pytest.raises(ValueError, match=r"output head.*peft.*modules_to_save"):
+        trainer.train()
+
+
+def test_a_head_that_is_trained_beside_an_adapter_learns_as_without(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    settings = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])  # which begins as no change
+    heads = []
+    for student in (tiny.model(), get_peft_model(tiny.model(), settings)):
+        trainer = trainer_of("Trainer", tmp_path, tokenizer, model=student, max_steps=1)
+        attach(trainer, curriculum(), objective=SoftTargets(teacher(), alpha=1.0))
+        trainer.train()
+        heads.append(student.get_output_embeddings().weight.detach())
+    assert (heads[0] - tiny.model().lm_head.weight).norm() > 0
+    torch.testing.assert_close(heads[1], heads[0])
