@@ -289,8 +289,9 @@ def main() -> None:
     traced = {name: read(run, name, rows) for name, rows in answers.items()}
     print(f"\n{'written by':12} answers sentences teacher's  share")
     for name, found in traced.items():
-        of = list(counts(found).values())
-        print(f"{name:12} {len(of):7} {sum(n for _, n in of):9} {sum(n for n, _ in of):9} {share(of):6.1%}")
+        of, answered = list(counts(found).values()), len(found.traced)
+        print(f"{name:12} {answered:7} {sum(n for _, n in of):9} {sum(n for n, _ in of):9} {share(of):6.1%}")
+    print("\nshare of teacher sentences, with a 95 % interval by bootstrap over problems:")
     for name in ("distilled", "control", "teacher"):
         of = rise(traced[name], traced["student"])
         print(f"{name} - student: {of['rise']:+.1%} [{of['low']:+.1%}, {of['high']:+.1%}], {of['problems']} problems")
