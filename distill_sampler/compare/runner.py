@@ -23,7 +23,7 @@ from distill_sampler.compare.budget import Budget
 from distill_sampler.compare.candidates import Candidates
 from distill_sampler.compare.generated import Verifier, solved
 from distill_sampler.compare.measures import Answer
-from distill_sampler.compare.student import Training, read, scores_of, train
+from distill_sampler.compare.student import Training, give_back_memory, read, scores_of, train
 from distill_sampler.distributed import Ranks
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.metrics import Random
@@ -151,6 +151,7 @@ class Comparison:
                 if not mine or self.path(arm, seed).exists():
                     continue
                 run = self._one(arm, seed, scores)
+                give_back_memory()
                 if self.ranks.rank == 0:
                     write_atomically(self.path(arm, seed), run.as_json().encode())
                 seconds = ", ".join(f"{name} {value:.0f} s" for name, value in run.seconds.items())
