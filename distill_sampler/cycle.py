@@ -36,7 +36,7 @@ from distill_sampler.reading.reduce import data_columns_of
 from distill_sampler.reading.scorer import Scorer
 from distill_sampler.scoring import PassRunner
 from distill_sampler.serialize import described, differences
-from distill_sampler.store import ScoreStore, replay, replay_missing
+from distill_sampler.store import ScoreStore, ScoringPass, replay, replay_missing
 from distill_sampler.truncation import truncation_notes
 from distill_sampler.types import EncodedColumn, EpochPlan, FloatArray, IntArray
 
@@ -123,10 +123,10 @@ class Cycle:
         self._num_epochs: int | None = None
         self._num_plans = 0
         """Plans of the run, including those before a resume."""
-        self._passes_not_recorded = 0
-        """Passes of the run that the record lacks, because it is kept in memory and the run was resumed."""
-        self._before_record = {name: values.copy() for name, values in self.store.latest.items()}
-        """The latest numbers before the record's first pass: none, or after a resume, those of the checkpoint."""
+        self._at_resume: tuple[int, dict[str, FloatArray]] | None = None
+        """After a resume whose record lacks earlier passes: how many there were, and the latest numbers after them."""
+        self._before_passes = {name: values.copy() for name, values in self.store.latest.items()}
+        """The latest numbers before the run's first pass: none."""
         self.record.trim(0, 0)
 
     def keep(self, folder: Path | None, *, run: str = "", write: bool = True) -> None:
@@ -139,6 +139,7 @@ class Cycle:
         """
         self._run = run
         self.pass_runner.parts = self.pass_runner.readings = None
+        self.record = Record()  # the facts of this run are not those of an earlier one's record
         try:
             record = Record(None if folder is None else folder / RECORD, write=write)
             if folder is not None:
@@ -260,12 +261,13 @@ class Cycle:
         return next((policy.group_by for policy in self.planner.policies if policy.group_by), None)
 
     def _write_record(self, write: Any) -> None:
-        """Write to the record. If that fails (a full disk), training continues without a record."""
+        """Add to the record. If that fails (a full disk), this and all that follows stays in memory."""
         try:
             write()
         except OSError as error:
             logger.warning("The run's record can no longer be written (%s). Training continues without it.", error)
-            self.record = Record(None, write=False)
+            self.record = self.record.continued_in_memory()
+            write()
 
     # ---- What hosts and users ask for ----
 
@@ -289,20 +291,35 @@ class Cycle:
 
     def explained(self, planned: PlannedEpoch) -> ExplainedPlan:
         """A plan with the scores that it is based on, to explain it."""
-        passes = self.record.passes[: planned.passes - self._passes_not_recorded]
+        passes, before = self._passes_until(planned.passes)
         return self.planner.explained(
-            planned, replay(passes, self._before_record), replay_missing(passes, self.metrics, len(self.dataset))
+            planned, replay(passes, before), replay_missing(passes, self.metrics, len(self.dataset))
         )
 
     def scores_after(self, passes: int) -> dict[str, FloatArray]:
         """The latest numbers after the run's first `passes` scoring passes, `[samples]` each."""
-        return replay(self.record.passes[: passes - self._passes_not_recorded], self._before_record)
+        return replay(*self._passes_until(passes))
+
+    def _passes_until(self, stop: int) -> tuple[Sequence[ScoringPass], dict[str, FloatArray]]:
+        """Recorded passes, up to the run's first `stop` ones, and the latest numbers before them.
+
+        Raises:
+            ValueError: the record lacks passes that the numbers depend on.
+        """
+        first, before = 0, self._before_passes
+        if self._at_resume is not None and self._at_resume[0] <= stop:
+            first, before = self._at_resume
+        return self.record.passes_between(first, stop), before
 
     def explain(self, index: int, epoch: int) -> str:
         """See `Curriculum.explain`."""
         if not 0 <= index < len(self.dataset):
             raise ValueError(f"There is no sample {index}: the data set has {len(self.dataset)} rows, from 0.")
         plans = {planned.epoch: planned for planned in self.record.plans}
+        if gone := [name for name, epochs in self.record.missing_plans().items() if epoch in epochs]:
+            raise ValueError(
+                f"{self.record.folder} lacks {', '.join(gone)}, which may be the last plan of epoch {epoch}."
+            )
         if epoch not in plans:
             raise ValueError(f"Epoch {epoch} was not planned in this run. Choose one of {sorted(plans)}.")
         return self.explained(plans[epoch]).explanation(index, epoch)
@@ -397,8 +414,8 @@ class Cycle:
             self._num_plans = state["plans"]
             self.record.trim(len(self.store.passes), state["plans"])
             if len(self.record.passes) < len(self.store.passes):
-                self._passes_not_recorded = len(self.store.passes) - len(self.record.passes)
-                self._before_record = {name: values.copy() for name, values in self.store.latest.items()}
+                latest = {name: values.copy() for name, values in self.store.latest.items()}
+                self._at_resume = len(self.store.passes), latest
         else:
             self.record.trim(0, 0)
         self.epoch = state["epoch"]

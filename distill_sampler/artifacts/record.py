@@ -9,7 +9,8 @@ needed: memory does not grow with the run. Without a folder (in a loop of your o
     OUTPUT/distill_sampler/record/plan-0000000-HASH.parquet   a plan of an epoch
     OUTPUT/distill_sampler/record/left-0000000-HASH.parquet   which policy left out which sample
 
-A resume trims the record to its checkpoint: the later passes and plans will happen again.
+A resume trims the record to its checkpoint: the later passes and plans will happen again. The numbers in the names
+count the run's passes and plans from 0, so a file that was deleted leaves a gap, which is named.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, Literal, TypeVar, overload
 
 import numpy as np
 import pyarrow as pa
@@ -81,6 +82,9 @@ class Record:
         self._write = write
         self._passes: list[ScoringPass] = []
         self._plans: list[PlannedEpoch] = []
+        self._next = {"pass": 0, "plan": 0}
+        """Number of the run's next pass and of its next plan."""
+        self._has_said = False
 
     @property
     def folder(self) -> Path | None:
@@ -104,6 +108,61 @@ class Record:
             return self._plans
         return LazyEntries(lambda: self._count("plan"), self._load_plan)
 
+    def numbers(self, kind: Literal["pass", "plan"]) -> list[int]:
+        """The numbers in the run of the passes or plans that the record has."""
+        if self.folder is not None:
+            return list(self._files(kind))
+        kept = len(self._passes if kind == "pass" else self._plans)
+        return list(range(self._next[kind] - kept, self._next[kind]))
+
+    def continued_in_memory(self) -> Record:
+        """A record in memory of the passes and plans that follow."""
+        record = Record(write=False)
+        record._next = dict(self._next)
+        return record
+
+    def passes_between(self, first: int, stop: int) -> Sequence[ScoringPass]:
+        """The run's passes `first` to `stop - 1`.
+
+        Raises:
+            ValueError: the record lacks one of them.
+        """
+        place = {number: place for place, number in enumerate(self.numbers("pass"))}
+        if gone := [number for number in range(first, stop) if number not in place]:
+            raise ValueError(
+                f"{self.folder or 'The record in memory'} lacks {_names('pass', gone)}, so the scores of that time are "
+                "not known."
+            )
+        return [self.passes[place[number]] for number in range(first, stop)]
+
+    def missing_plans(self) -> dict[str, list[int]]:
+        """The plans that were deleted from the record: for each name, the epochs that it may have been of.
+
+        The last plans leave no trace.
+        """
+        found, before, epoch = {}, -1, -1
+        for number, planned in zip(self.numbers("plan"), self.plans, strict=True) if self.folder else ():
+            if gone := range(before + 1, number):
+                last = planned.epoch - (planned.start == 0)
+                without = range(epoch + 1, last + 1)  # epochs of which no plan is there
+                epochs = without if len(without) == len(gone) else range(max(epoch, 0), last + 1)
+                found.update({_names("plan", [each]): list(epochs) for each in gone})
+            before, epoch = number, planned.epoch
+        return found
+
+    def say_what_is_missing(self) -> None:
+        """Log a warning, once, if passes or plans were deleted from the record."""
+        if self.folder is None or self._has_said:
+            return
+        gaps = {kind: _gaps(self.numbers(kind)) for kind in ("pass", "plan")}
+        if any(gaps.values()):
+            self._has_said = True
+            logger.warning(
+                "%s lacks %s. What they held is missing in the run's history, tables and report.",
+                self.folder,
+                ", ".join(_names(kind, numbers) for kind, numbers in gaps.items() if numbers),
+            )
+
     def begin(self, run: Mapping[str, Any], samples: pa.Table) -> None:
         """Start a record, or continue it if it is of the same run. The record of another run is moved aside.
 
@@ -115,7 +174,7 @@ class Record:
             OSError: the folder cannot be written.
         """
         if self._folder is None or not self._write:
-            self._passes, self._plans = [], []
+            self._passes, self._plans, self._next = [], [], {"pass": 0, "plan": 0}
             self._run = run.get("run")
             return
         if self._folder.exists() and read_run(self._folder).get("run") != run.get("run"):
@@ -125,6 +184,7 @@ class Record:
                 shutil.rmtree(self._folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._run = run.get("run")
+        self._next = {kind: max(self._files(kind), default=-1) + 1 for kind in self._next}
         for old in self._folder.glob("samples-*.parquet"):
             old.unlink()
         write_part(samples, self._folder, "samples")
@@ -139,7 +199,8 @@ class Record:
         if self.folder is None:
             self._passes.append(scoring_pass)
         elif self._write:
-            self._add("pass", self._count("pass"), _pass_table(scoring_pass))
+            self._add("pass", self._next["pass"], _pass_table(scoring_pass))
+        self._next["pass"] += 1
 
     def add_plan(self, planned: PlannedEpoch) -> None:
         """Add a plan and its reasons.
@@ -149,10 +210,11 @@ class Record:
         """
         if self.folder is None:
             self._plans.append(planned)
-            return
-        if not self._write:
-            return
-        number = self._count("plan")
+        elif self._write:
+            self._write_plan(self._next["plan"], planned)
+        self._next["plan"] += 1
+
+    def _write_plan(self, number: int, planned: PlannedEpoch) -> None:
         metadata = {"epoch": planned.epoch, "step": planned.step, "start": planned.start, "passes": planned.passes}
         plan = pa.table({"sample": planned.plan.indices, "weight": planned.plan.weights, **packs_of(planned.plan)})
         # write the reasons first, so that every plan in the record has them
@@ -165,7 +227,10 @@ class Record:
         Raises:
             OSError: a file cannot be deleted.
         """
-        del self._passes[passes:], self._plans[plans:]
+        if self.folder is None:
+            del self._passes[sum(number < passes for number in self.numbers("pass")) :]
+            del self._plans[sum(number < plans for number in self.numbers("plan")) :]
+        self._next = {"pass": passes, "plan": plans}
         if self.folder is None or not self._write:
             return
         for kind, kept in (("pass", passes), ("plan", plans), ("left", plans)):
@@ -216,6 +281,15 @@ class Record:
             left_out_by=read_part(left_out)["left_out_by"].to_numpy().astype(np.int64),
             **metadata,
         )
+
+
+def _gaps(numbers: Sequence[int]) -> list[int]:
+    """The numbers from 0 that are left out: `[0, 3, 4] -> [1, 2]`."""
+    return sorted(set(range(max(numbers, default=-1))) - set(numbers))
+
+
+def _names(kind: str, numbers: Sequence[int]) -> str:
+    return ", ".join(f"{kind}-{number:07d}" for number in numbers)
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -81,6 +81,7 @@ def measurement_rows(
         unmeasured: whether the first pass has a row, without numbers, for each sample that it did not measure, so that
             every sample is in the table. Its step is -1.
     """
+    record.say_what_is_missing()
     tables = []
     for number, scoring_pass in enumerate(record.passes):
         measured = scoring_pass.was_measured
@@ -111,6 +112,7 @@ def plan_rows(record: Record, samples: pa.Table, columns: Sequence[str] | None) 
     """The plan of every epoch, as in `plans.parquet`. For a replanned epoch this is its last plan."""
     ours = ("position", "weight")
     samples = samples.rename_columns([name + "_in_data" * (name in ours) for name in samples.column_names])
+    record.say_what_is_missing()
     last_plans = {planned.epoch: planned.plan for planned in record.plans}
     tables = []
     for epoch, plan in last_plans.items():

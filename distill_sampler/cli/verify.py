@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import typer
 
-from distill_sampler.artifacts.record import RECORD, record_of
+from distill_sampler.artifacts.record import RECORD, Record, record_of
 from distill_sampler.artifacts.state import read_arrays
-from distill_sampler.integrations.checkpoints import FOLDER, entry_of, read_state, why_broken
+from distill_sampler.integrations.checkpoints import (
+    FOLDER,
+    TRAINER_STATE,
+    entry_of,
+    read_state,
+    why_broken,
+    why_damaged,
+)
 from distill_sampler.integrations.sample_log import compare, read_log
 from distill_sampler.planning.planner import PlannedEpoch
 from distill_sampler.serialize import unpacked
@@ -32,18 +41,18 @@ def run(checkpoints: Sequence[Path], log: Path | None, *, to_stderr: bool = Fals
     for checkpoint in checkpoints:
         if not checkpoint.is_dir():
             raise ValueError(f"{checkpoint}: there is no such folder.")
-        if reason := why_broken(checkpoint):
-            raise ValueError(f"{checkpoint} cannot be read: {reason}.")
-        entry = entry_of(read_state(checkpoint))
-        if entry is None:
-            raise ValueError(f"{checkpoint} was written without a curriculum, so its order is not known.")
+        entry, arrays = _read(checkpoint)
         folder = log or checkpoint.resolve().parent / FOLDER
         lines = read_log(folder, entry["run"])
         saved, progress = entry["curriculum"], entry["progress"]
-        plan = EpochPlan(**unpacked(saved["plan"], read_arrays(checkpoint)))
+        if saved["plan"] is None:
+            raise ValueError(f"{checkpoint} was written before the first epoch was planned. Give a later one.")
+        plan = EpochPlan(**unpacked(saved["plan"], arrays))
         epoch = saved["epoch"]
         trained, of_epoch = progress["places"], entry["places_per_epoch"]
-        replans, known = _later_plans(folder / RECORD.name, entry)
+        record = record_of(folder / RECORD.name, entry["run"])
+        missing = {} if record is None else record.missing_plans()
+        replans, known = _later_plans(record, missing, entry)
         beyond = sum(len(line["samples"]) for line in lines if line["epoch"] == epoch and line["step"] > known)
         lines = [line for line in lines if line["step"] <= known]
         differing = compare(lines, plan, epoch=epoch, trained=trained, replans=replans)
@@ -61,6 +70,7 @@ def run(checkpoints: Sequence[Path], log: Path | None, *, to_stderr: bool = Fals
                 "of_epoch": of_epoch,
                 "differences": differing,
                 "not_compared": beyond,
+                "missing_plans": missing,
             }
         )
         if differing:
@@ -77,22 +87,57 @@ def run(checkpoints: Sequence[Path], log: Path | None, *, to_stderr: bool = Fals
                 f"have been replanned, and the run's record in {folder / RECORD.name} does not say how",
                 err=to_stderr,
             )
+        for name, epochs in missing.items():
+            typer.echo(f"  {_lacks(record, name, epochs)}. This comparison does not need it", err=to_stderr)
     return {"agree": not any(each["differences"] for each in found), "checkpoints": found}
 
 
-def _later_plans(record_folder: Path, entry: Mapping[str, Any]) -> tuple[list[PlannedEpoch], float]:
+def _read(checkpoint: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The curriculum's entry in a checkpoint, of a trainer or of a loop, and its arrays.
+
+    Raises:
+        ValueError: the checkpoint cannot be read, or has no curriculum.
+    """
+    if (checkpoint / TRAINER_STATE).exists() or not (states := sorted(checkpoint.glob("custom_checkpoint_*.pkl"))):
+        if reason := why_broken(checkpoint):
+            raise ValueError(f"{checkpoint} cannot be read: {reason}.")
+        if (entry := entry_of(read_state(checkpoint))) is None:
+            raise ValueError(f"{checkpoint} was written without a curriculum, so its order is not known.")
+        return entry, read_arrays(checkpoint)
+    if reason := why_damaged(checkpoint):
+        raise ValueError(f"{checkpoint} cannot be read: {reason}.")
+    for path in states:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):  # of another object, or damaged
+            continue
+        if isinstance(state, dict) and state.keys() >= {"run", "curriculum", "arrays", "step", "places_per_epoch"}:
+            entry = {**state, "progress": {"places": state["curriculum"]["progress"] or 0, "step": state["step"]}}
+            return entry, {name: tensor.numpy() for name, tensor in state["arrays"].items()}
+    raise ValueError(
+        f"{checkpoint} has no state of a CurriculumLoop that can be read ({', '.join(path.name for path in states)}). "
+        "Save it with accelerator.register_for_checkpointing(loop), after accelerator.prepare."
+    )
+
+
+def _later_plans(
+    record: Record | None, missing: Mapping[str, Sequence[int]], entry: Mapping[str, Any]
+) -> tuple[list[PlannedEpoch], float]:
     """How an epoch was replanned after a checkpoint.
 
     Args:
-        record_folder: the run's record, which may be missing, or end early because the disk was full.
+        record: the run's record, which may be missing, or end early because the disk was full.
+        missing: the plans that were deleted from it, and the epochs that they may have been of.
         entry: the curriculum's entry in the checkpoint.
 
     Returns:
         The epoch's later plans, in order, and the last optimizer step whose plan is known.
+
+    Raises:
+        ValueError: one of them was deleted.
     """
     epoch, step = entry["curriculum"]["epoch"], entry["progress"]["step"]
     rescore = parse_rescore(entry["curriculum"]["scores"]["origin"]["rescore"])
-    record = record_of(record_folder, entry["run"])
     plans = () if record is None else record.plans
     later: list[PlannedEpoch] = []
     for planned in reversed(plans):
@@ -102,5 +147,13 @@ def _later_plans(record_folder: Path, entry: Mapping[str, Any]) -> tuple[list[Pl
             later.insert(0, planned)
     if rescore.every_steps is None:
         return later, math.inf
+    for name, epochs in missing.items():
+        if epoch in epochs and int(name.partition("-")[2]) >= entry["curriculum"]["plans"]:
+            raise ValueError(f"{_lacks(record, name, epochs)}, so what was trained cannot be compared with it.")
     next_plan = max(step + 1, plans[-1].step + rescore.every_steps if plans else 0)
     return later, next_plan + rescore.lag
+
+
+def _lacks(record: Record | None, name: str, epochs: Sequence[int]) -> str:
+    of = f"epoch {epochs[0]}" if len(epochs) == 1 else f"one of the epochs {epochs[0]} to {epochs[-1]}"
+    return f"{record and record.folder} lacks {name}, a plan of {of}"

@@ -293,8 +293,6 @@ class CurriculumLoop:
             for objective in self._objectives:
                 objective.withdraw(self._prepared)
         if self._output is not None and self.accelerator.is_main_process:
-            self.curriculum.cycle.done()
-            self.curriculum.save_run(self._output)
             self._live_report.training_ends(self._output)
 
     def state_dict(self) -> dict[str, Any]:
@@ -322,6 +320,7 @@ class CurriculumLoop:
             "position": self._position,
             "into_step": self._into_step,
             "per_step": self._per_step,
+            "places_per_epoch": self.sampler.places(self.sampler.shift + len(self.sampler)),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -224,14 +224,8 @@ class CurriculumCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._manifests.begin(Ranks.current(args.device))
-        if not state.is_world_process_zero:
-            return
-        self.curriculum.cycle.done()
-        try:
-            self.curriculum.save_run(self._output)
-        except OSError as error:
-            logger.warning("scores.parquet and plans.parquet cannot be written: %s", error)
-        self._report.training_ends(self._output)
+        if state.is_world_process_zero:
+            self._report.training_ends(self._output)
 
     def finish(self) -> None:
         """Close the taps, whether or not training ended in an error, and wait for the last manifest."""

@@ -32,6 +32,7 @@ from distill_sampler.artifacts.manifest import MANIFEST, damage
 from distill_sampler.artifacts.scorefile import Scores
 from distill_sampler.integrations.sample_log import compare, read_log
 from tests import tiny
+from tests.resume.test_checkpoints import verified
 from tests.test_attach import TRAINERS
 
 RSR = "rank_surprisal_ratio"
@@ -130,6 +131,30 @@ def test_a_step_that_was_begun_before_a_checkpoint_is_trained_again(
     assert rest[0].step == whole[0].step
     assert rest[0].curriculum.times_trained().tolist() == whole[0].curriculum.times_trained().tolist()
     assert read_log(tmp_path / "rest" / "distill_sampler") == read_log(tmp_path / "whole" / "distill_sampler")
+
+
+@pytest.mark.parametrize("rescore", [Rescore(), REPLANNED], ids=["once", "replanned"])
+def test_the_checkpoints_of_a_loop_are_verified(
+    rescore: Rescore, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    train(make(tokenizer, tmp_path, accumulation=2, rescore=rescore), save=tmp_path)
+    for step in range(1, 13):
+        code, said = verified(tmp_path / str(step))
+        assert code == 0, said
+        assert f"epoch {(step - 1) // 6}" in said
+        assert f"{((step - 1) % 6 + 1) // 2 * 4} of 12 samples trained" in said
+    log = tmp_path / "distill_sampler" / "samples-0.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines()
+    log.write_text("\n".join([*lines[:3], *lines[4:]]) + "\n", encoding="utf-8")
+    assert verified(tmp_path / "2")[0] == 0
+    assert verified(tmp_path / "4")[0] == 1
+
+
+def test_a_loop_that_was_not_registered_cannot_be_verified(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    torch.save({"other": 1}, tmp_path / "custom_checkpoint_0.pkl")
+    code, said = verified(tmp_path)
+    assert code == 2
+    assert "register_for_checkpointing(loop)" in said
 
 
 @pytest.mark.parametrize("manifests", [True, False])

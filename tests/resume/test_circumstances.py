@@ -100,6 +100,24 @@ def test_each_trial_of_a_search_is_a_run_of_its_own(
     assert not list((tmp_path / "search").glob("distill_sampler/samples-*"))
 
 
+def test_a_record_that_is_damaged_while_the_run_trains_does_not_end_it(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Damages(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            (path,) = (tmp_path / "run" / "distill_sampler" / "record").glob("pass-0000000-*")
+            path.write_bytes(b"")
+
+    trainer = plain_trainer(tmp_path / "run", tokenizer, **SAVING)
+    trainer.add_callback(Damages())
+    attached = curriculum()
+    attach(trainer, attached)
+    assert trainer.train().global_step == 6
+    assert "scores.parquet and plans.parquet cannot be written" in caplog.text
+    assert "pass-0000000" in caplog.text
+    trainer.train()  # a new run, whose record begins anew
+
+
 def test_the_best_model_at_the_end_changes_no_plan_and_can_be_resumed(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:

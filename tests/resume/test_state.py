@@ -172,6 +172,48 @@ def test_a_resume_trims_the_record_to_its_checkpoint(
         assert pq.read_table(tmp_path / "killed" / name).equals(pq.read_table(tmp_path / "whole" / name))
 
 
+@pytest.mark.parametrize("kind", ["pass", "plan"])
+def test_a_file_that_was_deleted_from_the_record_is_named(
+    kind: str, dataset: ScoredDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    curriculum = bound(dataset, tmp_path)
+    for epoch in range(4):
+        curriculum.start_epoch(epoch, tiny.model(seed=epoch), step=3 * epoch)
+    said = [curriculum.explain(4, epoch) for epoch in range(4)]
+    (path,) = (tmp_path / "distill_sampler" / "record").glob(f"{kind}-0000001-*")
+    path.unlink()
+    for epoch in range(4):
+        if epoch == 1 or (epoch > 1 and kind == "pass"):  # what a later pass did not measure comes from this one
+            with pytest.raises(ValueError, match=rf"lacks {kind}-0000001"):
+                curriculum.explain(4, epoch)
+        else:
+            assert curriculum.explain(4, epoch) == said[epoch]
+    curriculum.history()
+    assert f"lacks {kind}-0000001" in caplog.text
+
+
+def test_a_record_that_lacks_a_file_keeps_the_others_when_the_run_goes_on(
+    dataset: ScoredDataset, tmp_path: Path
+) -> None:
+    curriculum = bound(dataset, tmp_path)
+    for epoch in range(4):
+        curriculum.start_epoch(epoch, tiny.model(seed=epoch), step=3 * epoch)
+        if epoch == 2:
+            state = json.loads(json.dumps(curriculum.state_dict()))
+    said = [curriculum.explain(4, epoch) for epoch in range(4)]
+    record = tmp_path / "distill_sampler" / "record"
+    for kind in ("pass", "plan"):
+        next(record.glob(f"{kind}-0000001-*")).unlink()
+    resumed = bound(dataset, tmp_path)
+    resumed.load_state_dict(state)
+    assert [planned.epoch for planned in resumed.cycle.record.plans] == [0, 2]  # that of epoch 3 will be made again
+    resumed.start_epoch(3, tiny.model(seed=3), step=9)
+    assert [planned.epoch for planned in resumed.cycle.record.plans] == [0, 2, 3]
+    assert [scoring_pass.epoch for scoring_pass in resumed.cycle.record.passes] == [0, 2, 3]
+    for epoch in (0, 2, 3):  # the checkpoint has the numbers that those of epochs 2 and 3 depend on
+        assert resumed.explain(4, epoch) == said[epoch]
+
+
 def test_the_record_of_another_run_is_moved_aside(
     dataset: ScoredDataset, model: PreTrainedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -438,5 +480,6 @@ def test_scoring_continues_with_a_warning_if_parts_cannot_be_written(
     assert caplog.text.count("parts of the scoring pass cannot be kept") == 2
     assert "No space left on device" in caplog.text
     assert "record can no longer be written" in caplog.text
+    assert "=" in curriculum.explain(4, 0)  # with its score, which is in memory
     monkeypatch.undo()
     assert bound(dataset, tmp_path / "run").start_epoch(0, tiny.model()) == plan

@@ -12,6 +12,7 @@ import torch
 from transformers import DataCollatorWithFlattening, PreTrainedTokenizerBase, TrainingArguments
 
 from distill_sampler import BestOf, Rescore, SortBy, attach
+from distill_sampler.artifacts.record import Record
 from distill_sampler.integrations.sample_log import SampleLog, read_log
 from distill_sampler.types import Batch
 from tests import tiny
@@ -145,6 +146,21 @@ def test_a_damaged_record_is_named(change: Callable[[Path], Any], output: Path) 
     assert code == 2
     assert "left-0000001" in said
     assert "damaged" in said
+
+
+@pytest.mark.parametrize(
+    ("which", "expected"), [("the checkpoint's own", 0), ("the epoch's next", 2), ("the next epoch's first", 0)]
+)
+def test_a_plan_that_was_deleted_from_the_record_is_named(which: str, expected: int, output: Path) -> None:
+    record = output / "distill_sampler" / "record"
+    epochs = [planned.epoch for planned in Record(record, write=False).plans]
+    number = {"the checkpoint's own": 0, "the epoch's next": 1}.get(which, epochs.index(1))
+    for kind in ("plan", "left"):
+        (path,) = record.glob(f"{kind}-{number:07d}-*")
+        path.unlink()
+    code, said = verified(output / "checkpoint-1")
+    assert code == expected, said
+    assert f"lacks plan-{number:07d}, a plan of epoch {epochs[number]}" in said
 
 
 def test_a_log_of_a_later_run_in_the_same_folder_is_not_compared(
