@@ -5,8 +5,8 @@
     python recipes/matrix.py --reuse --only 4.57 --quick
 
 The tests are the repository's own: the plan is the same in every release and for every layout of the data, what is
-trained is what was planned, loss weights are exact, observed scores are those of a scoring pass, and a resume trains
-the rest, bit for bit.
+trained is what was planned, in packs too, loss weights are exact, observed scores are those of a scoring pass, and a
+resume trains the rest, bit for bit.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ TESTS = (
     "tests/test_attach.py::test_the_order_trained_is_the_order_planned",
     "tests/online/test_loss_weights.py::test_training_descends_the_weighted_loss",
     "tests/online/test_observing.py::test_observed_scores_equal_those_of_a_scoring_pass",
+    "tests/test_packed_training.py::test_the_packs_trained_are_the_packs_planned",
+    "tests/test_packed_training.py::test_a_model_that_makes_a_cache_trains_packs_as_one_that_does_not",
     "tests/resume/test_matrix.py::test_a_resume_from_any_place_under_any_setting_trains_the_same",
 )
 
@@ -65,7 +67,7 @@ def environment(folder: Path, packages: tuple[str, ...], *, reuse: bool) -> Path
         packages = (*packages, f"torch=={_torch()}")
     else:
         packages = (*packages, f"{ROOT}[test]")
-    done = subprocess.run([python, "-m", "pip", "install", "-q", *packages], capture_output=True, text=True)
+    done = subprocess.run([python, "-m", "pip", "install", "-q", "-U", *packages], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr.strip())
     return python

@@ -211,10 +211,23 @@ def test_a_curriculum_from_yaml_alone(
     plugin: Callable[[], Any], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     trainer = made(Axolotls, tmp_path, tokenizer)
+    trainer.args.max_steps = 18  # axolotl's count: two epochs of all 18 candidates, two in a step
     plugin().post_trainer_create({"distill_sampler": SECTION}, trainer)
     trainer.train()
-    check(trainer, detach(trainer))
+    check(trainer, ours := detach(trainer))
+    assert trainer.state.global_step == 6
+    assert len(ours.plans) == 2
     assert plugin().get_input_args() == "distill_sampler.integrations.axolotl.CurriculumInput"
+
+
+def test_a_number_of_steps_in_the_yaml_is_kept(
+    plugin: Callable[[], Any], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    trainer = made(Axolotls, tmp_path, tokenizer)
+    trainer.args.max_steps = 2
+    plugin().post_trainer_create({"distill_sampler": SECTION, "max_steps": 2}, trainer)
+    trainer.train()
+    assert trainer.state.global_step == 2
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,8 @@ class CurriculumPlugin(BasePlugin):  # type: ignore[misc]
         return f"{__name__}.{CurriculumInput.__name__}"
 
     def post_trainer_create(self, cfg: Any, trainer: Trainer) -> None:
-        """Attach the curriculum.
+        """Attach the curriculum. Unless the configuration has `max_steps`, training ends after `num_epochs` of the
+        plan: axolotl has counted the steps of all candidates.
 
         Raises:
             ValueError: the section is missing or has an unknown setting, or `attach` refuses the trainer.
@@ -59,6 +60,8 @@ class CurriculumPlugin(BasePlugin):  # type: ignore[misc]
             )
         settings = dict(section)
         options = settings.pop("attach", None) or {}
+        if not cfg.get("max_steps"):
+            trainer.args.max_steps = -1
         attach(trainer, curriculum_of(settings), **options)
 
 
