@@ -140,8 +140,11 @@ class Record:
 
         The last plans leave no trace.
         """
+        numbers = self.numbers("plan")
+        if self.folder is None or not _gaps(numbers):
+            return {}
         found, before, epoch = {}, -1, -1
-        for number, planned in zip(self.numbers("plan"), self.plans, strict=True) if self.folder else ():
+        for number, planned in zip(numbers, self.plans, strict=True):
             if gone := range(before + 1, number):
                 last = planned.epoch - (planned.start == 0)
                 without = range(epoch + 1, last + 1)  # epochs of which no plan is there
