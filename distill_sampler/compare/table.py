@@ -49,8 +49,9 @@ def verdict(contrast: Contrast) -> str:
     if contrast.seeds < 2:
         return f"One seed says nothing about {contrast.arm} against {what}: run at least two."
     beat = {"better": "beat", "worse": "was worse than"}.get(contrast.verdict.split(",")[0], "did not beat")
-    seen = f"differences below {contrast.detectable:.3f} nats could not have been seen"
-    less = f", and the difference is shown to be less than {contrast.margin:g}" if contrast.equivalent else ""
+    seen = f"a true difference of {contrast.detectable:.3f} nats would have been seen with probability 0.8"
+    less = f", and the 90 % interval shows the difference to be less than {contrast.margin:g}"
+    less = less if contrast.equivalent else ""
     return (
         f"{contrast.arm} {beat} {what} ({_signed(contrast.difference)} nats per token of correct answers, 95 % "
         f"interval {_interval(contrast.low, contrast.high)}, {contrast.seeds} seeds){less}; {seen}."
@@ -71,7 +72,7 @@ def tables(runs: Sequence[Run], *, subject: str, controls: Sequence[str], margin
     parts = [_arms_table(runs, found, arms, subject, controls)]
     every = judged(found, subject, controls, margin)
     if every:
-        parts += [_contrast_table(every), verdict(every[0])]
+        parts += [_contrast_table(every), verdict(every[0]), _unequal_steps(runs, [subject, *controls])]
         parts.append(_other_measures(found, subject, controls))
     parts.append(_circular(runs, arms))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -114,6 +115,18 @@ def _arms_table(
         gain = _of(estimate(differences)) if differences else ""
         lines.append(_row([arm, str(len(of_arm)), *(f"{count:,.0f}" for count in counts), *values, gain]))
     return "\n".join(lines)
+
+
+def _unequal_steps(runs: Sequence[Run], arms: Sequence[str]) -> str:
+    """A sentence if arms of equal tokens took more steps than others by a tenth or more."""
+    steps = {arm: float(np.mean([run.steps for run in runs if run.arm == arm])) for arm in {run.arm for run in runs}}
+    few, many = (of((steps[arm], arm) for arm in arms if arm in steps) for of in (min, max))
+    if many[0] < 1.1 * few[0]:
+        return ""
+    return (
+        f"The arms took {few[0]:.0f} ({few[1]}) to {many[0]:.0f} ({many[1]}) optimizer steps, because short responses "
+        "give more samples for the same tokens. This alone can make a difference: look at `--unit samples` too."
+    )
 
 
 def _contrast_table(every: Sequence[Contrast]) -> str:

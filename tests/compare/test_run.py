@@ -73,7 +73,7 @@ def test_a_comparison_writes_its_runs_and_tables(made: Path, capsys: pytest.Capt
     assert not held_out[0] & held_out[1]  # seeds hold out different prompts
     table = (made / "table.md").read_text(encoding="utf-8")
     assert "rsr did not beat" in table or "rsr beat" in table or "rsr was worse" in table
-    assert "could not have been seen" in table
+    assert "would have been seen with probability 0.8" in table
     assert "Circular" in table
     assert (made / "comparison.svg").read_text(encoding="utf-8").startswith("<svg")
     # the small file gives the same tables
