@@ -147,7 +147,7 @@ class Comparison:
             for arm in (arm for arm, other in missing if other == seed and arm.kind != "untrained"):
                 self.chooser(seed, scores).plan(arm)
         for number, (arm, seed) in enumerate(missing, 1):
-            with self._claimed(arm, seed) as mine:
+            with self._claimed(self.path(arm, seed).with_suffix(".lock")) as mine:
                 if not mine or self.path(arm, seed).exists():
                     continue
                 run = self._one(arm, seed, scores)
@@ -274,29 +274,34 @@ class Comparison:
     def scores(self) -> dict[str, FloatArray]:
         """Every candidate's scores by the student before training, kept in the folder in parts."""
         dataset, prompts = self.candidates.dataset, self.candidates.dataset.column("prompt_id")
-        columns: dict[str, FloatArray] = {}
-        parts = -(-len(prompts.values) // _CHUNK)
+        parts = [np.flatnonzero(prompts.codes // _CHUNK == part) for part in range(-(-len(prompts.values) // _CHUNK))]
         model = None
-        for part in range(parts):
-            rows = np.flatnonzero(prompts.codes // _CHUNK == part)
+        for wait in (False, True):  # for the parts that other processes are scoring
+            for part, rows in enumerate(parts):
+                if self._lacking(part):
+                    with self._claimed(self.folder / "scores" / f"{part}.lock", wait=wait) as mine:
+                        if mine and (lacking := self._lacking(part)):
+                            model = model if model is not None else self.load()
+                            self._score_part(model, lacking, part, rows)
+        columns: dict[str, FloatArray] = {}
+        for part, rows in enumerate(parts):
             for metric in self.metrics.values():
-                path = self._scores_path(metric, part)
-                if not path.exists():
-                    model = model if model is not None else self.load()
-                    self._score_part(model, part, rows)
-                with np.load(path) as file:
+                with np.load(self._scores_path(metric, part)) as file:
                     for column in metric.columns:
                         numbers = columns.setdefault(column, np.full(len(dataset), np.nan, np.float32))
                         numbers[rows] = file[column]
         return columns
 
+    def _lacking(self, part: int) -> list[Metric]:
+        """The metrics that some prompts' candidates have not been scored by."""
+        return [metric for metric in self.metrics.values() if not self._scores_path(metric, part).exists()]
+
     def _scores_path(self, metric: Metric, part: int) -> Path:
         configuration = hashlib.blake2b(described(metric).encode(), digest_size=4).hexdigest()
         return self.folder / "scores" / f"{metric.name}-{configuration}-{part}.npz"
 
-    def _score_part(self, model: Any, part: int, rows: Any) -> None:
+    def _score_part(self, model: Any, lacking: Sequence[Metric], part: int, rows: Any) -> None:
         """Score some prompts' candidates by all metrics that lack them, in one pass."""
-        lacking = [metric for metric in self.metrics.values() if not self._scores_path(metric, part).exists()]
         columns, tokens, seconds = scores_of(model, self.candidates.dataset, lacking, rows, self.training)
         for metric in lacking if self.ranks.rank == 0 else ():
             buffer = io.BytesIO()
@@ -311,15 +316,19 @@ class Comparison:
         self.say(f"scored {len(rows)} candidates ({tokens:,} tokens) in {seconds:.0f} s, once for all seeds")
 
     @contextmanager
-    def _claimed(self, arm: Arm, seed: int) -> Iterator[bool]:
-        """Whether this process may make a run: no other one is making it. The lock ends with the process."""
+    def _claimed(self, path: Path, *, wait: bool = False) -> Iterator[bool]:
+        """Whether this process may make what a lock is for: no other one is making it. The lock ends with the process.
+
+        Args:
+            path: of the lock.
+            wait: for the other process to end, instead of giving up.
+        """
         if self.ranks.world_size > 1:
             yield True
             return
-        path = self.path(arm, seed).with_suffix(".lock")
         with path.open("w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except OSError:
                 yield False
                 return

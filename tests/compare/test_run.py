@@ -1,13 +1,16 @@
 """Comparisons from beginning to end, on a tiny student."""
 
 import csv
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -87,6 +90,28 @@ def test_a_rerun_gives_the_same_table_and_losses_bit_for_bit(made: Path, stage: 
     for key, each in again.items():
         assert each.answers == first[key].answers
         assert each.plan == first[key].plan
+
+
+def test_candidates_that_another_process_is_scoring_are_waited_for(
+    made: Path, stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, flock = tmp_path / "comparison", fcntl.flock
+    (output / "scores").mkdir(parents=True)
+    with (output / "scores" / "0.lock").open("w") as held:
+        flock(held, fcntl.LOCK_EX)
+
+        def the_other_ends(file: Any, flags: int) -> None:
+            if not flags & fcntl.LOCK_NB:
+                for path in (made / "scores").glob("*.npz"):
+                    shutil.copy(path, output / "scores")
+                flock(held, fcntl.LOCK_UN)
+            flock(file, flags)
+
+        monkeypatch.setattr(fcntl, "flock", the_other_ends)
+        run(options(stage, output, arms=["rsr"], seeds=1))
+    assert not (output / "scores" / "cost.jsonl").exists()
+    (own,) = runs_in(output)
+    assert own.plan in {each.plan for each in runs_in(made)}
 
 
 def test_runs_that_are_there_are_not_made_again(made: Path, stage: Path) -> None:
