@@ -11,7 +11,6 @@ again with `--resume_from_checkpoint true`.
 """
 
 import importlib
-import time
 from dataclasses import dataclass, field
 
 import torch
@@ -112,9 +111,6 @@ def main() -> None:
     if torch.distributed.is_initialized():
         trainer.accelerator.wait_for_everyone()
         torch.distributed.destroy_process_group()
-        # DeepSpeed keeps the groups, so gloo's threads live on. One that releases its last tensor in the moment in
-        # which Python exits aborts the process (pytorch/pytorch issue 190489). Give them the time to do it before.
-        time.sleep(1)
 
 
 if __name__ == "__main__":

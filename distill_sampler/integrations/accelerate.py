@@ -38,7 +38,7 @@ from distill_sampler.integrations.batches import batch_of
 from distill_sampler.integrations.checkpoints import FOLDER, Readers, new_run, why_damaged
 from distill_sampler.integrations.live_report import LiveReport
 from distill_sampler.integrations.loss_weights import LossWeights
-from distill_sampler.integrations.objectives import set_up
+from distill_sampler.integrations.objectives import refuse_shared_weights, set_up
 from distill_sampler.integrations.observed_scores import ObservedScores
 from distill_sampler.integrations.packs import PACK_WINDOW, PackedRows, RowsOfLoop
 from distill_sampler.integrations.refusals import refuse_dispatching, refuse_parallelism, refuse_second_host
@@ -114,9 +114,9 @@ class CurriculumLoop:
         self.accelerator = accelerator
         require_arguments("CurriculumLoop", pack_to=(pack_to, "int | None"))
         packing = None if pack_to is None else Packing(capacity=pack_to, window=pack_window, balance=pack_balance)
-        self._objectives, self._objective_taps, teachers = set_up(objective, dataset, tokenizer)
+        self._objectives, self._objective_taps, self._teachers = set_up(objective, dataset, tokenizer)
         self.sampler: DistillSampler = curriculum.bind(
-            dataset, applies_weights=True, observes=True, packing=packing, teachers=teachers
+            dataset, applies_weights=True, observes=True, packing=packing, teachers=self._teachers
         )
         """The sampler to give to the data loader."""
         self.step = 0
@@ -130,7 +130,7 @@ class CurriculumLoop:
             self._taps.append(LossWeights())
         if curriculum.observe:
             self._taps.append(ObservedScores(curriculum, self._objective_taps))
-        self._rows = RowsOfLoop(teachers, packed=packing is not None)
+        self._rows = RowsOfLoop(self._teachers, packed=packing is not None)
         self._taps += self._objective_taps
         self._prepared: nn.Module | None = None
         self._scale: torch.Tensor | None = None
@@ -170,6 +170,7 @@ class CurriculumLoop:
         Raises:
             ValueError: an objective does not fit the student.
         """
+        refuse_shared_weights(model, self._teachers)
         for objective in self._objectives:
             objective.prepare(model)
         self._prepared = model

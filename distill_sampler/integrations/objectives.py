@@ -55,6 +55,20 @@ def set_up(
     return objectives, [*setting.teachers, *taps], models
 
 
+def refuse_shared_weights(student: nn.Module | None, teachers: Sequence[nn.Module]) -> None:
+    """Refuse live teachers that would be trained, and a student that would be frozen, because they share weights.
+
+    Raises:
+        ValueError: a teacher is the student, or has some of its weights.
+    """
+    trained = set() if student is None else {id(each) for each in student.parameters()}
+    if any(id(each) in trained for teacher in teachers for each in teacher.parameters()):
+        raise ValueError(
+            "objective= (teacher=): the teacher shares weights with the student, so they would be frozen, and the "
+            "teacher would change with the student. Load the teacher a second time."
+        )
+
+
 def gather_in_forward(teacher: nn.Module) -> None:
     """Let a teacher that ZeRO-3 has sharded gather its weights in its forward passes, as training does the student's.
 

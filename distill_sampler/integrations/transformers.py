@@ -20,7 +20,7 @@ from distill_sampler.integrations.callback import ABSENT, CurriculumCallback
 from distill_sampler.integrations.checkpoints import STATE_ENTRY
 from distill_sampler.integrations.live_report import LiveReport
 from distill_sampler.integrations.loss_weights import LossWeights
-from distill_sampler.integrations.objectives import set_up
+from distill_sampler.integrations.objectives import refuse_shared_weights, set_up
 from distill_sampler.integrations.observed_scores import ObservedScores
 from distill_sampler.integrations.own_order import has_own_loader, load_as_transformers
 from distill_sampler.integrations.packs import (
@@ -198,6 +198,7 @@ def attach(
         dataset.tokens_cut = unknown if tokens_cut is None else np.where(tokens_cut == UNKNOWN, unknown, tokens_cut)
     curriculum.use_tokenizer(trainer.processing_class)
     objectives, objective_taps, teachers = set_up(objective, dataset, trainer.processing_class)
+    refuse_shared_weights(trainer.model, teachers)
     refuse_for_objectives(objectives, args)
     sampler = curriculum.bind(dataset, applies_weights=True, observes=True, packing=packing, teachers=teachers)
     sampler.in_whole_steps(samples_per_step(args), cut=args.dataloader_drop_last)

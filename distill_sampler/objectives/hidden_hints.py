@@ -104,7 +104,11 @@ def require_sizes_of_projections(student: nn.Module, saved: Mapping[str, list[in
     Raises:
         ValueError: it has others.
     """
-    if saved != (here := sizes_of_projections(student)):
+    _require_same(saved, sizes_of_projections(student))
+
+
+def _require_same(saved: Mapping[str, list[int]], here: Mapping[str, list[int]]) -> None:
+    if saved != here:
         raise ValueError(
             f"The checkpoint has projections of HiddenHints of the shapes {saved}, but here they have {here}. Resume "
             "with the same objective="
@@ -121,9 +125,15 @@ def projections_of(student: nn.Module) -> dict[str, FloatArray]:
 
 @torch.no_grad()
 def restore_projections(student: nn.Module, saved: Mapping[str, FloatArray]) -> None:
-    """Set the projections to what `projections_of` returned, for a student with the same ones."""
+    """Set the projections to what `projections_of` returned.
+
+    Raises:
+        ValueError: the student has other projections.
+    """
     own = unwrap(student)._modules.get(MODULE)
-    for name, value in () if own is None else own.named_parameters():
+    here: dict[str, Tensor] = {} if own is None else dict(own.named_parameters())
+    _require_same(*({name: list(value.shape) for name, value in each.items()} for each in (saved, here)))
+    for name, value in here.items():
         value.copy_(torch.from_numpy(saved[name]))
 
 

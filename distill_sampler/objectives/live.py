@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import numbers
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -96,12 +97,12 @@ class Watch:
 class LiveTeacher(ObjectiveTap):
     """A frozen causal language model as a teacher. Objectives with the same teacher share its forward pass.
 
-    It is a tap of the run that adds nothing to the loss. When training starts, it moves the teacher to the student's
-    device. It reads each batch whose scores are observed, and frees what was read once the batch has been trained on.
+    It is a tap of the run that adds nothing to the loss. When training starts, it freezes the teacher, puts it into
+    evaluation mode and moves it to the student's device. It reads each batch whose scores are observed, and frees what
+    was read once the batch has been trained on.
 
     Args:
-        model: the teacher. It is put into evaluation mode. If ZeRO-3 or FSDP2 has distributed its weights over the
-            processes, it stays where it is.
+        model: the teacher. If ZeRO-3 or FSDP2 has distributed its weights over the processes, it stays where it is.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -114,7 +115,7 @@ class LiveTeacher(ObjectiveTap):
         """Whether its predictions are needed, and not only its states and attention."""
         self.observed = False
         """Whether scores are taken from it in training. Then it reads each batch, whatever the objectives weigh."""
-        self.watch = Watch(model.eval().requires_grad_(False))
+        self.watch = Watch(model)
         parameters = inspect.signature(self.watch.decoder.forward).parameters
         self._takes = set(parameters) - {"use_cache"}
         if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -124,16 +125,8 @@ class LiveTeacher(ObjectiveTap):
 
     @contextmanager
     def open(self, model: nn.Module, *, step: int) -> Iterator[None]:
-        """A context in which it reads batches.
-
-        Raises:
-            ValueError: it is the student, or shares weights with it.
-        """
-        if {id(each) for each in self.model.parameters()} & {id(each) for each in model.parameters()}:
-            raise ValueError(
-                "objective= (teacher=): the teacher shares weights with the student, so they would be frozen, and the "
-                "teacher would change with the student. Load the teacher a second time, and the student anew."
-            )
+        """A context in which it reads batches."""
+        self.model.eval().requires_grad_(False)
         if not self.sharded:
             self.model.to(next(unwrap(model).parameters()).device)
         yield
@@ -363,14 +356,14 @@ def chosen_layers(layers: Mapping[int, int], student: nn.Module, teacher: nn.Mod
     """
     chosen: dict[int, int] = {}
     for pair in layers.items():
-        found = []
+        found: list[int] = []
         for number, model, whose in zip(pair, (student, teacher), ("student", "teacher"), strict=True):
             total = len(layers_of(model))
-            if not isinstance(number, int) or not -total <= number < total:
+            if not isinstance(number, numbers.Integral) or not -total <= number < total:
                 raise ValueError(
                     f"{what}(layers={dict(layers)}): the {whose} has {total} layers, so there is no layer {number!r}. "
                     f"Give numbers from 0 to {total - 1}, or from -1 to {-total} to count from the last."
                 )
-            found.append(number % total)
+            found.append(int(number) % total)
         chosen[found[0]] = found[1]
     return chosen

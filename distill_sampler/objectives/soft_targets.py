@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -65,8 +66,9 @@ class SoftTargets(Objective):
             )
         if self.tail not in get_args(Tail):
             raise ValueError(f"SoftTargets(tail={self.tail!r}): choose 'renormalise' or 'bucket'.")
-        if not isinstance(self.temperature, int | float) or not 0 < self.temperature < math.inf:
+        if not isinstance(self.temperature, numbers.Real) or not 0 < self.temperature < math.inf:
             raise ValueError(f"SoftTargets(temperature={self.temperature!r}): give a number above 0, such as 2.0.")
+        object.__setattr__(self, "temperature", float(self.temperature))
         if self.divergence not in get_args(Divergence):
             known = ", ".join(map(repr, get_args(Divergence)))
             raise ValueError(f"SoftTargets(divergence={self.divergence!r}): choose one of {known}.")

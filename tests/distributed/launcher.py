@@ -3,6 +3,7 @@
 python launcher.py SECONDS SCRIPT …    what each process runs: the script, watched
 """
 
+import atexit
 import faulthandler
 import os
 import runpy
@@ -39,8 +40,30 @@ def launch(
     return subprocess.run(command, capture_output=True, text=True, timeout=limit + 120, cwd=cwd, env=everything)
 
 
+class LeaveAfterDeepSpeed:
+    """Ends a process whose script ran to its end under DeepSpeed before the interpreter is torn down.
+
+    DeepSpeed keeps process groups after their destruction, so the threads of gloo live on. One that releases its last
+    tensor while the interpreter is torn down aborts the process, although all work is done: a race in PyTorch
+    (its issue 190489 and pull request 179291). A script that fails or exits by itself ends as usual, with its own code.
+    """
+
+    done = False
+
+    def __init__(self) -> None:
+        atexit.register(self._leave)  # registered first, it is called last: when threads and other handlers have ended
+
+    def _leave(self) -> None:
+        if self.done and "deepspeed" in sys.modules:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+
+
 if __name__ == "__main__":
+    leave = LeaveAfterDeepSpeed()
     faulthandler.dump_traceback_later(int(sys.argv[1]), exit=True)
     sys.argv = sys.argv[2:]
     sys.path[0] = str(Path(sys.argv[0]).parent)
     runpy.run_path(sys.argv[0], run_name="__main__")
+    leave.done = True

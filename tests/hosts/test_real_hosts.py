@@ -38,12 +38,14 @@ def test_a_published_host_trains_the_plan_and_resumes_it(host: str, tmp_path: Pa
     assert len(prompts) == 16
     assert len(set(prompts[:8])) == len(set(prompts[8:])) == 8
     shutil.copytree(tmp_path / "whole", tmp_path / "rest")
-    shutil.rmtree(tmp_path / "rest" / "out" / "checkpoint-8")
-    (tmp_path / "rest" / "out" / "plans.parquet").unlink()
-    assert run(host, tmp_path / "rest", "out/checkpoint-6") == (
-        planned,
-        prompts,
-    )  # within the second epoch of four steps
+    out = tmp_path / "rest" / "out"
+    for step in (2, 4, 8):
+        shutil.rmtree(out / f"checkpoint-{step}")
+    (out / "plans.parquet").unlink()
+    again = run(host, tmp_path / "rest", "out/checkpoint-6")  # within the second epoch of four steps
+    assert again == (planned, prompts)
+    # a host that ignores the checkpoint trains from the start, and ends with the same plans and weights
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-8"}
     last = "out/checkpoint-8/model.safetensors"
     trained, resumed = load_file(tmp_path / "whole" / last), load_file(tmp_path / "rest" / last)
     assert trained.keys() == resumed.keys()

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill_sampler import AttentionTransfer, HiddenHints, SoftTargets, attach
 from distill_sampler.objectives import live
-from distill_sampler.objectives.hidden_hints import MODULE, projections_of
+from distill_sampler.objectives.hidden_hints import MODULE, projections_of, restore_projections
 from distill_sampler.objectives.places import IGNORED
 from tests import tiny
 from tests.objectives.test_soft_targets import curriculum, weights_of
@@ -240,6 +241,20 @@ def test_projections_beside_an_adapter_resume_with_its_checkpoint(
         run(SoftTargets(teacher()), resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
 
 
+def test_projections_are_restored_into_the_same_ones_alone() -> None:
+    """Checkpoints of older releases do not say which projections the run had, so nothing has compared them before."""
+    guide = teacher()
+    student, other, without = (tiny.model() for _ in range(3))
+    HiddenHints(guide, layers={1: 0}).prepare(student)
+    HiddenHints(guide, layers={0: 0}).prepare(other)
+    saved = {name: value + 1 for name, value in projections_of(student).items()}
+    restore_projections(student, saved)
+    assert (projections_of(student)["1.weight"] == saved["1.weight"]).all()
+    for model in (other, without):
+        with pytest.raises(ValueError, match=r"projections of HiddenHints.*48, 32.*objective="):
+            restore_projections(model, saved)
+
+
 def test_projections_beside_an_adapter_are_refused_where_fsdp_does_not_save_them(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -254,6 +269,13 @@ def test_projections_beside_an_adapter_are_refused_where_fsdp_does_not_save_them
 
 def test_layers_are_found_by_their_number() -> None:
     assert len(live.layers_of(tiny.model(num_hidden_layers=3))) == 3
+
+
+def test_layers_may_be_numbers_of_numpy() -> None:
+    layers = dict(enumerate(np.linspace(-1, 0, 2).astype(int)))
+    chosen = live.chosen_layers(layers, tiny.model(), teacher(), what="HiddenHints")
+    assert chosen == {0: 1, 1: 0}
+    assert all(type(number) is int for pair in chosen.items() for number in pair)
 
 
 @pytest.mark.parametrize("layers", [{}, [0, 1], None])

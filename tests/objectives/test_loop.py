@@ -81,6 +81,20 @@ def test_a_loop_that_is_not_prepared_is_refused(tokenizer: PreTrainedTokenizerBa
         break
 
 
+def test_a_loops_teacher_that_shares_weights_is_refused_before_the_student_is_frozen(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    student, other = tiny.model(), teacher()
+    other.lm_head.bias = student.model.norm.weight  # one weight is enough
+    rows = tiny.tokenised(tiny.candidates(2), tokenizer)
+    loop = CurriculumLoop(
+        curriculum(), ScoredDataset(rows, end_token_ids=[257]), Accelerator(cpu=True), objective=SoftTargets(other)
+    )
+    with pytest.raises(ValueError, match=r"teacher=.*shares weights.*second time"):
+        loop.prepare(student)
+    assert all(parameter.requires_grad for parameter in student.parameters())
+
+
 def test_soft_targets_train_adapters_and_nothing_else(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """With alpha = 1, the adapter descends the divergence that a step reports."""
     trainer = trainer_of(

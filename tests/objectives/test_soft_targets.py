@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -204,6 +205,13 @@ def test_a_bad_argument_is_refused_by_its_name(arguments: dict[str, Any], messag
         SoftTargets(**{"teacher": tiny.model(), **arguments})
 
 
+@pytest.mark.parametrize("temperature", [3, np.float32(3), np.int64(3)])
+def test_a_temperature_is_any_number(temperature: Any) -> None:
+    kept = SoftTargets(teacher(), temperature=temperature).temperature
+    assert type(kept) is float
+    assert kept == 3.0
+
+
 @pytest.mark.parametrize("setting", ["torch_compile", "use_liger_kernel"])
 def test_settings_without_a_place_for_an_objective_are_refused(
     setting: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
@@ -227,9 +235,12 @@ def test_a_teacher_that_is_the_student_is_refused(
         max_steps=1,
         peft_config=LoraConfig(target_modules=["q_proj"]) if adapted else None,
     )
-    attach(trainer, curriculum(), objective=SoftTargets(student))
+    trained = [name for name, value in trainer.model.named_parameters() if value.requires_grad]
     with pytest.raises(ValueError, match=r"teacher=.*shares weights.*second time"):
-        trainer.train()
+        attach(trainer, curriculum(), objective=SoftTargets(student))
+    assert trained == [name for name, value in trainer.model.named_parameters() if value.requires_grad]
+    attach(trainer, curriculum(), objective=SoftTargets(teacher()))
+    trainer.train()
 
 
 @pytest.mark.parametrize(
