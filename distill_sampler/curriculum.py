@@ -15,7 +15,6 @@ import pyarrow as pa
 from torch import nn
 
 from distill_sampler import notebook
-from distill_sampler.artifacts.run_folder import write_tables
 from distill_sampler.contract import checked_metrics, checked_policies, require_arguments
 from distill_sampler.cycle import Cycle
 from distill_sampler.dataset import ScoredDataset
@@ -30,7 +29,6 @@ from distill_sampler.reading.observer import not_observable
 from distill_sampler.reading.scorer import Scorer
 from distill_sampler.report.pictures import figure, require_plotly
 from distill_sampler.report.progress import progress
-from distill_sampler.serialize import encode_facts
 from distill_sampler.store import ScoreStore
 from distill_sampler.types import EpochPlan, IntArray
 
@@ -385,9 +383,7 @@ class Curriculum:
         Raises:
             ValueError: the data set has no such column.
         """
-        write_tables(
-            self.cycle.record, self.cycle.samples_table(*columns), encode_facts(self.cycle.facts()), Path(folder)
-        )
+        self.cycle.save(Path(folder), *columns)
 
     # ---- State ----
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from distill_sampler.artifacts.parts import Parts
 from distill_sampler.artifacts.record import RECORD, Record
-from distill_sampler.artifacts.run_folder import kept_as, sample_rows
+from distill_sampler.artifacts.run_folder import kept_as, sample_rows, write_tables
 from distill_sampler.artifacts.schema import run_facts
 from distill_sampler.artifacts.scorefile import Scores
 from distill_sampler.artifacts.state import as_state, content_of
@@ -35,7 +35,7 @@ from distill_sampler.protocols import Metric, Policy, Pool
 from distill_sampler.reading.reduce import data_columns_of
 from distill_sampler.reading.scorer import Scorer
 from distill_sampler.scoring import PassRunner
-from distill_sampler.serialize import described, differences
+from distill_sampler.serialize import described, differences, encode_facts
 from distill_sampler.store import ScoreStore, ScoringPass, replay, replay_missing
 from distill_sampler.truncation import truncation_notes
 from distill_sampler.types import EncodedColumn, EpochPlan, FloatArray, IntArray
@@ -152,10 +152,14 @@ class Cycle:
             self.pass_runner.parts = folder / RECORD.parent / "scoring.parts"
             self.pass_runner.readings = folder / RECORD.parent / "readings"
 
-    def done(self) -> None:
-        """The run is over: remove the parts of its last pass."""
+    def done(self, folder: Path) -> None:
+        """The run is over: write its tables into its output folder, and remove the parts of its last pass."""
         if self.pass_runner.parts is not None:
             Parts(self.pass_runner.parts).remove()
+        try:
+            self.save(folder)
+        except (OSError, ValueError) as error:  # a full disk, or a record that was damaged meanwhile
+            logger.warning("scores.parquet and plans.parquet cannot be written: %s", error)
 
     def start_epoch(self, epoch: int, model: nn.Module, *, step: int, num_epochs: int | None) -> EpochPlan:
         """Score, plan, and hand the plan to the sampler; see `Curriculum.start_epoch`."""
@@ -200,7 +204,7 @@ class Cycle:
         """See `Curriculum.score`."""
         summary, scoring_pass = self.pass_runner.score(model, epoch=epoch, step=step, indices=indices)
         if scoring_pass is not None:
-            self._write_record(lambda: self.record.add_pass(scoring_pass))
+            self.record.add_pass(scoring_pass)
         return summary
 
     def _pool(self, epoch: int, step: int) -> Pool:
@@ -217,7 +221,7 @@ class Cycle:
     def _add_plan(self, planned: PlannedEpoch, scoring: ScoringSummary, notes: Sequence[str]) -> None:
         """Add a plan to the record, and its numbers to the summaries."""
         planned = dataclasses.replace(planned, passes=len(self.store.passes))
-        self._write_record(lambda: self.record.add_plan(planned))
+        self.record.add_plan(planned)
         self._num_plans += 1
         all_notes = list(notes)
         for name, number in scoring.not_applicable.items():
@@ -259,15 +263,6 @@ class Cycle:
     def group(self) -> str | None:
         """The column that says which rows answer the same prompt, if a policy names one."""
         return next((policy.group_by for policy in self.planner.policies if policy.group_by), None)
-
-    def _write_record(self, write: Any) -> None:
-        """Add to the record. If that fails (a full disk), this and all that follows stays in memory."""
-        try:
-            write()
-        except OSError as error:
-            logger.warning("The run's record can no longer be written (%s). Training continues without it.", error)
-            self.record = self.record.continued_in_memory()
-            write()
 
     # ---- What hosts and users ask for ----
 
@@ -315,14 +310,10 @@ class Cycle:
         """See `Curriculum.explain`."""
         if not 0 <= index < len(self.dataset):
             raise ValueError(f"There is no sample {index}: the data set has {len(self.dataset)} rows, from 0.")
-        plans = {planned.epoch: planned for planned in self.record.plans}
-        if gone := [name for name, epochs in self.record.missing_plans().items() if epoch in epochs]:
-            raise ValueError(
-                f"{self.record.folder} lacks {', '.join(gone)}, which may be the last plan of epoch {epoch}."
-            )
-        if epoch not in plans:
-            raise ValueError(f"Epoch {epoch} was not planned in this run. Choose one of {sorted(plans)}.")
-        return self.explained(plans[epoch]).explanation(index, epoch)
+        if (planned := self.record.last_plan(epoch)) is None:
+            known = sorted(self.record.last_plans())
+            raise ValueError(f"Epoch {epoch} was not planned in this run. Choose one of {known}.")
+        return self.explained(planned).explanation(index, epoch)
 
     def scores(self) -> Scores:
         """The scores of the run so far, as the report reads them.
@@ -331,6 +322,10 @@ class Cycle:
             ValueError: nothing has been scored yet.
         """
         return Scores.of_record(self.record, self.facts(), self.samples_table())
+
+    def save(self, folder: Path, *columns: str) -> None:
+        """See `Curriculum.save_run`."""
+        write_tables(self.record, self.samples_table(*columns), encode_facts(self.facts()), folder)
 
     def samples_table(self, *columns: str) -> pa.Table:
         """One row for each sample, with the columns that identify it; see `sample_rows`."""
@@ -348,7 +343,7 @@ class Cycle:
             dataset=self.dataset.fingerprint,
             seed=self.planner.seed,
             numerics=self.store.numerics,
-            drift=[dict(scoring_pass.drift) for scoring_pass in self.record.passes],
+            **self.record.facts(),
         )
 
     # ---- State ----

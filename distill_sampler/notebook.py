@@ -61,9 +61,10 @@ def _of_the_user(cycle: Cycle, columns: Sequence[str]) -> dict[str, pa.Array]:
 
 
 def _chosen(cycle: Cycle) -> dict[int, BoolArray]:
-    """By epoch, `[samples]` whether its last plan has the sample."""
-    everything = np.arange(len(cycle.dataset))
-    return {planned.epoch: np.isin(everything, planned.plan.indices) for planned in cycle.record.plans}
+    """By epoch, `[samples]` whether its last plan has the sample, as far as that plan is known."""
+    everything, plans = np.arange(len(cycle.dataset)), cycle.record.plans
+    last = cycle.record.last_plans()
+    return {epoch: np.isin(everything, plans.of(number).plan.indices) for epoch, number in last.items()}
 
 
 def text(metrics: Mapping[str, Metric], policies: Sequence[Policy], cycle: Cycle | None) -> str:

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from distill_sampler.artifacts.record import Record, read_run
 from distill_sampler.artifacts.run_folder import measurement_rows, plan_rows
+from distill_sampler.store import drifted
 from distill_sampler.types import FloatArray, IntArray
 
 
@@ -50,8 +51,7 @@ def read_record(
         return plan_rows(record, samples, ["epoch", "sample"])
 
     names = measurement_rows(record, samples, None).column_names
-    facts = {**run, "drift": [dict(scoring_pass.drift) for scoring_pass in record.passes]}
-    return names, facts, load, load_plans if len(record.plans) else None
+    return names, {**run, **record.facts()}, load, load_plans if len(record.plans) else None
 
 
 def float_columns(table: pa.Table, names: Sequence[str]) -> dict[str, FloatArray]:
@@ -60,3 +60,38 @@ def float_columns(table: pa.Table, names: Sequence[str]) -> dict[str, FloatArray
 
 def codes_of(encoded: pa.DictionaryArray) -> IntArray:
     return np.asarray(encoded.indices.to_numpy(zero_copy_only=False), np.int64)
+
+
+def replayed(
+    measured: Mapping[str, FloatArray],
+    passes: IntArray,
+    samples: IntArray,
+    drift: Sequence[Mapping[str, float] | None],
+    last_pass: int,
+) -> dict[str, FloatArray]:
+    """Every number after a pass, `[samples]` each. What a pass did not measure moves with its drift, as in training.
+
+    Args:
+        measured: by name, `[measurements]` the numbers.
+        passes: `[measurements]` the pass of each.
+        samples: `[measurements]` the sample of each.
+        drift: by pass, how far the numbers moved that it did not measure; None: the pass was deleted from the run's
+            record, so that what it measured, and what moved with it, is NaN until it is measured again.
+        last_pass: the last pass that counts.
+    """
+    size = int(samples.max(initial=-1)) + 1
+    latest = {name: np.full(size, np.nan, np.float32) for name in measured}
+    ever_measured = np.zeros(size, bool)
+    for number in range(last_pass + 1):
+        rows = np.flatnonzero(passes == number)
+        was_measured = np.zeros(size, bool)
+        was_measured[samples[rows]] = True
+        ever_measured |= was_measured
+        moves = drift[number] if number < len(drift) else {}
+        if moves is None:
+            latest = {name: np.full(size, np.nan, np.float32) for name in measured}
+        for name, moved in (moves or {}).items():
+            latest[name] = np.where(was_measured, latest[name], drifted(latest[name], moved))
+        for name, values in measured.items():
+            latest[name][samples[rows]] = values[rows]
+    return {name: values[ever_measured] for name, values in latest.items()}

@@ -1,7 +1,8 @@
 """A run's record: every scoring pass, and every plan with its reasons, kept as they happen.
 
 With a folder, each pass and each plan is a file of its own, written completely or not at all, and read when it is
-needed: memory does not grow with the run. Without a folder (in a loop of your own) they stay in memory.
+needed: memory does not grow with the run. Without a folder (in a loop of your own) they stay in memory, and so do those
+that follow after the disk is full.
 
     OUTPUT/distill_sampler/record/run.json                    identity of the run, and what its numbers mean
     OUTPUT/distill_sampler/record/samples-HASH.parquet        what each sample is: the user's columns, lengths, hashes
@@ -15,6 +16,7 @@ count the run's passes and plans from 0, so a file that was deleted leaves a gap
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
@@ -24,15 +26,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, overload
 
-import numpy as np
 import pyarrow as pa
 
 from distill_sampler.artifacts.parts import read_part, write_part
-from distill_sampler.artifacts.passes import missing_column
+from distill_sampler.artifacts.record_files import (
+    pass_table,
+    plan_header,
+    plan_table,
+    read_pass,
+    read_plan,
+    reasons_table,
+)
 from distill_sampler.planning.planner import PlannedEpoch
 from distill_sampler.serialize import write_atomically
-from distill_sampler.store import Measurements, ScoringPass
-from distill_sampler.types import EpochPlan, IntArray
+from distill_sampler.store import ScoringPass
 
 logger = logging.getLogger(__name__)
 
@@ -42,27 +49,38 @@ RECORD = Path("distill_sampler", "record")
 """Folder of the record inside a run's output folder."""
 RUN = "run.json"
 
+Kind = Literal["pass", "plan"]
+_KINDS: tuple[Kind, ...] = ("pass", "plan")
 
-class LazyEntries(Sequence[T], Generic[T]):
-    """The passes or the plans of a run. Each is read from disk when it is accessed."""
 
-    def __init__(self, count: Callable[[], int], load: Callable[[int], T]) -> None:
-        self._count = count
-        self._load = load
+class Entries(Sequence[T], Generic[T]):
+    """The passes or the plans that a record has. Each is read from disk when it is accessed."""
+
+    def __init__(self, kept: Mapping[int, Path | T], read: Callable[[Path], T]) -> None:
+        self._kept = kept
+        self._read = read
+        self.numbers = sorted(kept)
+        """The number in the run of each. A file that was deleted leaves a gap."""
+
+    def of(self, number: int) -> T:
+        """The pass or plan with a number in the run."""
+        kept = self._kept[number]
+        return self._read(kept) if isinstance(kept, Path) else kept
+
+    def items(self) -> Iterator[tuple[int, T]]:
+        """Each with its number in the run."""
+        return ((number, self.of(number)) for number in self.numbers)
 
     def __len__(self) -> int:
-        return self._count()
+        return len(self.numbers)
 
     @overload
     def __getitem__(self, index: int) -> T: ...
     @overload
     def __getitem__(self, index: slice) -> list[T]: ...
     def __getitem__(self, index: int | slice) -> T | list[T]:
-        selected = range(len(self))[index]
-        return self._load(selected) if isinstance(selected, int) else [self._load(each) for each in selected]
-
-    def __iter__(self) -> Iterator[T]:
-        return (self._load(index) for index in range(len(self)))
+        selected = self.numbers[index]
+        return self.of(selected) if isinstance(selected, int) else [self.of(number) for number in selected]
 
     def __eq__(self, other: object) -> bool:
         return list(self) == other
@@ -80,11 +98,13 @@ class Record:
         self._folder = folder
         self._run: str | None = None
         self._write = write
-        self._passes: list[ScoringPass] = []
-        self._plans: list[PlannedEpoch] = []
+        self._to_memory = folder is None
+        self._passes: dict[int, ScoringPass] = {}
+        self._plans: dict[int, PlannedEpoch] = {}
+        """By number, what is in memory: everything without a folder, otherwise what could not be written to it."""
         self._next = {"pass": 0, "plan": 0}
         """Number of the run's next pass and of its next plan."""
-        self._has_said = False
+        self._said = ""
 
     @property
     def folder(self) -> Path | None:
@@ -95,31 +115,77 @@ class Record:
         return aside if aside.exists() else self._folder
 
     @property
-    def passes(self) -> Sequence[ScoringPass]:
+    def passes(self) -> Entries[ScoringPass]:
         """Every scoring pass in the record, in order."""
-        if self.folder is None:
-            return self._passes
-        return LazyEntries(lambda: self._count("pass"), self._load_pass)
+        return Entries({**self._files("pass"), **self._passes}, read_pass)
 
     @property
-    def plans(self) -> Sequence[PlannedEpoch]:
+    def plans(self) -> Entries[PlannedEpoch]:
         """Every plan in the record, in order: one for each epoch, and one for each time an epoch was replanned."""
-        if self.folder is None:
-            return self._plans
-        return LazyEntries(lambda: self._count("plan"), self._load_plan)
+        return Entries(self._kept_plans(), read_plan)
 
-    def numbers(self, kind: Literal["pass", "plan"]) -> list[int]:
-        """The numbers in the run of the passes or plans that the record has."""
-        if self.folder is not None:
-            return list(self._files(kind))
-        kept = len(self._passes if kind == "pass" else self._plans)
-        return list(range(self._next[kind] - kept, self._next[kind]))
+    # ---- What was deleted ----
 
-    def continued_in_memory(self) -> Record:
-        """A record in memory of the passes and plans that follow."""
-        record = Record(write=False)
-        record._next = dict(self._next)
-        return record
+    def missing(self, kind: Kind) -> list[int]:
+        """The numbers of the passes or plans that the record lacks. In a run of another process, the last ones leave
+        no trace."""
+        numbers = (self.passes if kind == "pass" else self.plans).numbers
+        last = max(numbers, default=-1)
+        return sorted(set(range(max(last, self._next[kind] if self._write else 0))) - set(numbers))
+
+    def lacks(self) -> str:
+        """The names of the passes and plans that the record lacks; empty if it lacks none."""
+        gone = {kind: self.missing(kind) for kind in _KINDS}
+        return ", ".join(names(kind, numbers) for kind, numbers in gone.items() if numbers)
+
+    def missing_plans(self) -> dict[int, range]:
+        """The plans that the record lacks: by number, the epochs that each may have been of.
+
+        Of the others, only those at the edge of a gap are looked at. One that cannot be read tells nothing.
+        """
+        gone = set(self.missing("plan"))
+        found: dict[int, range] = {}
+        kept = self._kept_plans() if gone else {}
+        for first in sorted(number for number in gone if number - 1 not in gone):
+            stop = next(number for number in itertools.count(first) if number not in gone)
+            before = (-1, 0) if first == 0 else plan_header(kept[first - 1])
+            after = plan_header(kept[stop]) if stop in kept else None
+            end = after[0] + (after[1] > 0) if after else (before[0] if before else first) + 1 + stop - first
+            if before and after and end - before[0] - 1 == stop - first:
+                epochs = range(before[0] + 1, end)  # each epoch without a plan lost one
+            else:
+                epochs = range(max(before[0], 0) if before else 0, end)
+            found.update(dict.fromkeys(range(first, stop), epochs))
+        return found
+
+    def last_plans(self) -> dict[int, int]:
+        """By epoch, the number of its last plan. An epoch whose last plan may have been deleted is left out.
+
+        Raises:
+            ValueError: a plan cannot be read.
+        """
+        last = {}
+        for number, kept in sorted(self._kept_plans().items()):
+            if (header := plan_header(kept)) is None:
+                raise ValueError(f"{kept} is damaged: it cannot be read.")
+            last[header[0]] = number
+        for number, epochs in self.missing_plans().items():
+            for epoch in epochs:
+                if last.get(epoch, number) < number:
+                    del last[epoch]
+        return last
+
+    def last_plan(self, epoch: int) -> PlannedEpoch | None:
+        """The last plan of an epoch; None if the run has not planned it.
+
+        Raises:
+            ValueError: it may have been deleted.
+        """
+        if (number := self.last_plans().get(epoch)) is not None:
+            return self.plans.of(number)
+        if gone := [number for number, epochs in self.missing_plans().items() if epoch in epochs]:
+            raise ValueError(f"{self} lacks {names('plan', gone)}, which may be the last plan of epoch {epoch}.")
+        return None
 
     def passes_between(self, first: int, stop: int) -> Sequence[ScoringPass]:
         """The run's passes `first` to `stop - 1`.
@@ -127,44 +193,30 @@ class Record:
         Raises:
             ValueError: the record lacks one of them.
         """
-        place = {number: place for place, number in enumerate(self.numbers("pass"))}
-        if gone := [number for number in range(first, stop) if number not in place]:
-            raise ValueError(
-                f"{self.folder or 'The record in memory'} lacks {_names('pass', gone)}, so the scores of that time are "
-                "not known."
-            )
-        return [self.passes[place[number]] for number in range(first, stop)]
+        passes = self.passes
+        if gone := sorted(set(range(first, stop)) - set(passes.numbers)):
+            raise ValueError(f"{self} lacks {names('pass', gone)}, so the scores of that time are not known.")
+        return [passes.of(number) for number in range(first, stop)]
 
-    def missing_plans(self) -> dict[str, list[int]]:
-        """The plans that were deleted from the record: for each name, the epochs that it may have been of.
-
-        The last plans leave no trace.
-        """
-        numbers = self.numbers("plan")
-        if self.folder is None or not _gaps(numbers):
-            return {}
-        found, before, epoch = {}, -1, -1
-        for number, planned in zip(numbers, self.plans, strict=True):
-            if gone := range(before + 1, number):
-                last = planned.epoch - (planned.start == 0)
-                without = range(epoch + 1, last + 1)  # epochs of which no plan is there
-                epochs = without if len(without) == len(gone) else range(max(epoch, 0), last + 1)
-                found.update({_names("plan", [each]): list(epochs) for each in gone})
-            before, epoch = number, planned.epoch
-        return found
+    def facts(self) -> dict[str, Any]:
+        """What a table says of the record: how far each pass moved the numbers that it did not measure, by the pass's
+        number (None: it was deleted), and the names of what was deleted."""
+        passes = self.passes
+        drift: dict[int, Any] = {number: dict(each.drift) for number, each in passes.items()}
+        count = max([*passes.numbers, *self.missing("pass")], default=-1) + 1
+        return {"drift": [drift.get(number) for number in range(count)], "lacks": self.lacks()}
 
     def say_what_is_missing(self) -> None:
         """Log a warning, once, if passes or plans were deleted from the record."""
-        if self.folder is None or self._has_said:
-            return
-        gaps = {kind: _gaps(self.numbers(kind)) for kind in ("pass", "plan")}
-        if any(gaps.values()):
-            self._has_said = True
+        lacks = self.lacks()
+        if lacks and lacks != self._said:
             logger.warning(
-                "%s lacks %s. What they held is missing in the run's history, tables and report.",
-                self.folder,
-                ", ".join(_names(kind, numbers) for kind, numbers in gaps.items() if numbers),
+                "%s lacks %s. What depends on them is left out of the run's history, tables and report.", self, lacks
             )
+        self._said = lacks
+
+    def __str__(self) -> str:
+        return str(self.folder or "The record in memory")
 
     def begin(self, run: Mapping[str, Any], samples: pa.Table) -> None:
         """Start a record, or continue it if it is of the same run. The record of another run is moved aside.
@@ -177,7 +229,7 @@ class Record:
             OSError: the folder cannot be written.
         """
         if self._folder is None or not self._write:
-            self._passes, self._plans, self._next = [], [], {"pass": 0, "plan": 0}
+            self._passes, self._plans, self._next = {}, {}, {"pass": 0, "plan": 0}
             self._run = run.get("run")
             return
         if self._folder.exists() and read_run(self._folder).get("run") != run.get("run"):
@@ -194,35 +246,37 @@ class Record:
         write_atomically(self._folder / RUN, json.dumps(run, indent=1, default=str).encode())
 
     def add_pass(self, scoring_pass: ScoringPass) -> None:
-        """Add a scoring pass.
-
-        Raises:
-            OSError: the pass cannot be written.
-        """
-        if self.folder is None:
-            self._passes.append(scoring_pass)
-        elif self._write:
-            self._add("pass", self._next["pass"], _pass_table(scoring_pass))
+        """Add a scoring pass."""
+        number = self._next["pass"]
+        if not self._written(lambda: self._add("pass", number, pass_table(scoring_pass))):
+            self._passes[number] = scoring_pass
         self._next["pass"] += 1
 
     def add_plan(self, planned: PlannedEpoch) -> None:
-        """Add a plan and its reasons.
-
-        Raises:
-            OSError: the plan cannot be written.
-        """
-        if self.folder is None:
-            self._plans.append(planned)
-        elif self._write:
-            self._write_plan(self._next["plan"], planned)
+        """Add a plan and its reasons."""
+        number = self._next["plan"]
+        if not self._written(lambda: self._write_plan(number, planned)):
+            self._plans[number] = planned
         self._next["plan"] += 1
 
+    def _written(self, write: Callable[[], None]) -> bool:
+        """Write to the folder, unless another process does. If that fails (a full disk), this and all that follows
+        stays in memory."""
+        if not self._to_memory and self._write:
+            try:
+                write()
+            except OSError as error:
+                logger.warning(
+                    "The run's record can no longer be written (%s). Training continues. What follows stays in memory.",
+                    error,
+                )
+                self._to_memory = True
+        return not self._to_memory
+
     def _write_plan(self, number: int, planned: PlannedEpoch) -> None:
-        metadata = {"epoch": planned.epoch, "step": planned.step, "start": planned.start, "passes": planned.passes}
-        plan = pa.table({"sample": planned.plan.indices, "weight": planned.plan.weights, **packs_of(planned.plan)})
         # write the reasons first, so that every plan in the record has them
-        self._add("left", number, pa.table({"left_out_by": planned.left_out_by.astype(np.int16)}))
-        self._add("plan", number, plan.replace_schema_metadata({b"record": json.dumps(metadata).encode()}))
+        self._add("left", number, reasons_table(planned))
+        self._add("plan", number, plan_table(planned))
 
     def trim(self, passes: int, plans: int) -> None:
         """Keep only the first `passes` passes and the first `plans` plans.
@@ -230,9 +284,8 @@ class Record:
         Raises:
             OSError: a file cannot be deleted.
         """
-        if self.folder is None:
-            del self._passes[sum(number < passes for number in self.numbers("pass")) :]
-            del self._plans[sum(number < plans for number in self.numbers("plan")) :]
+        self._passes = {number: kept for number, kept in self._passes.items() if number < passes}
+        self._plans = {number: kept for number, kept in self._plans.items() if number < plans}
         self._next = {"pass": passes, "plan": plans}
         if self.folder is None or not self._write:
             return
@@ -240,16 +293,7 @@ class Record:
             for number, path in self._files(kind).items():
                 if number >= kept:
                     path.unlink()
-        if self._count("pass") < passes or self._count("plan") < plans:
-            logger.warning(
-                "%s lacks passes or plans from before the checkpoint (it has %d of %d passes and %d of %d plans). "
-                "History and reports will be incomplete. Training is not affected.",
-                self.folder,
-                self._count("pass"),
-                passes,
-                self._count("plan"),
-                plans,
-            )
+        self.say_what_is_missing()
 
     # ---- Files ----
 
@@ -260,39 +304,19 @@ class Record:
         write_part(table, self.folder, f"{kind}-{number:07d}")
 
     def _files(self, kind: str) -> dict[int, Path]:
-        assert self.folder is not None
-        found = ((re.fullmatch(rf"{kind}-(\d+)-\w+\.parquet", p.name), p) for p in self.folder.glob(f"{kind}-*"))
-        return dict(sorted((int(match[1]), path) for match, path in found if match))
+        if (folder := self.folder) is None:
+            return {}
+        found = ((re.fullmatch(rf"{kind}-(\d+)-\w+\.parquet", p.name), p) for p in folder.glob(f"{kind}-*"))
+        return {int(match[1]): path for match, path in found if match}
 
-    def _count(self, kind: str) -> int:
-        return len(self._files(kind))
-
-    def _load_pass(self, index: int) -> ScoringPass:
-        return _pass_from_table(read_part(list(self._files("pass").values())[index]))
-
-    def _load_plan(self, index: int) -> PlannedEpoch:
-        number, path = list(self._files("plan").items())[index]
-        left_out = self._files("left").get(number)
-        if left_out is None:  # it is written before the plan
-            raise ValueError(f"{path.parent} is damaged: the reasons of {path.name} (left-{number:07d}) were deleted.")
-        table = read_part(path)
-        metadata = json.loads(table.schema.metadata[b"record"])
-        return PlannedEpoch(
-            plan=EpochPlan(
-                indices=table["sample"].to_numpy(), weights=table["weight"].to_numpy(), packs=_bounds_of(table)
-            ),
-            left_out_by=read_part(left_out)["left_out_by"].to_numpy().astype(np.int64),
-            **metadata,
-        )
+    def _kept_plans(self) -> dict[int, Path | PlannedEpoch]:
+        return {**self._files("plan"), **self._plans}
 
 
-def _gaps(numbers: Sequence[int]) -> list[int]:
-    """The numbers from 0 that are left out: `[0, 3, 4] -> [1, 2]`."""
-    return sorted(set(range(max(numbers, default=-1))) - set(numbers))
-
-
-def _names(kind: str, numbers: Sequence[int]) -> str:
-    return ", ".join(f"{kind}-{number:07d}" for number in numbers)
+def names(kind: Kind, numbers: Sequence[int]) -> str:
+    """Passes or plans as the names of their files begin."""
+    more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
+    return ", ".join(f"{kind}-{number:07d}" for number in numbers[:5]) + more
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -332,73 +356,3 @@ def set_aside(folder: Path) -> None:
 
 def _aside(folder: Path, run: str) -> Path:
     return folder.with_name(f"{folder.name}-{run}")
-
-
-def _pass_table(scoring_pass: ScoringPass) -> pa.Table:
-    """One row for each measurement, in the order in which they were made."""
-    tables = []
-    for measurements in scoring_pass.measured:
-        missing = {missing_column(name): codes.astype(np.int8) for name, codes in measurements.missing.items()}
-        tables.append(
-            pa.table(
-                {
-                    "sample": measurements.indices,
-                    "step": measurements.step,
-                    "observed": np.full(len(measurements.indices), measurements.observed),
-                    **measurements.columns,
-                    **missing,
-                }
-            )
-        )
-    metadata = {
-        "epoch": scoring_pass.epoch,
-        "step": scoring_pass.step,
-        "drift": scoring_pass.drift,
-        "num_samples": scoring_pass.num_samples,
-        "metrics": list(scoring_pass.measured[-1].missing) if scoring_pass.measured else [],
-    }
-    table = pa.concat_tables(tables) if tables else pa.table({"sample": np.zeros(0, np.int64)})
-    return table.replace_schema_metadata({b"record": json.dumps(metadata).encode()})
-
-
-def _pass_from_table(table: pa.Table) -> ScoringPass:
-    metadata = json.loads(table.schema.metadata[b"record"])
-    metrics: list[str] = metadata["metrics"]
-    missing = {name: missing_column(name) for name in metrics}
-    names = [n for n in table.column_names if n not in ("sample", "step", "observed", *missing.values())]
-    measured = []
-    observed = table["observed"].to_numpy() if "observed" in table.column_names else np.zeros(0, bool)
-    for was_observed in (True, False):  # observed numbers come first
-        selected = np.flatnonzero(observed == was_observed)
-        if len(selected):
-            rows = table.take(pa.array(selected))
-            measured.append(
-                Measurements(
-                    indices=rows["sample"].to_numpy(),
-                    step=rows["step"].to_numpy(),
-                    columns={name: rows[name].to_numpy() for name in names},
-                    missing={name: rows[column].to_numpy().astype(np.int64) for name, column in missing.items()},
-                    observed=was_observed,
-                )
-            )
-    return ScoringPass(
-        num_samples=metadata["num_samples"],
-        epoch=metadata["epoch"],
-        step=metadata["step"],
-        measured=measured,
-        drift=metadata["drift"],
-    )
-
-
-def packs_of(plan: EpochPlan) -> dict[str, IntArray]:
-    """The column `pack` of a plan's table: the number of each sample's pack, from 0. None without packs."""
-    if plan.packs is None:
-        return {}
-    return {"pack": np.repeat(np.arange(plan.num_rows), np.diff(plan.packs))}
-
-
-def _bounds_of(table: pa.Table) -> IntArray | None:
-    if "pack" not in table.column_names:
-        return None
-    pack = table["pack"].to_numpy()
-    return np.searchsorted(pack, np.arange(pack[-1] + 2))

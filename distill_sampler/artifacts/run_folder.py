@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distill_sampler.artifacts.passes import missing_column
-from distill_sampler.artifacts.record import Record, packs_of
+from distill_sampler.artifacts.record import Record
+from distill_sampler.artifacts.record_files import packs_of
 from distill_sampler.artifacts.schema import OWN_COLUMNS, RUN_COLUMNS
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.protocols import Metric
@@ -83,12 +84,13 @@ def measurement_rows(
     """
     record.say_what_is_missing()
     tables = []
-    for number, scoring_pass in enumerate(record.passes):
+    for number, scoring_pass in (passes := record.passes).items():
+        is_first = number == passes.numbers[0]
         measured = scoring_pass.was_measured
-        indices = np.flatnonzero(measured | (unmeasured and number == 0))
+        indices = np.flatnonzero(measured | (unmeasured and is_first))
         step, observed = np.full(scoring_pass.num_samples, -1), np.zeros(scoring_pass.num_samples, bool)
         reason = np.zeros(scoring_pass.num_samples, np.int64)
-        if unmeasured and number == 0:
+        if unmeasured and is_first:
             reason = np.where(samples["num_tokens"].to_numpy() == 0, Missing.NO_RESPONSE, Missing.UNREAD)
         for measurements in scoring_pass.measured:
             step[measurements.indices], observed[measurements.indices] = measurements.step, measurements.observed
@@ -109,13 +111,14 @@ def measurement_rows(
 
 
 def plan_rows(record: Record, samples: pa.Table, columns: Sequence[str] | None) -> pa.Table:
-    """The plan of every epoch, as in `plans.parquet`. For a replanned epoch this is its last plan."""
+    """The plan of every epoch, as in `plans.parquet`. For a replanned epoch this is its last plan; an epoch whose last
+    plan may have been deleted is left out."""
     ours = ("position", "weight")
     samples = samples.rename_columns([name + "_in_data" * (name in ours) for name in samples.column_names])
     record.say_what_is_missing()
-    last_plans = {planned.epoch: planned.plan for planned in record.plans}
-    tables = []
-    for epoch, plan in last_plans.items():
+    tables, plans = [], record.plans
+    for epoch, number in record.last_plans().items():
+        plan = plans.of(number).plan
         of_plan = {
             "epoch": np.full(len(plan), epoch),
             "position": np.arange(len(plan)),
@@ -127,7 +130,7 @@ def plan_rows(record: Record, samples: pa.Table, columns: Sequence[str] | None) 
         last = [name for name in of_plan if name in ("weight", "pack")]
         names = ["epoch", "position", "sample", *of_samples, *last] if columns is None else list(columns)
         tables.append(_joined(of_plan, samples, plan.indices, names))
-    return pa.concat_tables(tables) if tables else pa.table({})
+    return pa.concat_tables(tables) if tables else pa.table({name: pa.array([], pa.int64()) for name in columns or ()})
 
 
 def write_tables(record: Record, samples: pa.Table, facts: dict[bytes, bytes], folder: Path) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distill_sampler.artifacts.arrow_columns import Values, codes_of, float_columns, has_passes, read_record
+from distill_sampler.artifacts.arrow_columns import Values, codes_of, float_columns, has_passes, read_record, replayed
 from distill_sampler.artifacts.passes import missing_column
 from distill_sampler.artifacts.record import RECORD, Record, read_run, read_samples
 from distill_sampler.artifacts.run_folder import PLANS, SCORES, schema_of
@@ -31,7 +31,6 @@ from distill_sampler.protocols import Metric, Policy, Pool
 from distill_sampler.serialize import decode_facts
 from distill_sampler.short_names import full_name
 from distill_sampler.showing import html_table
-from distill_sampler.store import drifted
 from distill_sampler.types import BoolArray, EncodedColumn, EpochPlan, FloatArray, HashArray, IntArray, unknown_name
 
 
@@ -205,12 +204,23 @@ class Scores:
         """The last pass for an epoch or before it (None: the last pass of all)."""
         passes, epochs, _ = self._pass_epoch_sample
         if epoch is None:
-            return int(passes.max(initial=0))
+            return self._with_lost(int(passes.max(initial=0)))
         # an epoch that was planned need not have been scored for
         if epoch not in self.epochs and epoch not in self._planned_epochs:
             known = sorted({*self.epochs, *self._planned_epochs})
             raise ValueError(f"{self.path} has no epoch {epoch}; it has {', '.join(map(str, known))}.")
-        return int(passes[epochs <= epoch].max(initial=0))
+        return self._with_lost(int(passes[epochs <= epoch].max(initial=0)))
+
+    @property
+    def _drift(self) -> Sequence[Mapping[str, float] | None]:
+        """By pass, how far the numbers moved that it did not measure; None: the pass was deleted from the record."""
+        return self.facts.get("drift") or []
+
+    def _with_lost(self, last: int) -> int:
+        """Add to the last pass those that were deleted after it: they may have been of the same epoch."""
+        while last + 1 < len(self._drift) and self._drift[last + 1] is None:
+            last += 1
+        return last
 
     @cached_property
     def _planned_epochs(self) -> list[int]:
@@ -245,28 +255,15 @@ class Scores:
     def numbers(self, *, epoch: int | None = None) -> dict[str, FloatArray]:
         """Every number of every metric as used to plan an epoch, `[samples]` each; NaN where there is none.
 
-        Numbers that a pass did not measure move with its drift, as in training.
+        Numbers that a pass did not measure move with its drift, as in training. What depends on a pass that was deleted
+        from the run's record is NaN.
         """
         columns = list(dict.fromkeys(column for metric in self.metrics.values() for column in metric.columns))
         last_pass = self._last_pass(epoch)
         if last_pass == 0:
             return float_columns(self.read(columns, epoch=epoch), columns)
         passes, _, samples = self._pass_epoch_sample
-        drift: Sequence[Mapping[str, float]] = self.facts.get("drift") or []
-        measured = float_columns(self.load(columns), columns)
-        size = int(samples.max(initial=-1)) + 1
-        latest = {name: np.full(size, np.nan, np.float32) for name in columns}
-        ever_measured = np.zeros(size, bool)
-        for number in range(last_pass + 1):
-            rows = np.flatnonzero(passes == number)
-            was_measured = np.zeros(size, bool)
-            was_measured[samples[rows]] = True
-            ever_measured |= was_measured
-            for name, moved in (drift[number] if number < len(drift) else {}).items():
-                latest[name] = np.where(was_measured, latest[name], drifted(latest[name], moved))
-            for name in columns:
-                latest[name][samples[rows]] = measured[name][rows]
-        return {name: values[ever_measured] for name, values in latest.items()}
+        return replayed(float_columns(self.load(columns), columns), passes, samples, self._drift, last_pass)
 
     def missing(self, *, epoch: int | None = None) -> dict[str, IntArray]:
         """By metric, `[samples]` why a sample has no score (`Missing`), if the file says so."""
@@ -370,13 +367,16 @@ class Scores:
         """The last plan of a run for an epoch (None: of all), with the recorded reasons; None without a record.
 
         Its indices are row numbers.
+
+        Raises:
+            ValueError: it may have been deleted from the record.
         """
         if self.record is None:
             return None
-        plans = (plan for plan in reversed(self.record.plans) if epoch is None or plan.epoch == epoch)
-        if (made := next(plans, None)) is None:
+        if epoch is None:
+            epoch = max(self.record.last_plans(), default=0)
+        if (made := self.record.last_plan(epoch)) is None:
             return None
-        epoch = made.epoch
         samples, lengths = (self.integers(name, epoch=epoch) for name in ("sample", "length"))
         assert samples is not None
         row = np.full(len(made.left_out_by), -1, np.int64)
@@ -415,7 +415,8 @@ class Scores:
 
     def about(self) -> dict[str, Any]:
         """The origin of the scores, for people to read."""
-        about = {name: self.facts.get(name) or None for name in ("model", "revision", "lora", "dtype", "dataset")}
+        kept = ("model", "revision", "lora", "dtype", "dataset", "lacks")
+        about = {name: self.facts.get(name) or None for name in kept}
         model = about["model"]
         if model and model.startswith((".", "/", "~")):  # reports are shared, so show only the name of a local folder
             about["model"] = Path(model).name or model

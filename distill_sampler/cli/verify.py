@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import typer
 
-from distill_sampler.artifacts.record import RECORD, Record, record_of
-from distill_sampler.artifacts.state import read_arrays
+from distill_sampler.artifacts.record import RECORD, Record, names, record_of
 from distill_sampler.integrations.checkpoints import (
     FOLDER,
-    TRAINER_STATE,
-    entry_of,
-    read_state,
-    why_broken,
-    why_damaged,
+    curriculum_of,
 )
 from distill_sampler.integrations.sample_log import compare, read_log
 from distill_sampler.planning.planner import PlannedEpoch
@@ -41,7 +34,7 @@ def run(checkpoints: Sequence[Path], log: Path | None, *, to_stderr: bool = Fals
     for checkpoint in checkpoints:
         if not checkpoint.is_dir():
             raise ValueError(f"{checkpoint}: there is no such folder.")
-        entry, arrays = _read(checkpoint)
+        entry, arrays = curriculum_of(checkpoint)
         folder = log or checkpoint.resolve().parent / FOLDER
         lines = read_log(folder, entry["run"])
         saved, progress = entry["curriculum"], entry["progress"]
@@ -70,7 +63,7 @@ def run(checkpoints: Sequence[Path], log: Path | None, *, to_stderr: bool = Fals
                 "of_epoch": of_epoch,
                 "differences": differing,
                 "not_compared": beyond,
-                "missing_plans": missing,
+                "missing_plans": {names("plan", [number]): list(epochs) for number, epochs in missing.items()},
             }
         )
         if differing:
@@ -87,47 +80,19 @@ def run(checkpoints: Sequence[Path], log: Path | None, *, to_stderr: bool = Fals
                 f"have been replanned, and the run's record in {folder / RECORD.name} does not say how",
                 err=to_stderr,
             )
-        for name, epochs in missing.items():
-            typer.echo(f"  {_lacks(record, name, epochs)}. This comparison does not need it", err=to_stderr)
+        for number, epochs in missing.items():
+            typer.echo(f"  {_lacks(record, number, epochs)}. This comparison does not need it", err=to_stderr)
     return {"agree": not any(each["differences"] for each in found), "checkpoints": found}
 
 
-def _read(checkpoint: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """The curriculum's entry in a checkpoint, of a trainer or of a loop, and its arrays.
-
-    Raises:
-        ValueError: the checkpoint cannot be read, or has no curriculum.
-    """
-    if (checkpoint / TRAINER_STATE).exists() or not (states := sorted(checkpoint.glob("custom_checkpoint_*.pkl"))):
-        if reason := why_broken(checkpoint):
-            raise ValueError(f"{checkpoint} cannot be read: {reason}.")
-        if (entry := entry_of(read_state(checkpoint))) is None:
-            raise ValueError(f"{checkpoint} was written without a curriculum, so its order is not known.")
-        return entry, read_arrays(checkpoint)
-    if reason := why_damaged(checkpoint):
-        raise ValueError(f"{checkpoint} cannot be read: {reason}.")
-    for path in states:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):  # of another object, or damaged
-            continue
-        if isinstance(state, dict) and state.keys() >= {"run", "curriculum", "arrays", "step", "places_per_epoch"}:
-            entry = {**state, "progress": {"places": state["curriculum"]["progress"] or 0, "step": state["step"]}}
-            return entry, {name: tensor.numpy() for name, tensor in state["arrays"].items()}
-    raise ValueError(
-        f"{checkpoint} has no state of a CurriculumLoop that can be read ({', '.join(path.name for path in states)}). "
-        "Save it with accelerator.register_for_checkpointing(loop), after accelerator.prepare."
-    )
-
-
 def _later_plans(
-    record: Record | None, missing: Mapping[str, Sequence[int]], entry: Mapping[str, Any]
+    record: Record | None, missing: Mapping[int, Sequence[int]], entry: Mapping[str, Any]
 ) -> tuple[list[PlannedEpoch], float]:
     """How an epoch was replanned after a checkpoint.
 
     Args:
         record: the run's record, which may be missing, or end early because the disk was full.
-        missing: the plans that were deleted from it, and the epochs that they may have been of.
+        missing: the plans that were deleted from it, by number, and the epochs that they may have been of.
         entry: the curriculum's entry in the checkpoint.
 
     Returns:
@@ -147,13 +112,13 @@ def _later_plans(
             later.insert(0, planned)
     if rescore.every_steps is None:
         return later, math.inf
-    for name, epochs in missing.items():
-        if epoch in epochs and int(name.partition("-")[2]) >= entry["curriculum"]["plans"]:
-            raise ValueError(f"{_lacks(record, name, epochs)}, so what was trained cannot be compared with it.")
+    for number, epochs in missing.items():
+        if epoch in epochs and number >= entry["curriculum"]["plans"]:
+            raise ValueError(f"{_lacks(record, number, epochs)}, so what was trained cannot be compared with it.")
     next_plan = max(step + 1, plans[-1].step + rescore.every_steps if plans else 0)
     return later, next_plan + rescore.lag
 
 
-def _lacks(record: Record | None, name: str, epochs: Sequence[int]) -> str:
+def _lacks(record: Record | None, number: int, epochs: Sequence[int]) -> str:
     of = f"epoch {epochs[0]}" if len(epochs) == 1 else f"one of the epochs {epochs[0]} to {epochs[-1]}"
-    return f"{record and record.folder} lacks {name}, a plan of {of}"
+    return f"{record} lacks {names('plan', [number])}, a plan of {of}"

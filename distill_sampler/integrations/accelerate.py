@@ -294,6 +294,7 @@ class CurriculumLoop:
             for objective in self._objectives:
                 objective.withdraw(self._prepared)
         if self._output is not None and self.accelerator.is_main_process:
+            self.curriculum.cycle.done(self._output)
             self._live_report.training_ends(self._output)
 
     def state_dict(self) -> dict[str, Any]:

@@ -225,6 +225,7 @@ class CurriculumCallback(TrainerCallback):
     ) -> None:
         self._manifests.begin(Ranks.current(args.device))
         if state.is_world_process_zero:
+            self.curriculum.cycle.done(self._output)
             self._report.training_ends(self._output)
 
     def finish(self) -> None:

@@ -15,6 +15,7 @@ import errno
 import json
 import logging
 import os
+import pickle
 import re
 import socket
 import sys
@@ -25,6 +26,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from distill_sampler.artifacts.manifest import damage
 from distill_sampler.artifacts.state import ARRAYS, read_arrays
@@ -47,6 +50,8 @@ TRAINER_STATE = "trainer_state.json"
 _ENTRY = {"run", "world_size", "samples_per_step", "files", "curriculum", "progress"}
 _PROGRESS = {"step", "epoch", "places", "over"}
 """What a resume reads of the curriculum's entry. Whatever else is in it is ignored."""
+_LOOP = {"run", "curriculum", "arrays", "step"}
+"""By these keys the state of a `CurriculumLoop` is known."""
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -70,6 +75,51 @@ def entry_of(state: Mapping[str, Any]) -> dict[str, Any] | None:
     """The curriculum's entry in a trainer's state; None if the checkpoint was written without one."""
     entry = (state.get("stateful_callbacks") or {}).get(STATE_ENTRY)
     return entry if isinstance(entry, dict) else None
+
+
+def entry_of_loop(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """What `CurriculumLoop.state_dict` left in a checkpoint of accelerate, as a trainer's entry, and its arrays; None
+    if there is no such state, or it is damaged.
+
+    Raises:
+        ValueError: an older release wrote it.
+    """
+    for path in sorted(checkpoint.glob("custom_checkpoint_*.pkl")):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):  # of another object, or damaged
+            continue
+        if not isinstance(state, dict) or not state.keys() >= _LOOP:
+            continue
+        if "places_per_epoch" not in state:
+            raise ValueError(
+                f"{checkpoint} was written by an older release, which did not save how long an epoch is. Verify it "
+                "with that release, or give a checkpoint that this one wrote."
+            )
+        progress = {"places": state["curriculum"]["progress"] or 0, "step": state["step"]}
+        return {**state, "progress": progress}, {name: array.numpy() for name, array in state["arrays"].items()}
+    return None
+
+
+def curriculum_of(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The curriculum's entry in a checkpoint, of a trainer or of a loop, and its arrays.
+
+    Raises:
+        ValueError: the checkpoint cannot be read, or has no curriculum.
+    """
+    of_loop = not (checkpoint / TRAINER_STATE).exists() and any(checkpoint.glob("custom_checkpoint_*.pkl"))
+    if reason := why_damaged(checkpoint) if of_loop else why_broken(checkpoint):
+        raise ValueError(f"{checkpoint} cannot be read: {reason}.")
+    if not of_loop:
+        if (entry := entry_of(read_state(checkpoint))) is None:
+            raise ValueError(f"{checkpoint} was written without a curriculum, so its order is not known.")
+        return entry, read_arrays(checkpoint)
+    if (found := entry_of_loop(checkpoint)) is None:
+        raise ValueError(
+            f"{checkpoint} has no state of a CurriculumLoop that can be read. Save it with "
+            "accelerator.register_for_checkpointing(loop), after accelerator.prepare."
+        )
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

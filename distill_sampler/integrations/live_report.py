@@ -48,12 +48,7 @@ class LiveReport:
             self._write(folder, f"Epoch {epoch + 1}{of} begins, at optimizer step {step}.")
 
     def training_ends(self, folder: Path) -> None:
-        """Write the run's tables, and the page for the last time."""
-        self._curriculum.cycle.done()
-        try:
-            self._curriculum.save_run(folder)
-        except (OSError, ValueError) as error:  # a full disk, or a record that was damaged meanwhile
-            logger.warning("scores.parquet and plans.parquet cannot be written: %s", error)
+        """Write the page for the last time."""
         if self._every is not None:
             self._write(folder, "")
 

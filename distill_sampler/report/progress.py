@@ -99,7 +99,10 @@ def _ages(scores: Scores, epochs: list[int], size: int) -> list[dict[str, float]
         return [None] * len(epochs)
     table = scores.load(["epoch", "sample", "step"])
     epoch_of, sample, step = (np.asarray(table[name].to_numpy(), np.int64) for name in ("epoch", "sample", "step"))
-    made_at = {planned.epoch: planned.step for planned in (scores.record.plans if scores.record else ())}
+    made_at: dict[int, int] = {}
+    if scores.record is not None:
+        plans = scores.record.plans
+        made_at = {epoch: plans.of(number).step for epoch, number in scores.record.last_plans().items()}
     found: list[dict[str, float] | None] = []
     for epoch in epochs:
         known = np.flatnonzero((epoch_of <= epoch) & (step >= 0))

@@ -157,6 +157,18 @@ def test_a_loop_that_was_not_registered_cannot_be_verified(tmp_path: Path, token
     assert "register_for_checkpointing(loop)" in said
 
 
+def test_a_loops_checkpoint_of_an_older_release_is_not_verified(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    loop = make(tokenizer, None)[0]
+    state = {name: value for name, value in loop.state_dict().items() if name != "places_per_epoch"}
+    torch.save(state, tmp_path / "custom_checkpoint_0.pkl")
+    code, said = verified(tmp_path)
+    assert code == 2
+    assert "older release" in said
+    assert "register_for_checkpointing" not in said
+
+
 @pytest.mark.parametrize("manifests", [True, False])
 def test_a_loop_does_not_load_a_checkpoint_that_was_damaged(
     manifests: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerBase

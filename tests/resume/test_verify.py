@@ -148,6 +148,18 @@ def test_a_damaged_record_is_named(change: Callable[[Path], Any], output: Path) 
     assert "damaged" in said
 
 
+def test_damage_that_the_comparison_does_not_need_does_not_end_it(output: Path) -> None:
+    record = output / "distill_sampler" / "record"
+    (damaged,) = record.glob("plan-0000000-*")
+    damaged.write_bytes(b"")
+    assert verified(checkpoints(output)[-1])[0] == 0
+    for kind in ("plan", "left"):
+        next(record.glob(f"{kind}-0000001-*")).unlink()
+    code, said = verified(checkpoints(output)[-1])
+    assert code == 0, said
+    assert "lacks plan-0000001" in said
+
+
 @pytest.mark.parametrize(
     ("which", "expected"), [("the checkpoint's own", 0), ("the epoch's next", 2), ("the next epoch's first", 0)]
 )
