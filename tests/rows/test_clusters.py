@@ -151,7 +151,7 @@ def test_four_tasks_of_datatrove_give_one_table_also_after_a_kill(student_path: 
         os.killpg(process.pid, signal.SIGKILL)
     assert list((tmp_path / "scores").glob("*.parts/[0-9]*.parquet"))
     assert len(list((tmp_path / "scores").glob("0000?.parquet"))) < 4
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, timeout=120)
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, timeout=600)
     logs = "".join(path.read_text(encoding="utf-8") for path in (tmp_path / "logs" / "logs").glob("*.log"))
     assert "not scored again" in logs
     stats = json.loads((tmp_path / "logs" / "stats.json").read_text(encoding="utf-8"))
