@@ -222,7 +222,7 @@ def test_two_actors_of_ray_give_one_table_also_if_one_is_killed(
     script.write_text(RAY, encoding="utf-8")
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     command = [sys.executable, str(script), str(data), str(student_path), str(tmp_path / "scores")]
-    subprocess.run(command, check=True, env=environment, timeout=180)
+    subprocess.run(command, check=True, env=environment, timeout=600)
     assert (tmp_path / "scores.died").exists()
     assert len(list((tmp_path / "scores").glob("*.parquet"))) > 1
     ended = call("merge", tmp_path / "scores", "--output", tmp_path / "joined.parquet")
