@@ -89,7 +89,7 @@ def refuse_single_responses(policies: Iterable[Policy], columns: Mapping[str, En
 
     Args:
         policies: without stages (`unfolded`).
-        columns: the columns that they read.
+        columns: the columns that they read, as far as the data have them.
 
     Raises:
         ValueError: no two samples have the same value of the column `per`.
@@ -99,8 +99,8 @@ def refuse_single_responses(policies: Iterable[Policy], columns: Mapping[str, En
             policy = policy.policy  # type: ignore[attr-defined]  # of a stage
         if not isinstance(policy, BestOf) or (policy.min_score, policy.max_score) != (None, None):
             continue
-        column = columns[policy.per]
-        if 1 < len(column.codes) == len(column.values):
+        column = columns.get(policy.per)  # None is refused where the column is read
+        if column is not None and 1 < len(column.codes) == len(column.values):
             raise ValueError(
                 f"BestOf(per='{policy.per}'): each of the {len(column.codes):,} samples has a {policy.per} of its own, "
                 "so there is nothing to choose among. If several responses answer the same prompt, name the column "

@@ -143,6 +143,12 @@ def test_domains_and_verdicts_are_columns_that_the_user_names(tmp_path: Path, st
     assert (ended.code, "Did you mean 'parity'?" in ended.said) == (1, True)
 
 
+def test_a_column_that_is_not_there_is_named(scored: Path, tmp_path: Path) -> None:
+    ended = call("select", scored, "--policy", "BestOf(rsr, per=promt_id)", "--output", tmp_path / "x.jsonl")
+    assert ended.code == 2
+    assert "There is no column 'promt_id'" in ended.said
+
+
 def test_usage_errors_end_with_2(scored: Path) -> None:
     assert call("teachers").code == 2
     assert call("teachers", scored, "--nonsense").code == 2
