@@ -145,7 +145,7 @@ def test_domains_and_verdicts_are_columns_that_the_user_names(tmp_path: Path, st
 
 def test_a_column_that_is_not_there_is_named(scored: Path, tmp_path: Path) -> None:
     ended = call("select", scored, "--policy", "BestOf(rsr, per=promt_id)", "--output", tmp_path / "x.jsonl")
-    assert ended.code == 2
+    assert ended.code == 1
     assert "There is no column 'promt_id'" in ended.said
 
 
