@@ -64,9 +64,9 @@ def environment(folder: Path, packages: tuple[str, ...], *, reuse: bool) -> Path
     if reuse:
         seen = [path for path in sys.path if path.endswith("site-packages")]
         (site / "reused.pth").write_text("\n".join(seen) + "\n", encoding="utf-8")
-        packages = (*packages, f"torch=={_torch()}")
     else:
         packages = (*packages, f"{ROOT}[test]")
+    packages = (*packages, f"torch=={_torch()}")
     done = subprocess.run([python, "-m", "pip", "install", "-q", "-U", *packages], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr.strip())
@@ -74,6 +74,7 @@ def environment(folder: Path, packages: tuple[str, ...], *, reuse: bool) -> Path
 
 
 def _torch() -> str:
+    """The release of this Python's torch, which all environments get, so that only the named packages differ."""
     import torch
 
     return str(torch.__version__).partition("+")[0]

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from distill_sampler.artifacts.passes import missing_column
 from distill_sampler.planning.why import facts_of
 from distill_sampler.protocols import Metric, Policy
 from distill_sampler.serialize import as_typed, described
@@ -108,6 +109,17 @@ def metrics_in_file(facts: Mapping[str, Any], names: Sequence[str]) -> dict[str,
     else:
         found = known_metrics(names)
     return {name: metric for name, metric in found.items() if set(metric.columns) <= set(names)}
+
+
+def columns_of_data(names: Iterable[str], metrics: Mapping[str, Metric]) -> list[str]:
+    """The user's columns among those of a file, by their names in the data.
+
+    Args:
+        names: the file's columns.
+        metrics: the file's metrics, by name.
+    """
+    ours = {*OWN_COLUMNS, *map(missing_column, metrics), *(name for each in metrics.values() for name in each.columns)}
+    return [name.removesuffix("_in_data") for name in names if name not in ours]
 
 
 def _package_of(metric: Metric) -> str:

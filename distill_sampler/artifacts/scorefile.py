@@ -21,7 +21,7 @@ from distill_sampler.artifacts.arrow_columns import Values, codes_of, float_colu
 from distill_sampler.artifacts.passes import missing_column
 from distill_sampler.artifacts.record import RECORD, Record, read_run, read_samples
 from distill_sampler.artifacts.run_folder import PLANS, SCORES, schema_of
-from distill_sampler.artifacts.schema import metrics_in_file
+from distill_sampler.artifacts.schema import columns_of_data, metrics_in_file
 from distill_sampler.column_names import DOMAINS, GROUPS, TEACHERS, VERDICTS
 from distill_sampler.planning.sampler import fit_length
 from distill_sampler.planning.why import ExplainedPlan, PolicyFacts
@@ -340,7 +340,10 @@ class Scores:
         of_the_run = self.facts.get("seed") == seed and self.policies == [PolicyFacts.of(policy) for policy in policies]
         if of_the_run and (recorded := self.last_plan(epoch)) is not None:
             return recorded
-        columns = self._columns_of_data((name for policy in policies for name in policy.uses_columns), epoch)
+        wanted = {name for policy in policies for name in policy.uses_columns}
+        columns = self._columns_of_data(wanted, epoch)
+        if wanted - columns.keys():  # refused below, with the names of those that there are
+            columns = self._columns_of_data(columns_of_data(self.names, self.metrics), epoch)
         refuse_single_responses(policies, columns)
         tokens = self.integers("num_tokens", epoch=epoch)
         lengths = self.integers("length", epoch=epoch)

@@ -13,7 +13,7 @@ from rich.console import Console
 from distill_sampler.cli.score import join, quiet
 from distill_sampler.compare.arms import CONTROLS, CORE, parse_arms
 from distill_sampler.compare.budget import Budget
-from distill_sampler.compare.candidates import prepare
+from distill_sampler.compare.candidates import gather, prepare
 from distill_sampler.compare.generated import verifier
 from distill_sampler.compare.pilot import pilot_arms, pilot_report
 from distill_sampler.compare.runner import Comparison, metrics_for, runs_in, scoring_cost
@@ -86,6 +86,13 @@ def run(options: Options) -> None:
     subject = arms.get(options.subject) or parse_arms([options.subject], rounds=options.rounds)[options.subject]
     planned = [*arms.values(), *([subject] if any(arm.kind == "matched" for arm in arms.values()) else [])]
     metrics = metrics_for(planned, _metrics(options.metrics))
+    found = gather(
+        Sources(list(options.data)),
+        Layout(prompt=options.prompt, response=options.response, group=options.group, teacher=options.teacher),
+        arms=planned,
+        correct=options.correct,
+        human=options.human,
+    )
     folder, commit = locate(options.model)
     tokenizer = load_tokenizer(
         options.model, revision=commit, chat_template=None, trust_remote_code=options.trust_remote_code
@@ -100,11 +107,9 @@ def run(options: Options) -> None:
             trust_remote_code=options.trust_remote_code,
         )
 
-    sources = Sources(list(options.data))
     end_tokens = end_token_ids(tokenizer, load())
     candidates = prepare(
-        sources,
-        Layout(prompt=options.prompt, response=options.response, group=options.group, teacher=options.teacher),
+        found,
         tokenizer,
         end_token_ids=end_tokens,
         plain=options.plain,

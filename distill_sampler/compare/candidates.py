@@ -11,14 +11,14 @@ import numpy as np
 from datasets import Dataset
 
 from distill_sampler.column_names import VERDICTS
-from distill_sampler.compare.arms import CORRECT, GROUP, TEACHER
+from distill_sampler.compare.arms import CORRECT, GROUP, TEACHER, Arm
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.hashing import content_uniform
 from distill_sampler.sources.candidates import Candidate, Layout, read_candidates
 from distill_sampler.sources.encoding import Encoder, choose_template
 from distill_sampler.sources.files import Bad, Sources
-from distill_sampler.types import IntArray
+from distill_sampler.types import IntArray, unknown_name
 
 
 @documents_fields
@@ -65,9 +65,52 @@ class Candidates:
         return np.flatnonzero(of_prompt[names.codes] == 0), np.flatnonzero(of_prompt[names.codes] == 1)
 
 
+def gather(
+    sources: Sources, layout: Layout, *, arms: Sequence[Arm], correct: str | None = None, human: str | None = None
+) -> list[Candidate]:
+    """Read all candidates. What the data lack is refused here, before a model is loaded.
+
+    Args:
+        sources: the data.
+        layout: the columns that the user has named.
+        arms: what is going to be compared.
+        correct: column that tells whether a response is correct; None: one of the usual names, if there is one.
+        human: column with a human solution to the prompt.
+
+    Raises:
+        ValueError: the data cannot be used, or lack a column; the message names the column, the option or the arm.
+    """
+    found: list[Candidate] = []
+    for item in read_candidates(sources, layout, read=[human] if human else [], option="--human-column"):
+        if isinstance(item, Bad):
+            raise ValueError(f"{item.where}: {item.reason}. Repair the row, or leave it out.")
+        found.append(item)
+    if not all(candidate.teacher for candidate in found):
+        raise ValueError("--teacher-column: every response needs a teacher, to compare with the same mixture.")
+    names = dict.fromkeys(name for candidate in found for name in candidate.extra)
+    if correct is not None and correct not in names:
+        raise ValueError(f"--correct-column {correct}: there is no such column with single values.")
+    verdicts = _verdicts(found, correct)
+    known = {*names, GROUP, TEACHER, *([CORRECT] if verdicts else [])}
+    for arm in arms:
+        for name in arm.uses_columns:
+            if name not in known and name != CORRECT:
+                raise ValueError(f"--arm {arm.name}: {unknown_name('column', name, known, 'with single values')}")
+            if name not in known:
+                raise ValueError(
+                    f"--arm {arm.name} needs to know which responses are correct, but no column of the data says so. "
+                    "Name it with --correct-column, or name the other arms with --arm."
+                )
+    return found
+
+
+def _verdicts(found: Sequence[Candidate], correct: str | None) -> str | None:
+    """The column that tells whether a response is correct; None: there is none."""
+    return correct or next((name for name in VERDICTS if name in found[0].extra), None)
+
+
 def prepare(
-    sources: Sources,
-    layout: Layout,
+    found: Sequence[Candidate],
     tokenizer: Any,
     *,
     end_token_ids: Sequence[int],
@@ -77,33 +120,22 @@ def prepare(
     human: str | None = None,
     prompts: int | None = None,
 ) -> Candidates:
-    """Read and tokenise the data. Prompts that not every teacher answered, or with a cut response, are left out.
+    """Tokenise the candidates. Prompts that not every teacher answered, or with a cut response, are left out.
 
     Args:
-        sources: the data.
-        layout: the columns that the user has named.
+        found: what `gather` returned.
         tokenizer: the student's.
         end_token_ids: end-of-turn markers, which are trained on but not scored.
         plain: read without a chat template.
         max_length: tokens of a row at most.
-        correct: column that tells whether a response is correct; None: one of the usual names, if there is one.
-        human: column with a human solution to the prompt.
+        correct: as given to `gather`.
+        human: as given to `gather`.
         prompts: use only so many prompts, in the order of a hash of their names.
 
     Raises:
         ValueError: the data cannot be used; the message names the column or option.
     """
-    found: list[Candidate] = []
-    for item in read_candidates(sources, layout, read=[human] if human else []):
-        if isinstance(item, Bad):
-            raise ValueError(f"{item.where}: {item.reason}. Repair the row, or leave it out.")
-        found.append(item)
-    if not all(candidate.teacher for candidate in found):
-        raise ValueError("--teacher-column: every response needs a teacher, to compare with the same mixture.")
-    if correct is None:
-        correct = next((name for name in VERDICTS if name in found[0].extra), None)
-    elif not any(correct in candidate.extra for candidate in found):
-        raise ValueError(f"--correct-column {correct}: there is no such column with single values.")
+    correct = _verdicts(found, correct)
     template, _ = choose_template(found[0], tokenizer, plain=plain)
     encoder = Encoder(tokenizer, template=template, max_length=max_length)
     for candidate in found:

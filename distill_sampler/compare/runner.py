@@ -134,8 +134,10 @@ class Comparison:
         """Make every run that is not there yet. Returns whether all are there, or other processes have the rest.
 
         Raises:
-            ValueError: the folder holds a comparison with other settings, or an arm cannot be planned.
+            ValueError: the folder holds a comparison with other settings, there are not enough prompts, or an arm
+                cannot be planned.
         """
+        self.split(0)  # refuses too few prompts before the folder is bound to these settings
         self._begin()
         wanted = [(arm, seed) for seed in range(self.seeds) for arm in self.arms.values()]
         missing = [(arm, seed) for arm, seed in wanted if not self.path(arm, seed).exists()]

@@ -157,6 +157,7 @@ def read_candidates(
     given: Layout,
     *,
     read: Sequence[str] = (),
+    option: str = "--metrics",
     announce: Callable[[Layout], None] = lambda layout: None,
 ) -> Iterator[Candidate | Bad]:
     """Every candidate of the data, in order. The layout is guessed once, from the first row.
@@ -164,11 +165,12 @@ def read_candidates(
     Args:
         sources: the data.
         given: the columns that the user has named.
-        read: columns that metrics read.
+        read: further columns that are needed, such as those that metrics read.
+        option: which option needs them, for error messages.
         announce: called with the layout once it is complete.
 
     Raises:
-        ValueError: the layout cannot be guessed, a column that metrics read is missing, or there are no rows.
+        ValueError: the layout cannot be guessed, a column that is needed is missing, or there are no rows.
     """
     layout: Layout | None = None
     empty = True
@@ -181,8 +183,8 @@ def read_candidates(
             layout = given.completed(row.values)
             if not layout.candidates and (lacking := [name for name in read if name not in row.values]):
                 raise ValueError(
-                    f"--metrics: a metric reads the column '{lacking[0]}', which is not in the data, only "
-                    f"{', '.join(map(repr, row.values))}. Add the column, or leave the metric out."
+                    f"{option}: the column '{lacking[0]}' is needed, but is not in the data, only "
+                    f"{', '.join(map(repr, row.values))}. Add the column, or leave out what reads it."
                 )
             announce(layout)
         try:

@@ -1,6 +1,7 @@
 """Policies as text, offline selection with the reason of each row, and the other commands."""
 
 import json
+import re
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -147,6 +148,9 @@ def test_a_column_that_is_not_there_is_named(scored: Path, tmp_path: Path) -> No
     ended = call("select", scored, "--policy", "BestOf(rsr, per=promt_id)", "--output", tmp_path / "x.jsonl")
     assert ended.code == 1
     assert "There is no column 'promt_id'" in ended.said
+    names = re.search(r"that are available: (.*?)\. Did you mean 'prompt_id'", ended.said)
+    assert names
+    assert names[1] == "'correct', 'prompt_id', 'teacher'"  # the user's, of all columns of the file
 
 
 def test_usage_errors_end_with_2(scored: Path) -> None:

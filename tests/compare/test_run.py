@@ -143,6 +143,30 @@ def test_other_settings_are_refused_in_the_same_folder(change: dict[str, object]
 def test_what_cannot_be_compared_is_refused(change: dict[str, object], cure: str, stage: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=cure):
         run(options(stage, tmp_path / "refused", **change))
+    if "held_out" in change:
+        run(options(stage, tmp_path / "refused", arms=["none"], seeds=1))  # the folder is still free
+
+
+@pytest.mark.parametrize(
+    ("change", "cure"),
+    [
+        ({"correct": "verdict"}, "--correct-column verdict"),
+        ({"human": "humann"}, "--human-column: the column 'humann'"),
+        ({"group": "problem"}, "problem"),
+        ({"arms": ["mine=BestOf(rsr, per=promt_id)"]}, "--arm mine: .*Did you mean 'prompt_id'"),
+    ],
+)
+def test_a_column_that_the_data_lack_is_refused_before_a_model_is_looked_for(
+    change: dict[str, object], cure: str, stage: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=cure):
+        run(options(stage, tmp_path / "refused", model=str(tmp_path / "nowhere"), **change))
+
+
+def test_an_arm_that_needs_verdicts_is_refused_where_there_are_none(tmp_path: Path) -> None:
+    (tmp_path / "candidates.jsonl").write_text("\n".join(map(json.dumps, tiny.candidates(2))), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"--arm best_single_teacher .*--correct-column"):
+        run(options(tmp_path, tmp_path / "refused", human=None, arms=["best_single_teacher"]))
 
 
 def test_the_student_that_is_scored_again_chooses_in_rounds(stage: Path, tmp_path: Path) -> None:
