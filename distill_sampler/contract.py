@@ -5,10 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from distill_sampler.protocols import Metric, Objective, Policy
 from distill_sampler.short_names import full_name, with_full_names
@@ -165,8 +164,8 @@ def require_arguments(owner: str, **arguments: tuple[Any, str | type]) -> None:
 
 
 _PLAIN_TYPES: dict[str, tuple[str, Any]] = {
-    "int": ("a whole number", (int, np.integer)),
-    "float": ("a number", (int, float, np.number)),
+    "int": ("a whole number", Integral),
+    "float": ("a number", Real),
     "bool": ("True or False", bool),
     "str": ("text", str),
     "Path": ("the path of a file", Path),

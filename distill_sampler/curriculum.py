@@ -95,15 +95,15 @@ class Curriculum:
         self.policies = checked_policies(policies, self.metrics)
         self.rescore = rescore or Rescore()
         self.observe = observe
-        self.seed = seed
+        self.seed = int(seed)  # checkpoints take no numbers of numpy
         self.scorer = scorer or Scorer()
         self._scores = None if scores is None else Path(scores)
         self.teacher = teacher
         self.domain = domain
         self.driven_by: str | None = None
         """The trainer or loop that it was attached to; None: nothing yet. There can be one only."""
-        self._num_samples = num_samples
-        self._num_tokens = num_tokens
+        self._num_samples = None if num_samples is None else int(num_samples)
+        self._num_tokens = None if num_tokens is None else int(num_tokens)
         self._cycle: Cycle | None = None
         if num_samples is not None and num_samples < 1:
             raise ValueError(f"Curriculum(num_samples={num_samples}): an epoch needs at least one sample.")

@@ -43,7 +43,12 @@ def described(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         inner = ", ".join(map(described, value))
         return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
-    return repr(value)
+    return repr(plain(value))
+
+
+def plain(value: Any) -> Any:
+    """A number of numpy as one of Python."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def as_typed(value: Any) -> str:
@@ -55,7 +60,7 @@ def as_typed(value: Any) -> str:
         return f"{type(value).__name__}()"
     given = []
     for place, each in enumerate(fields(value)):
-        content = getattr(value, each.name)
+        content = plain(getattr(value, each.name))
         default = each.default if each.default_factory is MISSING else each.default_factory()
         if each.compare and (default is MISSING or content != default):
             text = getattr(content, "__qualname__", None) or repr(content)

@@ -19,7 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
-from typing import Any
+from numbers import Integral
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -258,6 +259,11 @@ class Batch:
     """Counted from 0."""
     step: int
     """Number of optimizer steps before the one that this batch belongs to."""
+
+
+def is_whole(value: Any) -> TypeGuard[int]:
+    """Whether something is a whole number, of Python or numpy. True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def unknown_name(what: str, name: str, known: Iterable[str], which: str) -> str:

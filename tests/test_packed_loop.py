@@ -157,7 +157,7 @@ def test_a_loop_with_another_batch_size_trains_the_packs_that_are_left(
     [
         ({"rows": [{"input_ids": [1]}]}, r"pack_to=.*reads a list.*loop\.packed\(rows\)"),
         ({"collate": "pads"}, r"pack_to=.*DataCollatorForSeq2Seq.*DataCollatorWithFlattening\(\)"),
-        ({"pack_to": "max_length"}, r"CurriculumLoop\(pack_to='max_length'\).*whole number"),
+        ({"pack_to": "max_length"}, r"pack_to='max_length': .*whole number"),
         ({"pack_window": 0}, r"pack_window=0"),
         ({"pack_to": 80}, r"pack_to=80.*samples"),
     ],

@@ -30,7 +30,6 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch import nn
 
 from distill_sampler.artifacts.manifest import Manifests
-from distill_sampler.contract import require_arguments
 from distill_sampler.curriculum import Curriculum
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.distributed import Ranks
@@ -112,7 +111,6 @@ class CurriculumLoop:
                 raise ValueError(f"{name} writes into the output folder, so it needs output_dir= too.")
         self.curriculum = curriculum
         self.accelerator = accelerator
-        require_arguments("CurriculumLoop", pack_to=(pack_to, "int | None"))
         packing = None if pack_to is None else Packing(capacity=pack_to, window=pack_window, balance=pack_balance)
         self._objectives, self._objective_taps, self._teachers = set_up(objective, dataset, tokenizer)
         self.sampler: DistillSampler = curriculum.bind(

@@ -8,6 +8,7 @@ from pathlib import Path
 from distill_sampler.curriculum import Curriculum
 from distill_sampler.report.page import write_report
 from distill_sampler.report.pictures import require_plotly
+from distill_sampler.types import is_whole
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +29,8 @@ class LiveReport:
 
     def __init__(self, curriculum: Curriculum, every: int | None) -> None:
         if every is not None:
-            if every < 1:
-                raise ValueError(f"report_every={every}: give a number of epochs, at least 1, or None.")
+            if not is_whole(every) or every < 1:
+                raise ValueError(f"report_every={every!r}: give a number of epochs, at least 1, or None.")
             require_plotly(f"report_every={every}")
         self._curriculum = curriculum
         self._every = every

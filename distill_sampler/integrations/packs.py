@@ -24,7 +24,7 @@ from distill_sampler.integrations.trl import is_sft_trainer, source_rows
 from distill_sampler.planning.packs import Packing
 from distill_sampler.protocols import Tap
 from distill_sampler.reading.forward import reading, unwrap
-from distill_sampler.types import Batch, IntArray
+from distill_sampler.types import Batch, IntArray, is_whole
 
 Overlong = Literal["refuse", "truncate", "split"]
 
@@ -120,7 +120,7 @@ def packing_of(
             raise ValueError(
                 'pack_to="max_length": this trainer has no max_length. Give a number of tokens, such as pack_to=8192.'
             )
-    if not isinstance(capacity, int) or isinstance(capacity, bool):
+    if not is_whole(capacity):
         raise ValueError(f'pack_to={pack_to!r}: give a number of tokens, or "max_length".')
     return Packing(capacity=capacity, window=PACK_WINDOW if window is None else window, balance=balance)
 

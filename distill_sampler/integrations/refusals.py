@@ -17,7 +17,7 @@ from transformers.training_args import ParallelMode
 from distill_sampler.curriculum import Curriculum
 from distill_sampler.integrations.own_order import refuse_own_order
 from distill_sampler.integrations.trl import is_sft_trainer, refuse_sft_settings
-from distill_sampler.integrations.versions import parallel_sizes, refuse_old_trl, sampling_of
+from distill_sampler.integrations.versions import parallel_sizes, refuse_old_trl, sampling_of, without_logits
 from distill_sampler.protocols import Objective
 
 
@@ -99,11 +99,12 @@ def refuse_for(curriculum: Curriculum, args: TrainingArguments) -> None:
                 f"torch_compile=True compiles the forward pass, which then cannot be hooked for {what}. Leave one of "
                 "the two off."
             )
-    if curriculum.planner.gives_weights and args.use_liger_kernel:
+    if curriculum.planner.gives_weights and (found := without_logits(args)):
+        setting, cure = found
         raise ValueError(
-            "use_liger_kernel=True computes the loss without logits, so the loss weights of the policies cannot be "
-            "applied. Leave it off, or use SampleBySoftmax instead of WeightBySoftmax: it draws samples in proportion "
-            "to their weights."
+            f"{setting} computes the loss without logits, so the loss weights of the policies cannot be applied. "
+            f"{cure}, or use SampleBySoftmax instead of WeightBySoftmax: it draws samples in proportion to their "
+            "weights."
         )
     if curriculum.rescore.every_steps is not None:
         # accelerate fetches one batch ahead while another is in use, and workers prefetch more

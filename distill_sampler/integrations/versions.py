@@ -8,6 +8,7 @@
 | TRL 1.0 | `truncation_mode` |
 | TRL 1.4 | the trainer's own `chat_template` |
 | TRL 1.7 | `labels` in the prepared data set; until then the collator made them from masks |
+| TRL 1.15 | log-probabilities in place of `loss_type="chunked_nll"`, the default since 1.7, which hides the logits |
 
 Everything that depends on a release is in this file, so that a new release concerns one file.
 """
@@ -95,6 +96,16 @@ def refuse_old_trl() -> None:
 
     if not _trl_reaches(OLDEST_TRL):
         raise ImportError(f"distill_sampler needs trl {OLDEST_TRL} or later; {trl.__version__} is installed.")
+
+
+def without_logits(args: TrainingArguments) -> tuple[str, str] | None:
+    """The setting with which the trainer computes its loss where no gradient of a token can be reached, and what to set
+    in its place; None: it can be reached."""
+    if args.use_liger_kernel:
+        return "use_liger_kernel=True", "Leave it off"
+    if getattr(args, "loss_type", None) == "chunked_nll":
+        return "loss_type='chunked_nll' (the default of this release of TRL)", "Set loss_type='nll', the same loss"
+    return None
 
 
 def truncation_mode(args: Any) -> Literal["keep_start", "keep_end"]:

@@ -20,7 +20,7 @@ from distill_sampler.metrics.response import response_view
 from distill_sampler.metrics.steps import Splitter, sentences, token_steps
 from distill_sampler.protocols import Metric
 from distill_sampler.serialize import described
-from distill_sampler.types import FloatArray, Sample, TokenStats, View
+from distill_sampler.types import FloatArray, Sample, TokenStats, View, is_whole
 
 Steps = list[tuple[int, int]]
 """`(start, stop)` of each step, as positions among the sample's tokens."""
@@ -54,7 +54,7 @@ class WindowMetric(Metric):
 
     def __post_init__(self) -> None:
         kind, window = type(self).__name__, self.window
-        if window < 0 or (isinstance(window, float) and not 0 < window < 1):
+        if window < 0 or (not is_whole(window) and not 0 < window < 1):
             raise ValueError(
                 f"{kind}(window={window}): give a number of steps, 0 or more, or a fraction between 0 and 1."
             )
@@ -137,7 +137,7 @@ class WindowMetric(Metric):
 
     def _context(self, before: int) -> int:
         """How many of the `before` earlier steps a step sees."""
-        return min(before, self.window if isinstance(self.window, int) else math.ceil(self.window * before))
+        return min(before, self.window if is_whole(self.window) else math.ceil(self.window * before))
 
 
 def steps_of(

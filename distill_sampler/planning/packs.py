@@ -25,7 +25,7 @@ import numpy as np
 
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.planning.token_batches import lay_out_padded
-from distill_sampler.types import EpochPlan, IntArray
+from distill_sampler.types import EpochPlan, IntArray, is_whole
 
 MUCH_PADDING = 0.03
 """From which share of padding on, the table of a plan says how to lower it."""
@@ -43,7 +43,7 @@ class Packing:
     """How plans are packed.
 
     Raises:
-        ValueError: a number is not positive.
+        ValueError: a number is not whole, or not positive.
     """
 
     capacity: int
@@ -70,8 +70,10 @@ class Packing:
 
     def __post_init__(self) -> None:
         for name, argument in (("capacity", self.argument), ("window", "pack_window"), ("balance", "pack_balance")):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{argument}={getattr(self, name)}: give a positive whole number.")
+            value = getattr(self, name)
+            if not is_whole(value) or value < 1:
+                raise ValueError(f"{argument}={value!r}: give a positive whole number.")
+            object.__setattr__(self, name, int(value))  # JSON takes no numbers of numpy
         if self.window > 2**15:
             raise ValueError(f"pack_window={self.window}: give a number of samples up to {2**15}.")
 

@@ -16,7 +16,7 @@ import numpy as np
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.hashing import splitmix64
 from distill_sampler.store import ScoreStore
-from distill_sampler.types import HashArray, IntArray
+from distill_sampler.types import HashArray, IntArray, is_whole
 
 
 @dataclass(kw_only=True)
@@ -106,8 +106,8 @@ class Rescore:
     def __post_init__(self) -> None:
         for name in ("every_epochs", "every_steps", "lag"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"Rescore({name}={value}): give a positive whole number.")
+            if value is not None and (not is_whole(value) or value < 1):
+                raise ValueError(f"Rescore({name}={value!r}): give a positive whole number.")
         for name in ("fraction", "max_share"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from distill_sampler.contract import require_field_types
 from distill_sampler.field_docs import documents_fields
 from distill_sampler.protocols import Policy, Pool
-from distill_sampler.types import EpochPlan
+from distill_sampler.types import EpochPlan, is_whole
 
 
 @documents_fields
@@ -205,8 +206,9 @@ class Anneal(_AsPolicy):
     def __post_init__(self) -> None:
         _require_policy(self.policy, "Anneal")
         names: list[str] = [each.name for each in fields(self.policy)] if is_dataclass(self.policy) else []
-        start = getattr(self.policy, self.argument) if self.argument in names else None
-        if isinstance(start, bool) or not isinstance(start, (int, float)):
+        start: Any = getattr(self.policy, self.argument) if self.argument in names else None
+        numeric = isinstance(start, Real) and not isinstance(start, bool)
+        if not numeric:
             raise ValueError(
                 f"Anneal(argument={self.argument!r}): {type(self.policy).__name__} has no such argument with "
                 f"a number. Choose one of: {', '.join(names) or 'none'}, and give the policy its first value."
@@ -233,7 +235,7 @@ class Anneal(_AsPolicy):
         else:
             part = share if self.shape == "linear" else (1 - math.cos(math.pi * share)) / 2
             value = start + (self.to - start) * part
-        given: Any = round(value) if isinstance(start, int) else value
+        given: Any = round(value) if is_whole(start) else value
         made: Policy = replace(self.policy, **{self.argument: given})  # type: ignore[type-var]
         require_field_types(made)
         return made

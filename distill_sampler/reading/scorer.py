@@ -33,7 +33,7 @@ from distill_sampler.reading.readings import Readings
 from distill_sampler.reading.reduce import columns_of, data_columns_of, extras_of, reduced
 from distill_sampler.reading.scored import Scored
 from distill_sampler.reading.token_stats import Impl
-from distill_sampler.types import BoolArray, FloatArray, IntArray, Missing
+from distill_sampler.types import BoolArray, FloatArray, IntArray, Missing, is_whole
 from distill_sampler.watch import Watch, watch
 
 logger = logging.getLogger(__name__)
@@ -64,9 +64,9 @@ class Scorer:
     print a table of each epoch's plan."""
 
     def __post_init__(self) -> None:
-        if self.batch_tokens is not None and self.batch_tokens < 1:
+        if self.batch_tokens is not None and (not is_whole(self.batch_tokens) or self.batch_tokens < 1):
             raise ValueError(
-                f"Scorer(batch_tokens={self.batch_tokens}): give a positive number of tokens, such as 8192."
+                f"Scorer(batch_tokens={self.batch_tokens!r}): give a positive number of tokens, such as 8192."
             )
         for argument, value, known in (
             ("ties", self.ties, ("strict", "mid")),

@@ -50,7 +50,7 @@ def trainer_of(kind: str, output: Path, tokenizer: PreTrainedTokenizerBase, **ch
     }
     model = extra.pop("model", None) or tiny.model()
     if kind == "SFTTrainer":
-        config = SFTConfig(**{"bf16": False, "gradient_checkpointing": False, **settings})
+        config = SFTConfig(**{"bf16": False, "gradient_checkpointing": False, "loss_type": "nll", **settings})
         return SFTTrainer(
             model=model, processing_class=tokenizer, train_dataset=tiny.candidates(2), args=config, **extra
         )
@@ -84,7 +84,8 @@ def reference(trainer: Any, curriculum: Curriculum, *, per_step: int, dft: bool 
                 losses = losses * (-losses).exp().detach()
             total = total + float(weight) * losses.sum()
             tokens += int((labels != -100).sum())
-        (total / tokens).backward()
+        # transformers 5.3 divides by the number of accumulation steps, although the loss is per token already
+        (total / tokens / trainer.accelerator.gradient_accumulation_steps).backward()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter -= RATE * parameter.grad
@@ -232,7 +233,14 @@ def test_the_first_token_of_a_sample_has_the_weight_of_its_sample() -> None:
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("changes", [{"torch_compile": True}, {"use_liger_kernel": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"torch_compile": True},
+        {"use_liger_kernel": True},
+        {"loss_type": "chunked_nll"},  # the default of TRL 1.7 to 1.14
+    ],
+)
 def test_settings_under_which_weights_cannot_be_applied_are_refused(
     changes: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
