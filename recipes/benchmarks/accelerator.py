@@ -2,43 +2,56 @@
 
 Random weights of published shapes, random tokens: throughput depends on neither. For each shape and length of the
 samples, bare forward passes of the body and scoring passes (RSR and global naturalness) take turns on the same
-batches, and so do training steps with and without observing where their memory suffices. A line has medians:
+batches. Each pass runs over n and over 3n batches, so what a batch costs is known apart from what a pass costs once.
+Training steps with and without observing take turns too, where their memory suffices. The first table has medians:
 
-- *scoring / bare*: time of scoring over time of the body alone, beside the least it can be, *floor*: body and head at
-  the same speed, all tokens scored;
-- *of the product*: the share of the speed of a large matrix product on this device that the bare forward reaches, and
-  that scoring reaches, by their arithmetic;
-- *observing*: time of a training step that observes over one that does not.
+- *bare*, *scoring*: tokens a second, by the time that one more batch takes;
+- *scoring / bare*: the ratio of these times, beside the least that it can be, *floor*: body and head at the same speed,
+  all tokens scored;
+- *once a pass*: what a scoring pass takes besides its batches (the probe of the model, mostly);
+- *observing / stock step*: forward and backward of about 8,192 tokens, with and without observing; no optimizer step.
 
-Before that, the reductions that the device can run are compared with float64 on it. Without an accelerator, the
-command runs the smallest shape on the CPU, which shows that it works.
+The second table is a roofline. A large product and a large copy give the device's speeds, which are printed first. A
+batch takes at least its FLOP over the one and its bytes over the other, whichever is longer, for body and head each.
+The bytes are what must move at least: the body's weights once, the head's once for each chunk of positions, and the
+float32 logits out and in. The activations of the body are not counted, so a small body cannot reach its bound.
+
+Before that, `reductions.py` compares the reductions that the device can run with float64 on it. Without an accelerator,
+the command runs the smallest shape on the CPU, which shows that it works. `--json FILE` keeps each round's seconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import reductions
 import torch
+import transformers
 from rich.console import Console
 from rich.table import Table
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from distill_sampler import GlobalNaturalness, RankSurprisalRatio, ScoredDataset, Scorer
 from distill_sampler.integrations.batches import batch_of
-from distill_sampler.reading.head import LogitTransform, linear
 from distill_sampler.reading.observer import Observer
-from distill_sampler.reading.token_stats import Impl, token_stats, usual_batch_tokens
+from distill_sampler.reading.token_stats import chunk_for, usual_batch_tokens
 from distill_sampler.types import EpochPlan
 
 console = Console(width=150)
 METRICS = [RankSurprisalRatio(), GlobalNaturalness()]
+STEP_TOKENS = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +99,18 @@ class Device:
     def __init__(self, name: str, dtype: str) -> None:
         self.at = torch.device(name)
         self.dtype: torch.dtype = getattr(torch, dtype)
+        size = 8192 if self.is_accelerator else 1024
+        left, right = torch.randn(2, size, size, device=self.at).to(self.dtype)
+        source = torch.zeros(2**28 if self.is_accelerator else 2**24, device=self.at)
+        room = torch.empty_like(source)
+        works: Sequence[Callable[[], Any]] = [lambda: left @ right, lambda: room.copy_(source)]
+        for work in works:
+            self.seconds(work)
+        product, copy = self.in_turns(works, 5)
+        self.product = 2 * size**3 / statistics.median(product)
+        """FLOP a second of a large product."""
+        self.copy = 2 * source.nbytes / statistics.median(copy)
+        """Bytes a second that a large copy reads and writes."""
 
     @property
     def is_accelerator(self) -> bool:
@@ -102,115 +127,214 @@ class Device:
         if self.is_accelerator:
             torch.accelerator.synchronize()
 
-    def in_turns(self, works: list[Callable[[], Any]], rounds: int) -> list[list[float]]:
-        """Seconds of each, in rounds, after one that does not count."""
+    def in_turns(self, works: Sequence[Callable[[], Any]], rounds: int, seconds: float = math.inf) -> list[list[float]]:
+        """Seconds of each, in rounds: at most so many, and after the second no more than begin within the given time.
+        Every other round goes backwards."""
         found: list[list[float]] = [[] for _ in works]
-        for number in range(rounds + 1):
-            for place, work in enumerate(works):
-                seconds = self.seconds(work)
-                if number:
-                    found[place].append(seconds)
+        started = time.perf_counter()
+        for number in range(rounds):
+            if number >= 2 and time.perf_counter() - started > seconds:
+                break
+            for place in range(len(works))[:: -1 if number % 2 else 1]:
+                found[place].append(self.seconds(works[place]))
         return found
 
-    def product_speed(self) -> float:
-        """FLOP a second of a large product."""
-        size = 8192 if self.is_accelerator else 1024
-        left, right = torch.randn(2, size, size, device=self.at).to(self.dtype)
-        (seconds,) = self.in_turns([lambda: left @ right], 5)
-        return 2 * size**3 / statistics.median(seconds)
+    def forget_peak(self) -> None:
+        if self.at.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
     def peak_gigabytes(self) -> float:
         return torch.cuda.max_memory_allocated() / 1e9 if self.at.type == "cuda" else float("nan")
 
 
-def check_kernels(device: Device) -> None:
-    """Every reduction that the device can run, against float64 formulas on the same logits."""
-    vocab = 50_257
-    torch.manual_seed(0)
-    weight = torch.randn(vocab, 256, device=device.at).to(torch.bfloat16)
-    states = torch.randn(600, 256, device=device.at).to(torch.bfloat16)
-    targets = torch.randint(vocab, (len(states),), device=device.at)
-    logits = (states.float() @ weight.float().T).double()
-    own = logits.gather(1, targets[:, None])
-    surprisal = (logits.logsumexp(1) - own[:, 0]).float()
-    rank = 1 + (logits > own).sum(1)
-    table = Table("reduction", "largest error of surprisal, nats", "ranks that differ", title="Against float64")
-    impls: list[Impl] = ["chunked", "compiled"] + (["triton"] if device.at.type == "cuda" else [])
-    for impl in impls:
-        found = token_stats(states, targets, linear(weight, None, LogitTransform()), chunk=256, impl=impl)
-        error = (found["surprisal"] - surprisal).abs().max().item()
-        # a product of bfloat16 factors in another order may swap two columns that are all but equal
-        table.add_row(impl, f"{error:.1e}", f"{(found['rank'] != rank).float().mean().item():.2%}")
-        assert error < 1e-3, (impl, error)
-    console.print(table)
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """Seconds of passes over few and over many batches, one of each in a round."""
+
+    few: list[float]
+    many: list[float]
+    batches: tuple[int, int]
+
+    @property
+    def each_batch(self) -> list[float]:
+        """What one more batch took, in each round."""
+        few, many = self.batches
+        return [(long - short) / (many - few) for short, long in zip(self.few, self.many, strict=True)]
+
+    @property
+    def batch(self) -> float:
+        return statistics.median(self.each_batch)
+
+    @property
+    def once(self) -> float:
+        """What a pass takes besides its batches."""
+        return statistics.median(self.few) - self.batches[0] * self.batch
 
 
-def flop(model: Any, lengths: Any) -> tuple[float, float]:
-    """FLOP of the body for samples of these lengths, and of the head for all of their tokens."""
-    config = model.config
-    inner = sum(weight.numel() for name, weight in model.base_model.named_parameters() if "embed" not in name)
-    tokens, squares = float(lengths.sum()), float((lengths.astype(float) ** 2).sum())
-    attention = 2 * config.num_hidden_layers * config.hidden_size * squares
-    return 2.0 * inner * tokens + attention, 2.0 * model.get_output_embeddings().weight.numel() * tokens
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """The arithmetic of body or head for one batch."""
+
+    flop: float
+    bytes: float
+
+    def least(self, device: Device) -> float:
+        return max(self.flop / device.product, self.bytes / device.copy)
 
 
-def measure(device: Device, name: str, length: int, options: argparse.Namespace, product: float) -> list[str]:
-    model = SHAPES[name].make(device.at, device.dtype)
-    budget = max(options.batch_tokens or usual_batch_tokens(device.at), length)
-    rows = max(1, budget // length) * options.batches
-    ids = np.random.default_rng(0).integers(0, SHAPES[name].vocab, (rows, length))
-    dataset = ScoredDataset([{"input_ids": row.tolist(), "labels": row.tolist()} for row in ids])
-    scorer = Scorer(batch_tokens=budget, progress=False)
-    batches = torch.from_numpy(ids).to(device.at).split(max(1, budget // length))
+def parts_of(model: Any, rows: int, length: int, device: Device) -> tuple[Part, Part]:
+    """Body and head for a batch of samples of one length, all of whose tokens are scored."""
+    config, tokens = model.config, rows * length
+    body = [weight for name, weight in model.base_model.named_parameters() if "embed" not in name]
+    inner, head = sum(weight.numel() for weight in body), model.get_output_embeddings().weight
+    attention = 2.0 * config.num_hidden_layers * config.hidden_size * rows * length**2  # causal: half of the square
+    chunks = math.ceil(tokens / chunk_for(config.vocab_size, device.at))
+    logits = 4.0 * tokens * config.vocab_size
+    return (
+        Part(flop=2.0 * inner * tokens + attention, bytes=sum(weight.nbytes for weight in body)),
+        Part(flop=2.0 * head.numel() * tokens, bytes=chunks * head.nbytes + 2 * logits),
+    )
 
-    def bare() -> None:
+
+def passes(device: Device, model: Any, rows: int, length: int, options: argparse.Namespace) -> dict[str, Passes]:
+    """Bare and scoring passes, with batches of so many samples of one length."""
+    rng = np.random.default_rng(0)
+
+    def bare(ids: Any) -> None:
         with torch.no_grad():
-            for batch in batches:
+            for batch in ids:
                 model.base_model(input_ids=batch, use_cache=False)
 
-    def score() -> None:
-        for _ in scorer.score(model, dataset, METRICS, np.arange(len(dataset))):
+    one = torch.from_numpy(rng.integers(0, model.config.vocab_size, (1, rows, length))).to(device.at)
+    seconds = min(device.seconds(partial(bare, one)) for _ in range(3))
+    few = min(max(round(0.15 / seconds), 1), 32)
+    batches = few, 3 * few
+    ids = rng.integers(0, model.config.vocab_size, (max(batches), rows, length))
+    dataset = ScoredDataset([{"input_ids": row, "labels": row} for row in ids.reshape(-1, length).tolist()])
+    scorer = Scorer(batch_tokens=rows * length, progress=False)
+
+    def score(number: int) -> None:
+        for _ in scorer.score(model, dataset, METRICS, np.arange(number * rows)):
             pass
 
-    bare_seconds, seconds = device.in_turns([bare, score], options.rounds)
-    body, head = flop(model, dataset.lengths)
-    ratio = statistics.median(b / a for a, b in zip(bare_seconds, seconds, strict=True))
-    least = [statistics.median(each) for each in (bare_seconds, seconds)]
-    found = [
-        name,
-        f"{length:,}",
-        f"{ids.size / least[0]:,.0f}",
-        f"{ids.size / least[1]:,.0f}",
-        f"{ratio:.2f}",
-        f"{1 + head / body:.2f}",
-        f"{body / least[0] / product:.0%}, {(body + head) / least[1] / product:.0%}",
-    ]
-    try:
-        found.append(f"{observing(device, model, dataset, options.rounds):.3f}")
-    except torch.OutOfMemoryError:
-        found.append("no memory to train")
-    return [*found, f"{device.peak_gigabytes():.1f}"]
+    there = torch.from_numpy(ids).to(device.at)
+    device.seconds(partial(score, few))  # the libraries' first use
+    works = [partial(bare, there[:number]) for number in batches] + [partial(score, number) for number in batches]
+    found = device.in_turns(works, options.rounds, options.seconds)
+    return {
+        name: Passes(few=seconds[0], many=seconds[1], batches=batches)
+        for name, seconds in (("bare", found[:2]), ("scoring", found[2:]))
+    }
 
 
-def observing(device: Device, model: Any, dataset: ScoredDataset, rounds: int) -> float:
-    """Time of forward and backward pass with observing over without; one sample a step."""
-    ids = torch.from_numpy(dataset.sample(0).input_ids)[None].to(device.at)
-    inputs = {"input_ids": ids, "labels": ids}
-    plan = EpochPlan(indices=np.array([0]))
-    model.gradient_checkpointing_enable()
+def observing(device: Device, model: Any, length: int, options: argparse.Namespace) -> list[list[float]]:
+    """Seconds of a few forward and backward passes without observing, and with it."""
+    rows = max(1, STEP_TOKENS // length)
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (rows, length))
+    dataset = ScoredDataset([{"input_ids": row, "labels": row} for row in ids.tolist()])
+    inputs = dict.fromkeys(("input_ids", "labels"), torch.from_numpy(ids).to(device.at))
+    plan = EpochPlan(indices=np.arange(rows))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # renamed in the newest transformers
+        model.gradient_checkpointing_enable()
     model.train()
 
-    def step(observer: Observer | None) -> None:
-        if observer is not None:
-            observer.expect(batch_of(inputs, plan, dataset, place=0, epoch=0, step=0))
-        model(**inputs, use_cache=False).loss.backward()
-        if observer is not None:
-            observer.take()
-        model.zero_grad(set_to_none=False)
+    def steps(number: int, observer: Observer | None) -> None:
+        for _ in range(number):
+            if observer is not None:
+                observer.expect(batch_of(inputs, plan, dataset, place=0, epoch=0, step=0))
+            model(**inputs, use_cache=False).loss.backward()
+            if observer is not None:
+                observer.take()
+            model.zero_grad(set_to_none=False)
 
     with Observer(model, dataset, METRICS) as observer:
-        plain, watched = device.in_turns([partial(step, None), partial(step, observer)], rounds)
-    return statistics.median(b / a for a, b in zip(plain, watched, strict=True))
+        seconds = min(device.seconds(partial(steps, 1, observer)) for _ in range(2))
+        number = min(max(round(0.15 / seconds), 1), 32)
+        works = [partial(steps, number, None), partial(steps, number, observer)]
+        return device.in_turns(works, 3 * options.rounds, options.seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """What was measured for one shape and length."""
+
+    shape: str
+    length: int
+    rows: int
+    """Samples in a batch."""
+    body: Part
+    head: Part
+    passes: dict[str, Passes]
+    """Bare and scoring; empty where the memory does not suffice."""
+    steps: list[list[float]]
+    """Seconds of training steps without and with observing; empty where the memory does not suffice."""
+    peak_gigabytes: float
+    """Of the passes."""
+
+
+MEASURED = (
+    "shape", "tokens a sample", "batches", "rounds: passes, steps", "bare, tokens/s", "scoring, tokens/s",
+    "scoring / bare", "floor", "once a pass, ms", "observing / stock step", "peak GB, passes",
+)  # fmt: skip
+ROOFLINE = (
+    "shape", "tokens a sample", "TFLOP: body, head", "GB: body, head", "least ms: body, head", "bare at most, tokens/s",
+    "reached", "scoring at most, tokens/s", "reached",
+)  # fmt: skip
+
+
+def measure(device: Device, model: Any, name: str, length: int, options: argparse.Namespace) -> Line:
+    rows = max(1, (options.batch_tokens or usual_batch_tokens(device.at)) // length)
+    device.forget_peak()
+    found: dict[str, Passes] = {}
+    steps: list[list[float]] = []
+    with suppress(torch.OutOfMemoryError):
+        found = passes(device, model, rows, length, options)
+    peak = device.peak_gigabytes()
+    with suppress(torch.OutOfMemoryError):
+        steps = observing(device, model, length, options)
+    model.zero_grad(set_to_none=True)
+    model.eval()
+    body, head = parts_of(model, rows, length, device)
+    return Line(
+        shape=name, length=length, rows=rows, body=body, head=head, passes=found, steps=steps, peak_gigabytes=peak
+    )
+
+
+def add_rows(measured: Table, roofline: Table, line: Line, device: Device) -> None:
+    first = line.shape, f"{line.length:,}"
+    if not line.passes:
+        measured.add_row(*first, "no memory")
+        return
+    bare, scoring = line.passes["bare"], line.passes["scoring"]
+    tokens = line.rows * line.length
+    ratio = statistics.median(b / a for a, b in zip(bare.each_batch, scoring.each_batch, strict=True))
+    pairs = [b / a for a, b in zip(*line.steps, strict=True)] if line.steps else []
+    measured.add_row(
+        *first,
+        f"{scoring.batches[0]}, {scoring.batches[1]}",
+        f"{len(scoring.few)}, {len(pairs)}",
+        f"{tokens / bare.batch:,.0f}",
+        f"{tokens / scoring.batch:,.0f}",
+        f"{ratio:.2f}",
+        f"{1 + line.head.flop / line.body.flop:.2f}",
+        f"{1e3 * scoring.once:.1f}",
+        f"{statistics.median(pairs):.3f}" if pairs else "no memory",
+        f"{line.peak_gigabytes:.1f}",
+    )
+    parts = line.body, line.head
+    body, head = (part.least(device) for part in parts)
+    roofline.add_row(
+        *first,
+        ", ".join(f"{part.flop / 1e12:.3g}" for part in parts),
+        ", ".join(f"{part.bytes / 1e9:.3g}" for part in parts),
+        f"{1e3 * body:.2f}, {1e3 * head:.2f}",
+        f"{tokens / body:,.0f}",
+        f"{body / bare.batch:.0%}",
+        f"{tokens / (body + head):,.0f}",
+        f"{(body + head) / scoring.batch:.0%}",
+    )
 
 
 def main() -> None:
@@ -220,28 +344,41 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=shapes)
     parser.add_argument("--lengths", type=int, nargs="+", default=lengths)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batches", type=int, default=2, help="batches in a pass")
+    parser.add_argument("--rounds", type=int, default=7, help="of passes, at most; three times as many of steps")
+    parser.add_argument("--seconds", type=float, default=3, help="a line begins no round later, but the second")
     parser.add_argument("--batch-tokens", type=int, help="tokens in a batch; default: the library's")
+    parser.add_argument("--json", type=Path, help="a file for the seconds of every round")
     options = parser.parse_args()
     device = Device(str(at), options.dtype)
-    what = torch.cuda.get_device_name() if at.type == "cuda" else str(at)
-    product = device.product_speed()
-    speed = f"a large {options.dtype} product runs at {product / 1e12:.1f} TFLOP/s"
-    console.print(f"{what}, torch {torch.__version__}: {speed}")
-    check_kernels(device)
-    table = Table(
-        "shape", "tokens a sample", "bare, tokens/s", "scoring, tokens/s", "scoring / bare", "floor",
-        "of the product: bare, scoring", "observing", "peak GB",
-    )  # fmt: skip
+    about = {
+        "device": torch.cuda.get_device_name() if at.type == "cuda" else str(at),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "dtype": options.dtype,
+        "product, FLOP/s": device.product,
+        "copy, bytes/s": device.copy,
+    }
+    console.print(f"{about['device']}, torch {torch.__version__}, transformers {transformers.__version__}")
+    console.print(f"a large {options.dtype} product: {device.product / 1e12:.1f} TFLOP/s", end="; ")
+    console.print(f"a large copy: {device.copy / 1e12:.2f} TB/s")
+    console.print(reductions.check(device.at))
+    measured, roofline = (Table(title=title) for title in ("Measured", "Roofline, a batch"))
+    for table, headings in ((measured, MEASURED), (roofline, ROOFLINE)):
+        for place, heading in enumerate(headings):
+            table.add_column(heading, justify="right" if place else "left")
+    lines = []
     for name in options.shapes:
+        model = SHAPES[name].make(device.at, device.dtype)
         for length in options.lengths:
-            try:
-                table.add_row(*measure(device, name, length, options, product))
-            except torch.OutOfMemoryError:
-                table.add_row(name, f"{length:,}", "no memory")
-            console.print(f"measured {name} at {length:,} tokens")
-    console.print(table)
+            started = time.perf_counter()
+            line = measure(device, model, name, length, options)
+            lines.append(line)
+            add_rows(measured, roofline, line, device)
+            console.print(f"measured {name} at {length:,} tokens in {time.perf_counter() - started:.0f} s")
+        del model
+    console.print(measured, roofline)
+    if options.json is not None:
+        options.json.write_text(json.dumps({**about, "lines": [asdict(line) for line in lines]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
