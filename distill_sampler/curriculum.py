@@ -205,7 +205,9 @@ class Curriculum:
         """Forget scores and plans, for a run that starts from the beginning."""
         self.cycle.reset()
 
-    def keep(self, folder: Path | str | None, *, run: str = "", write: bool = True) -> None:
+    def keep(
+        self, folder: Path | str | None, *, run: str = "", write: bool = True, earlier: Path | None = None
+    ) -> None:
         """From now on, keep passes, plans and the parts of an unfinished pass in the run's output folder.
 
         `attach` and `CurriculumLoop` call this. Without it, the data for `history` and `explain` stays in memory.
@@ -214,8 +216,9 @@ class Curriculum:
             folder: the output folder; None: keep them in memory.
             run: identity of the run. If the folder has the record of another run, that record is moved aside.
             write: whether this process writes.
+            earlier: the output folder that the run may have had until now. Its record of the run is copied.
         """
-        self.cycle.keep(None if folder is None else Path(folder), run=run, write=write)
+        self.cycle.keep(None if folder is None else Path(folder), run=run, write=write, earlier=earlier)
 
     def start_epoch(self, epoch: int, model: nn.Module, *, step: int = 0, num_epochs: int | None = None) -> EpochPlan:
         """Score, plan, and hand the plan to the sampler. Call it before the epoch's loop over the data loader.

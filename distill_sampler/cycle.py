@@ -129,13 +129,14 @@ class Cycle:
         """The latest numbers before the run's first pass: none."""
         self.record.trim(0, 0)
 
-    def keep(self, folder: Path | None, *, run: str = "", write: bool = True) -> None:
+    def keep(self, folder: Path | None, *, run: str = "", write: bool = True, earlier: Path | None = None) -> None:
         """From now on, keep passes, plans and the parts of an unfinished pass in the run's output folder.
 
         Args:
             folder: the output folder; None: keep them in memory.
             run: identity of the run. If the folder has the record of another run, that record is moved aside.
             write: whether this process writes.
+            earlier: the output folder that the run may have had until now; its record goes on here.
         """
         self._run = run
         self.pass_runner.parts = self.pass_runner.readings = None
@@ -143,7 +144,8 @@ class Cycle:
         try:
             record = Record(None if folder is None else folder / RECORD, write=write)
             if folder is not None:
-                record.begin(self.facts(), self.samples_table())
+                kept = None if earlier is None else earlier / RECORD
+                record.begin(self.facts(), self.samples_table(), earlier=kept)
         except OSError as error:
             logger.warning("The run's record cannot be written to %s (%s). It stays in memory.", folder, error)
             record = Record()

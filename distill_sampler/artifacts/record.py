@@ -218,12 +218,13 @@ class Record:
     def __str__(self) -> str:
         return str(self.folder or "The record in memory")
 
-    def begin(self, run: Mapping[str, Any], samples: pa.Table) -> None:
+    def begin(self, run: Mapping[str, Any], samples: pa.Table, *, earlier: Path | None = None) -> None:
         """Start a record, or continue it if it is of the same run. The record of another run is moved aside.
 
         Args:
             run: identity of the run (`"run"`), and what its numbers mean (`schema.run_facts`).
             samples: what each sample is, one row each.
+            earlier: where the run may have kept its record until now. A new record begins with a copy of it.
 
         Raises:
             OSError: the folder cannot be written.
@@ -232,18 +233,31 @@ class Record:
             self._passes, self._plans, self._next = {}, {}, {"pass": 0, "plan": 0}
             self._run = run.get("run")
             return
-        if self._folder.exists() and read_run(self._folder).get("run") != run.get("run"):
+        new = read_run(self._folder).get("run") != run.get("run")
+        if self._folder.exists() and new:
             if len(self.passes):
                 set_aside(self._folder)
             else:
                 shutil.rmtree(self._folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._run = run.get("run")
+        if new and earlier and self._run and (kept := record_of(earlier, self._run)) is not None:
+            self._copy(kept)
         self._next = {kind: max(self._files(kind), default=-1) + 1 for kind in self._next}
         for old in self._folder.glob("samples-*.parquet"):
             old.unlink()
         write_part(samples, self._folder, "samples")
         write_atomically(self._folder / RUN, json.dumps(run, indent=1, default=str).encode())
+
+    def _copy(self, earlier: Record) -> None:
+        """Copy the passes and plans of an earlier record."""
+        assert self._folder is not None
+        try:
+            for kind in ("pass", "left", "plan"):
+                for path in earlier._files(kind).values():
+                    shutil.copyfile(path, self._folder / path.name)
+        except OSError as error:
+            logger.warning("%s cannot be copied to %s (%s).", earlier, self._folder, error)
 
     def add_pass(self, scoring_pass: ScoringPass) -> None:
         """Add a scoring pass."""

@@ -114,7 +114,8 @@ class CurriculumCallback(TrainerCallback):
         self._resumed = Place()
         self.trained = 0
         self._output = output
-        self.curriculum.keep(output, run=self.run, write=state.is_world_process_zero)
+        earlier = None if checkpoint is None else checkpoint.parent
+        self.curriculum.keep(output, run=self.run, write=state.is_world_process_zero, earlier=earlier)
         for tap in self.taps:
             if isinstance(tap, SampleLog):
                 tap.begin(output / FOLDER, self.run)

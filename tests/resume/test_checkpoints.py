@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from distill_sampler import BestOf, Shuffle, attach
 from distill_sampler.artifacts.manifest import MANIFEST
+from distill_sampler.artifacts.record import RECORD, Record, read_run
 from distill_sampler.artifacts.state import ARRAYS
 from distill_sampler.cli import app
 from distill_sampler.integrations.checkpoints import STATE_ENTRY, last_whole, why_broken
@@ -236,6 +237,23 @@ def test_two_runs_cannot_write_to_one_folder_until_one_is_dead(
     other_run.kill()
     other_run.wait()
     assert len(resumed(output, tokenizer, None, max_steps=1)) == 2
+
+
+@pytest.mark.parametrize("where", ["in another folder", "after another run"])
+def test_a_run_that_goes_on_elsewhere_takes_its_record_along(
+    where: str, output: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = output / RECORD
+    folder = tmp_path / "new"
+    if where == "after another run":  # which has moved the record aside
+        folder, record = output, record.rename(record.with_name(f"record-{read_run(record)['run']}"))
+    before = {path.name: path.read_bytes() for path in record.iterdir()}
+    attached = curriculum()
+    resumed(folder, tokenizer, str(output / "checkpoint-5"), curriculum=attached)
+    assert list(attached.plans) == [planned.plan for planned in Record(record, write=False).plans]
+    assert set(attached.history("teacher")["epoch"].to_pylist()) == {0, 1}
+    assert before == {path.name: path.read_bytes() for path in record.iterdir()}
+    assert "lacks" not in caplog.text
 
 
 # ---- Settings ----
