@@ -23,6 +23,7 @@ def test_all_recipes_are_copied_and_nothing_is_overwritten(tmp_path: Path) -> No
     assert call("recipes", "--copy", tmp_path).code == 0
     for name in WANTED:
         assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes()
+    assert not list(tmp_path.rglob("results"))  # the wheel has none either
     (tmp_path / "recipes" / "sft.py").write_text("mine", encoding="utf-8")
     again = call("recipes", "--copy", tmp_path)
     assert again.code == 1
