@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,29 @@ def test_every_kept_result_has_a_command_of_this_folder_and_no_path() -> None:
         script = text.splitlines()[0].removeprefix("command: python ").split()[0]
         assert (BENCHMARKS / script).exists(), path
         assert not re.search(r"(?<![\w./])[~.]{0,2}/[\w.+@~-]+/", text), path
+
+
+def test_the_accelerators_benchmark_tells_the_cost_of_a_batch_from_that_of_a_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    of = runpy.run_path(str(BENCHMARKS / "accelerator.py"), run_name="imported")
+    found = of["Passes"](few=[1.0, 1.2], many=[2.6, 2.8], batches=(4, 12))
+    assert found.batch == pytest.approx(0.2)
+    assert found.once == pytest.approx(0.3)
+
+    device = of["Device"]("cpu", "float32")
+    model = of["SHAPES"]["tiny"].make(device.at, device.dtype)
+    options = Namespace(batch_tokens=16, step_tokens=16, rounds=2, seconds=0.0)
+    line = of["measure"](device, model, "tiny", 8, options)
+    assert line.rows == 2
+    assert [len(seconds.many) for seconds in line.passes.values()] == [2, 2]
+    assert [len(seconds) for seconds in line.steps] == [2, 2]
+    # 2 · 16 · (2 layers · (q, o: 64 · 64; k, v: 64 · 32; three of 64 · 128; biases and norms) + last norm), attention
+    layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + (64 + 32 + 32) + 2 * 64
+    assert line.body.flop == 2 * 16 * (2 * layer + 64) + 2 * 2 * 64 * 2 * 8**2
+    assert line.head.flop == 2 * 16 * 64 * 2048
+    assert line.head.bytes == 4 * 64 * 2048 + 2 * 4 * 16 * 2048
+    measured, roofline = of["tables"]()
+    of["add_rows"](measured, roofline, line, device)
+    assert measured.row_count == roofline.row_count == 1

@@ -9,7 +9,7 @@ Training steps with and without observing take turns too, where their memory suf
 - *scoring / bare*: the ratio of these times, beside the least that it can be, *floor*: body and head at the same speed,
   all tokens scored;
 - *once a pass*: what a scoring pass takes besides its batches (the probe of the model, mostly);
-- *observing / stock step*: forward and backward of about 8,192 tokens, with and without observing; no optimizer step.
+- *observing / stock step*: forward and backward of `--step-tokens`, with and without observing; no optimizer step.
 
 The second table is a roofline. A large product and a large copy give the device's speeds, which are printed first. A
 batch takes at least its FLOP over the one and its bytes over the other, whichever is longer, for body and head each.
@@ -51,7 +51,6 @@ from distill_sampler.types import EpochPlan
 
 console = Console(width=150)
 METRICS = [RankSurprisalRatio(), GlobalNaturalness()]
-STEP_TOKENS = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,11 +207,13 @@ def passes(device: Device, model: Any, rows: int, length: int, options: argparse
 
     one = torch.from_numpy(rng.integers(0, model.config.vocab_size, (1, rows, length))).to(device.at)
     seconds = min(device.seconds(partial(bare, one)) for _ in range(3))
+    scorer = Scorer(batch_tokens=rows * length, progress=False)
+    block = scorer.reader(model).block_tokens // (rows * length)
     few = min(max(round(0.15 / seconds), 1), 32)
+    few -= few % block if few > block else 0  # whole blocks: results of each are put together on the host
     batches = few, 3 * few
     ids = rng.integers(0, model.config.vocab_size, (max(batches), rows, length))
     dataset = ScoredDataset([{"input_ids": row, "labels": row} for row in ids.reshape(-1, length).tolist()])
-    scorer = Scorer(batch_tokens=rows * length, progress=False)
 
     def score(number: int) -> None:
         for _ in scorer.score(model, dataset, METRICS, np.arange(number * rows)):
@@ -230,7 +231,7 @@ def passes(device: Device, model: Any, rows: int, length: int, options: argparse
 
 def observing(device: Device, model: Any, length: int, options: argparse.Namespace) -> list[list[float]]:
     """Seconds of a few forward and backward passes without observing, and with it."""
-    rows = max(1, STEP_TOKENS // length)
+    rows = max(1, options.step_tokens // length)
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (rows, length))
     dataset = ScoredDataset([{"input_ids": row, "labels": row} for row in ids.tolist()])
     inputs = dict.fromkeys(("input_ids", "labels"), torch.from_numpy(ids).to(device.at))
@@ -302,6 +303,14 @@ def measure(device: Device, model: Any, name: str, length: int, options: argpars
     )
 
 
+def tables() -> tuple[Table, Table]:
+    measured, roofline = Table(title="Measured"), Table(title="Roofline, a batch")
+    for table, headings in ((measured, MEASURED), (roofline, ROOFLINE)):
+        for place, heading in enumerate(headings):
+            table.add_column(heading, justify="right" if place else "left")
+    return measured, roofline
+
+
 def add_rows(measured: Table, roofline: Table, line: Line, device: Device) -> None:
     first = line.shape, f"{line.length:,}"
     if not line.passes:
@@ -347,6 +356,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="of passes, at most; three times as many of steps")
     parser.add_argument("--seconds", type=float, default=3, help="a line begins no round later, but the second")
     parser.add_argument("--batch-tokens", type=int, help="tokens in a batch; default: the library's")
+    parser.add_argument("--step-tokens", type=int, default=8192, help="tokens in a training step")
     parser.add_argument("--json", type=Path, help="a file for the seconds of every round")
     options = parser.parse_args()
     device = Device(str(at), options.dtype)
@@ -362,10 +372,7 @@ def main() -> None:
     console.print(f"a large {options.dtype} product: {device.product / 1e12:.1f} TFLOP/s", end="; ")
     console.print(f"a large copy: {device.copy / 1e12:.2f} TB/s")
     console.print(reductions.check(device.at))
-    measured, roofline = (Table(title=title) for title in ("Measured", "Roofline, a batch"))
-    for table, headings in ((measured, MEASURED), (roofline, ROOFLINE)):
-        for place, heading in enumerate(headings):
-            table.add_column(heading, justify="right" if place else "left")
+    measured, roofline = tables()
     lines = []
     for name in options.shapes:
         model = SHAPES[name].make(device.at, device.dtype)
