@@ -324,13 +324,13 @@ def session(forward: Forward, ranks: Any) -> _Session:
 def count_shared(forward: Forward, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each forward after the trial, whether it goes on from prompts."""
     seen: list[bool] = []
-    plain = Forward.__call__
+    plain = Forward.begin
 
     def noting(self: Forward, views: Any, prefix: Any = None, rows: Any = ()) -> Any:
         seen.append(prefix is not None)
         return plain(self, views, prefix, rows)
 
-    monkeypatch.setattr(Forward, "__call__", noting)
+    monkeypatch.setattr(Forward, "begin", noting)
     return seen
 
 

@@ -34,6 +34,7 @@ class BlockViews:
         self._readers: dict[str, Reader] = {student.identity: student}
         for metric in metrics:
             self._readers |= {reader.identity: reader for reader in metric.readers.values()}
+        self._positions = {identity: reader.positions for identity, reader in self._readers.items()}
         self._views: dict[Place, View] = {}
         self._places: dict[tuple[str, int, tuple[bytes, bytes]], Place] = {}
         """By reader, sample and content of the view."""
@@ -51,13 +52,14 @@ class BlockViews:
         if views is None:
             return Missing.NOT_APPLICABLE
         readers = [self._reader_of(metric, view) for view in views]
-        if any(len(view.input_ids) > reader.positions for view, reader in zip(views, readers, strict=True)):
+        longest = [self._positions[reader.identity] for reader in readers]
+        if any(len(view.input_ids) > most for view, most in zip(views, longest, strict=True)):
             return Missing.TOO_LONG
         return [self._place(reader, sample, view) for reader, view in zip(readers, views, strict=True)]
 
     def add_whole(self, sample: Sample) -> Place | None:
         """Add the student's view of the whole sample, and return its place; None if it is too long."""
-        if len(sample.input_ids) > self._student.positions:
+        if len(sample.input_ids) > self._positions[self._student.identity]:
             return None
         return self._place(self._student, sample, response_view(sample))
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,11 +25,22 @@ import torch
 from torch import Tensor, nn
 
 from distill_sampler.reading.activations import NEAR, last_activations, nearness
-from distill_sampler.reading.head import LogitTransform, Project, Room, float32_products, linear, module, operand_copy
+from distill_sampler.reading.head import (
+    LogitTransform,
+    Project,
+    Room,
+    fitted_transform,
+    float32_products,
+    in_every_column,
+    linear,
+    module,
+    operand_copy,
+)
 from distill_sampler.reading.lengths import positions, switches_at, virtual_tokens, window
 from distill_sampler.reading.sharing import Prefix
 from distill_sampler.reading.token_stats import Impl, chunk_for, token_stats
 from distill_sampler.reading.top_k import TopK
+from distill_sampler.reading.transfers import Copies, moved
 from distill_sampler.types import IntArray, TokenStats, View
 
 logger = logging.getLogger(__name__)
@@ -80,7 +90,15 @@ class Forward:
     def __call__(
         self, views: Sequence[View], prefix: Prefix | None = None, rows: Sequence[int] = ()
     ) -> list[TokenStats]:
-        """The statistics of each view's scored tokens. One forward of the student.
+        """The statistics of each view's scored tokens. One forward of the student; arguments as in `begin`."""
+        return self.begin(views, prefix, rows)()
+
+    def begin(
+        self, views: Sequence[View], prefix: Prefix | None = None, rows: Sequence[int] = ()
+    ) -> Callable[[], list[TokenStats]]:
+        """Begin a forward of the student. The function that it returns waits for the statistics of the scored tokens.
+
+        An accelerator computes while the host does something else, such as beginning the next forward.
 
         Args:
             views: what to read.
@@ -103,7 +121,7 @@ class Forward:
                 "use_cache": True,
                 "past_key_values": cache,
                 "attention_mask": torch.cat([mask, mask.new_ones(input_ids.shape)], 1),
-                "position_ids": torch.from_numpy(place).to(self.device),
+                "position_ids": moved(place, self.device),
             }
         # the state at position t predicts token t + 1; token (row, t) is predicted at flat position row*longest + t - 1
         targets = np.concatenate(
@@ -112,18 +130,24 @@ class Forward:
                 for row, (view, start) in enumerate(zip(views, starts, strict=True))
             ]
         )
-        flat = torch.from_numpy(targets).to(self.device)
         no_activations: list[Tensor] = []
         with last_activations(self._model) if self._near else nullcontext(no_activations) as activations:
-            stats = self._run(torch.from_numpy(input_ids).to(self.device), flat, inputs)
+            stats = self._run(moved(input_ids, self.device), moved(targets, self.device), inputs)
         if self._mid_ranks:
             stats["rank"] = stats["rank"] + stats["ties"] / 2
-        bounds = np.cumsum([int(view.scored.sum()) for view in views])[:-1]
-        pieces: dict[str, Any] = {name: np.split(values.cpu().numpy(), bounds) for name, values in stats.items()}
-        found = [TokenStats(**{name: pieces[name][row] for name in pieces}) for row in range(len(views))]
-        for row, (view, start) in enumerate(zip(views, starts, strict=True)):
-            if self._near and view.parts is not None:
-                found[row] = replace(found[row], **nearness(activations[-1][row], view, int(start), lead=self.lead))
+        near: list[dict[str, Any]] = [
+            nearness(activations[-1][row], view, int(start), lead=self.lead)
+            if self._near and view.parts is not None
+            else {}
+            for row, (view, start) in enumerate(zip(views, starts, strict=True))
+        ]
+        copies = Copies(stats)
+
+        def found() -> list[TokenStats]:
+            bounds = np.cumsum([int(view.scored.sum()) for view in views])[:-1]
+            pieces: dict[str, Any] = {name: np.split(values, bounds) for name, values in copies.arrays().items()}
+            return [TokenStats(**{name: pieces[name][row] for name in pieces}, **near[row]) for row in range(len(views))]
+
         return found
 
     def prefix(self, prompts: Sequence[IntArray]) -> Prefix:
@@ -135,12 +159,12 @@ class Forward:
             input_ids[row, : longest - len(prompt)] = prompt[0]  # padding, masked
             input_ids[row, longest - len(prompt) :] = prompt
         place = np.arange(longest) - (longest - lengths[:, None])
-        mask = torch.from_numpy((place >= 0).astype(np.int64)).to(self.device)
+        mask = moved((place >= 0).astype(np.int64), self.device)
         with forward_of(self._head, lambda hidden: hidden.new_zeros(*hidden.shape[:-1], 1)):
             output = self._model(
-                input_ids=torch.from_numpy(input_ids).to(self.device),
+                input_ids=moved(input_ids, self.device),
                 attention_mask=mask,
-                position_ids=torch.from_numpy(place.clip(min=0)).to(self.device),
+                position_ids=moved(place.clip(min=0), self.device),
                 use_cache=True,
             )
         return Prefix(cache=output.past_key_values, mask=mask, lengths=lengths)
@@ -253,7 +277,7 @@ class Forward:
                 ours = project(hidden[:2, -tokens.shape[1] :].flatten(0, 1)).clone()
             seen.append((hidden.shape[:-1], ours))
             logits = logits.to(torch.float32, copy=True)
-            logits[2, -tokens.shape[1] :] = _in_every_column(shown, logits[2, -tokens.shape[1] :])
+            logits[2, -tokens.shape[1] :] = in_every_column(shown, logits[2, -tokens.shape[1] :])
             return logits
 
         with forward_of(self._head, look):
@@ -276,7 +300,7 @@ class Forward:
                 "Give a decoder such as Llama, Qwen or SmolLM."
             )
         if [states for states, _ in seen] == [shape] and seen[0][1].shape[-1] == own.shape[-1]:
-            fitted = _fitted(_in_every_column(shown, own[2]), own[2])
+            fitted = fitted_transform(in_every_column(shown, own[2]), own[2])
             if fitted is not None and _same(fitted.apply_(seen[0][1]), own[:2].flatten(0, 1), limit).all():
                 return fitted
         logger.warning(
@@ -300,25 +324,6 @@ def _same(left: Tensor, right: Tensor, limit: float) -> Tensor:
     close: Tensor = ((left - right).abs() <= limit * scale) | (left == right) | (left.isnan() & right.isnan())
     rows: Tensor = close.all(-1)
     return rows
-
-
-def _in_every_column(shown: Tensor, like: Tensor) -> Tensor:
-    """`[positions, columns]` the values `shown`, repeated along each row and moved on from row to row, so that every
-    column has large ones and small ones."""
-    positions, columns = like.shape
-    places = torch.arange(columns, device=shown.device) + 2 * torch.arange(positions, device=shown.device)[:, None]
-    return shown[places % len(shown)]
-
-
-def _fitted(shown: Tensor, seen: Tensor) -> LogitTransform | None:
-    """The transform that turned the logits `shown` into `seen`, `[positions, columns]` each; None if it is not a scale
-    and a soft cap. The first row begins with `-1e6, …, 1e-3, …, 1e6`, the sixth and the ninth value."""
-    scale = float(seen[0, 5] / shown[0, 5])
-    cap = float(seen[0, 8])
-    capped = abs(cap) < 0.5 * abs(scale) * 1e6
-    fitted = LogitTransform(scale=scale, softcap=cap if capped else None)
-    same = torch.allclose(fitted.apply_(shown.clone()), seen, rtol=1e-3, atol=1e-5)
-    return fitted if same else None
 
 
 @contextmanager

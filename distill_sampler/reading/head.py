@@ -36,6 +36,25 @@ class LogitTransform:
         return logits
 
 
+def in_every_column(shown: Tensor, like: Tensor) -> Tensor:
+    """`[positions, columns]` the values `shown`, repeated along each row and moved on from row to row, so that every
+    column has large ones and small ones."""
+    positions, columns = like.shape
+    places = torch.arange(columns, device=shown.device) + 2 * torch.arange(positions, device=shown.device)[:, None]
+    return shown[places % len(shown)]
+
+
+def fitted_transform(shown: Tensor, seen: Tensor) -> LogitTransform | None:
+    """The transform that turned the logits `shown` into `seen`, `[positions, columns]` each; None if it is not a scale
+    and a soft cap. The first row begins with `-1e6, …, 1e-3, …, 1e6`, the sixth and the ninth value."""
+    scale = float(seen[0, 5] / shown[0, 5])
+    cap = float(seen[0, 8])
+    capped = abs(cap) < 0.5 * abs(scale) * 1e6
+    fitted = LogitTransform(scale=scale, softcap=cap if capped else None)
+    same = torch.allclose(fitted.apply_(shown.clone()), seen, rtol=1e-3, atol=1e-5)
+    return fitted if same else None
+
+
 Project = Callable[[Float[Tensor, "tokens hidden"]], Float[Tensor, "tokens vocab"]]
 """From hidden states to float32 logits. The caller may overwrite the result, and the next call may reuse its memory."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -212,7 +212,7 @@ class _Session:
             if not done and self._forward.device.type == "cuda":
                 torch.cuda.empty_cache()
             while self._due:
-                self._forwards([_IDLE])
+                self._begin([_IDLE])()
             trouble = self._ranks.max_over_ranks(2 if self.sharing is not shared else int(not done))
             if trouble == 2:
                 self.sharing = False
@@ -222,16 +222,8 @@ class _Session:
     def _follow(self, plan: Sequence[Wave], views: Sequence[View], stats: dict[int, TokenStats]) -> bool:
         """Read the waves of a plan. False if that failed; the next try has smaller batches or whole sequences."""
         for wave in plan:
-            sharing = Counter(wave.row.values())
             try:
-                prefix = self._prefix(wave.prompts) if wave.prompts else None
-                for batch in wave.batches:
-                    rows = [wave.row[place] for place in batch] if prefix else ()
-                    found = self._forwards([views[place] for place in batch], prefix, rows)
-                    for number, (place, read) in enumerate(zip(batch, found, strict=True)):
-                        saved = len(wave.prompts[rows[number]]) * (1 - 1 / sharing[rows[number]]) if rows else 0
-                        stats[place] = replace(read, cost=float(len(views[place].input_ids) - saved))
-                    self._info.progress(sum(len(views[place].input_ids) for place in batch))
+                self._read_wave(wave, views, stats)
             except torch.OutOfMemoryError:
                 longest = max(len(view.input_ids) for place, view in enumerate(views) if place not in stats)
                 if self._ranks.world_size > 1 or self._budget <= longest:
@@ -251,10 +243,33 @@ class _Session:
                 return False
         return True
 
-    def _forwards(self, *read: Any) -> list[TokenStats]:
+    def _read_wave(self, wave: Wave, views: Sequence[View], stats: dict[int, TokenStats]) -> None:
+        """Read a wave. An accelerator always has the next batch to compute while this one's statistics are taken."""
+        sharing = Counter(wave.row.values())
+        prefix = self._prefix(wave.prompts) if wave.prompts else None
+        begun: list[tuple[Sequence[int], Callable[[], list[TokenStats]]]] = []
+
+        def take() -> None:
+            batch, found = begun.pop(0)
+            for place, read in zip(batch, found(), strict=True):
+                saved = len(wave.prompts[wave.row[place]]) * (1 - 1 / sharing[wave.row[place]]) if prefix else 0
+                stats[place] = replace(read, cost=float(len(views[place].input_ids) - saved))
+            self._info.progress(sum(len(views[place].input_ids) for place in batch))
+
+        try:
+            for batch in wave.batches:
+                rows = [wave.row[place] for place in batch] if prefix else ()
+                begun.append((batch, self._begin([views[place] for place in batch], prefix, rows)))
+                if len(begun) == 2:
+                    take()
+        finally:  # what was read before an error too
+            while begun:
+                take()
+
+    def _begin(self, *read: Any) -> Callable[[], list[TokenStats]]:
         self._due -= 1
         begin_forward()
-        return self._forward(*read)
+        return self._forward.begin(*read)
 
     def _prefix(self, prompts: Sequence[IntArray]) -> Prefix:
         self._due -= 1

@@ -27,7 +27,8 @@ from distill_sampler.reading.head import LogitTransform, Project, Room, linear, 
 from distill_sampler.reading.lengths import switches_at
 from distill_sampler.reading.model_reader import ModelReader
 from distill_sampler.reading.reduce import columns_of, data_columns_of, extras_of, reduced
-from distill_sampler.reading.token_stats import chunk_for, token_stats
+from distill_sampler.reading.token_stats import chunk_for, fastest, token_stats
+from distill_sampler.reading.transfers import Copies, moved
 from distill_sampler.types import Batch, FloatArray, IntArray, Missing, Sample, TokenStats
 
 Whole = Callable[[nn.Module], AbstractContextManager[tuple[Tensor, Tensor | None]]]
@@ -99,10 +100,11 @@ class Observer:
         self._whole = whole or _not_sharded
         self._batch: Batch | None = None
         self._samples: list[Sample] = []
-        self._stats: dict[str, Tensor] | None = None
+        self._stats: Copies | None = None
         self._along = dict(along or {})
-        self._by_teachers: dict[int, dict[str, Tensor]] = {}
-        self._chunk = chunk_for(self._student.config.get_text_config().vocab_size)
+        self._by_teachers: dict[int, Copies] = {}
+        self._impl = fastest(next(model.parameters()).device, 0)
+        self._chunk = chunk_for(self._student.config.get_text_config().vocab_size, impl=self._impl)
         self._transform = transform_of(model, purpose="observe=True")
         self._switches_at = switches_at(self._student)
         self._room = Room()
@@ -184,21 +186,16 @@ class Observer:
             ]
         )
         targets = np.concatenate([sample.input_ids[sample.scored] for sample in self._samples])
-        at, tokens = (torch.from_numpy(each).to(hidden.device) for each in (places, targets))
+        at, tokens = moved(places, hidden.device), moved(targets, hidden.device)
         states = hidden.flatten(0, 1)[at]
         operands = autocast_dtype(hidden.device)
         with torch.autocast(hidden.device.type, enabled=False), self._project(operands) as project:
-            self._stats = token_stats(
-                states,
-                tokens,
-                project,
-                extras=self._extras,
-                chunk=self._chunk,
-            )
-        self._by_teachers = {model: reads(at, tokens) for model, reads in self._along.items()}
+            stats = token_stats(states, tokens, project, extras=self._extras, chunk=self._chunk, impl=self._impl)
+        self._stats = Copies(stats)
+        self._by_teachers = {model: Copies(reads(at, tokens)) for model, reads in self._along.items()}
 
-    def _as_arrays(self, stats: Mapping[str, Tensor]) -> dict[str, Any]:
-        arrays: dict[str, Any] = {name: values.cpu().numpy() for name, values in stats.items()}
+    def _as_arrays(self, stats: Copies) -> dict[str, Any]:
+        arrays = stats.arrays()
         if self._mid_ranks:
             arrays["rank"] = arrays["rank"] + arrays["ties"] / 2
         return arrays

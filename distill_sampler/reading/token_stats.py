@@ -43,7 +43,7 @@ EXTRAS = ("entropy", "top1", "sum_p2", "top50", "top50_sum_p2")
 """Statistics that are only computed on request."""
 
 _CHUNK_LOGITS = 2**25
-"""How many logits exist at a time: 134 MB. An accelerator needs as much again as scratch."""
+"""How many logits exist at a time: 134 MB. An accelerator needs as much again as scratch, except with Triton."""
 
 _CHUNK_LOGITS_IN_A_PASS = 2**27
 """The same on CUDA in a scoring pass, where eight times as much is free: 537 MB. With 152k columns these are 883
@@ -111,7 +111,7 @@ def usual_batch_tokens(device: torch.device) -> int:
     return 1024 if device.type == "cpu" else 16384
 
 
-def chunk_for(vocab: int, device: torch.device | None = None) -> int:
+def chunk_for(vocab: int, device: torch.device | None = None, *, impl: Impl = "chunked") -> int:
     """For how many positions logits should exist at a time, so that the product reaches its full speed.
 
     A multiple of 32: with 682 rows, a bfloat16 product on a CPU took a quarter longer for each row than with 672.
@@ -119,8 +119,9 @@ def chunk_for(vocab: int, device: torch.device | None = None) -> int:
     Args:
         vocab: columns of the head.
         device: where a pass only scores; None: beside training, which needs the memory itself.
+        impl: how logits become statistics.
     """
-    logits = _CHUNK_LOGITS
+    logits = 2 * _CHUNK_LOGITS if impl == "triton" else _CHUNK_LOGITS
     if device is not None and device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         if free > 8 * 4 * _CHUNK_LOGITS_IN_A_PASS:
