@@ -1,5 +1,6 @@
 """Running the student: scores equal full logits whatever the batches, and training does not notice."""
 
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -14,7 +15,9 @@ from distill_sampler import GlobalNaturalness, RankSurprisalRatio, ScoredDataset
 from distill_sampler.protocols import Metric
 from distill_sampler.reading.batching import token_batches
 from distill_sampler.reading.blocks import units_of
-from distill_sampler.reading.forward import reading, unwrap
+from distill_sampler.reading.forward import reading
+from distill_sampler.reading.structure import unwrap
+from distill_sampler.reading.token_stats import available
 from distill_sampler.types import Sample, TokenStats, View
 from tests import tiny
 
@@ -387,3 +390,58 @@ def test_what_is_no_causal_language_model_is_refused() -> None:
         unwrap(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="AutoModelForCausalLM"):
         unwrap(AutoModel.from_config(tiny.model().config))
+
+
+# ---- Compiled layers ----
+
+
+@pytest.mark.slow
+def test_compiled_layers_change_rounding_only_and_are_named(dataset: ScoredDataset) -> None:
+    if available("compiled", torch.device("cpu")) != "compiled":
+        pytest.skip("torch.compile does not work on this machine")
+    model = tiny.model()
+    counters = importlib.import_module("torch._dynamo.utils").counters
+    before = counters["stats"]["unique_graphs"]
+    expected = scores(model, dataset, batch_tokens=300)
+    found = scores(model, dataset, batch_tokens=300, compile_layers=True)
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-4, err_msg=name)
+    assert 1 <= counters["stats"]["unique_graphs"] - before <= 4  # for all shapes of batches and all layers
+    assert Scorer(compile_layers=True).numerics(model) == {**PLAIN, "layers": "compiled"}
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    # training afterwards is not compiled, and the scores of a student that the host compiles are the same
+    torch.testing.assert_close(scores(model, dataset, batch_tokens=300), expected, rtol=0, atol=0)
+    host = torch.compile(model)
+    again = scores(host, dataset, batch_tokens=300, compile_layers=True)  # type: ignore[arg-type]
+    for name, values in found.items():
+        np.testing.assert_array_equal(again[name], values)
+
+
+def test_layers_that_cannot_be_compiled_run_as_they_are_and_one_line_says_why(
+    dataset: ScoredDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny.model()
+    expected = scores(model, dataset)
+    layer: Any = model.base_model.layers[0]
+    layer.forward = layer.forward  # as hooks do that move weights
+    for _ in range(2):
+        found = scores(model, dataset, compile_layers=True)
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-5, err_msg=name)
+    assert "layers" not in Scorer(compile_layers=True).numerics(model)
+    assert "forward" in layer.__dict__
+    (line,) = [record.getMessage() for record in caplog.records if "compile_layers" in record.getMessage()]
+    assert "hooks" in line
+
+
+# ---- Accelerators ----
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_accelerator_gives_the_scores_of_a_cpu(dataset: ScoredDataset, compiled: bool) -> None:
+    expected = scores(tiny.model(), dataset)
+    for batch_tokens in (64, 300, None):
+        found = scores(tiny.model().cuda(), dataset, batch_tokens=batch_tokens, compile_layers=compiled)
+        for name, values in expected.items():
+            np.testing.assert_allclose(found[name], values, rtol=1e-3, err_msg=name)

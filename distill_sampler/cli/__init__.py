@@ -170,6 +170,12 @@ def score(
         bool,
         typer.Option("--share-prompts/--no-share-prompts", help="Read a prompt only once for all responses to it."),
     ] = True,
+    compile_layers: Annotated[
+        bool,
+        typer.Option(
+            "--compile-layers", help="Compile the model's layers: for small models on a GPU and millions of tokens."
+        ),
+    ] = False,
     rank_clip: Annotated[
         int | None, typer.Option(help="Largest rank that Rank-Surprisal Ratio counts (100 in the paper).")
     ] = None,
@@ -235,6 +241,7 @@ def score(
                 max_length=max_length,
                 batch_tokens=batch_tokens,
                 share_prompts=share_prompts,
+                compile_layers=compile_layers,
                 dtype=dtype,
                 autocast=autocast,  # type: ignore[arg-type]  # load_model refuses others
                 device=device,

@@ -20,7 +20,7 @@ from distill_sampler import GlobalNaturalness, RankSurprisalRatio, ScoredDataset
 from distill_sampler.integrations.loading import load_model, locate, pick_device, pick_dtype
 from distill_sampler.plugins import Plugin, plugins
 from distill_sampler.protocols import Metric
-from distill_sampler.reading.forward import unwrap
+from distill_sampler.reading.structure import unwrap
 from distill_sampler.reading.token_stats import fastest, usual_batch_tokens
 
 PACKAGES = ("distill_sampler", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "deepspeed", "triton")

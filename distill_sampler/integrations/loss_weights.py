@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from distill_sampler.objectives.places import weights_of_tokens
 from distill_sampler.protocols import Tap
-from distill_sampler.reading.forward import unwrap
+from distill_sampler.reading.structure import unwrap
 from distill_sampler.types import Batch
 
 

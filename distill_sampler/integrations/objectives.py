@@ -15,7 +15,7 @@ from distill_sampler.contract import checked_objectives
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.objectives.live import Setting
 from distill_sampler.protocols import Objective, ObjectiveTap
-from distill_sampler.reading.forward import unwrap
+from distill_sampler.reading.structure import unwrap
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,8 @@ from transformers import DataCollatorWithFlattening, Trainer
 from distill_sampler.integrations.trl import is_sft_trainer, source_rows
 from distill_sampler.planning.packs import Packing
 from distill_sampler.protocols import Tap
-from distill_sampler.reading.forward import reading, unwrap
+from distill_sampler.reading.forward import reading
+from distill_sampler.reading.structure import unwrap
 from distill_sampler.types import Batch, IntArray, is_whole
 
 Overlong = Literal["refuse", "truncate", "split"]

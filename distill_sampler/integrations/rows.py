@@ -101,7 +101,13 @@ class RowScorer:
         # chosen once for all chunks, because compilation must pay over all of them together
         vocabulary = student.model.config.get_text_config().vocab_size
         impl = fastest(student.device, intake.sources.about_tokens * vocabulary)
-        scorer = Scorer(batch_tokens=batch_tokens, share_prompts=options.share_prompts, progress=False, impl=impl)
+        scorer = Scorer(
+            batch_tokens=batch_tokens,
+            share_prompts=options.share_prompts,
+            compile_layers=options.compile_layers,
+            progress=False,
+            impl=impl,
+        )
         reader = scorer.reader(student.model)
         settings = {
             "schema": VERSION,

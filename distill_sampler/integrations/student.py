@@ -53,6 +53,8 @@ class RowOptions:
     """Tokens in a batch, padding included; None: 1024 on a CPU and 16384 elsewhere."""
     share_prompts: bool = True
     """Read a prompt that several candidates share only once."""
+    compile_layers: bool = False
+    """Compile the model's layers (see `Scorer`)."""
     dtype: str = "auto"
     """The dtype of a model that is loaded by name, or `"auto"`."""
     autocast: Literal["bfloat16", "float16"] | None = None

@@ -11,7 +11,7 @@ from distill_sampler.field_docs import documents_fields
 from distill_sampler.objectives.following import FollowsTeacher, require_model, scheduled
 from distill_sampler.objectives.live import Seen, Setting, Watch, attention_of, chosen_layers, layers_of
 from distill_sampler.protocols import Objective, ObjectiveTap
-from distill_sampler.reading.forward import unwrap
+from distill_sampler.reading.structure import unwrap
 
 
 @documents_fields

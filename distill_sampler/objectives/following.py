@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from distill_sampler.objectives.live import Seen, Setting, Watch
 from distill_sampler.objectives.places import predicting, weights_of_positions
 from distill_sampler.protocols import ObjectiveTap
-from distill_sampler.reading.forward import unwrap
+from distill_sampler.reading.structure import unwrap
 from distill_sampler.types import Batch
 from distill_sampler.vocabulary import shared_columns
 

@@ -13,7 +13,7 @@ from distill_sampler.field_docs import documents_fields
 from distill_sampler.objectives.following import FollowsTeacher, require_model, scheduled
 from distill_sampler.objectives.live import Seen, Setting, Watch, chosen_layers
 from distill_sampler.protocols import Objective, ObjectiveTap
-from distill_sampler.reading.forward import unwrap
+from distill_sampler.reading.structure import unwrap
 from distill_sampler.types import FloatArray
 
 MODULE = "distillation_projections"

@@ -17,10 +17,10 @@ from torch.distributed.tensor import DTensor
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.objectives.divergence import Cells, Targets, blocks
 from distill_sampler.protocols import ObjectiveTap
-from distill_sampler.reading.forward import decoder_of, forward_of, unwrap
 from distill_sampler.reading.head import LogitTransform, Project, linear
 from distill_sampler.reading.head import module as through_the_head
 from distill_sampler.reading.observer import ReadsAlong, transform_of
+from distill_sampler.reading.structure import decoder_of, forward_of, unwrap
 from distill_sampler.reading.token_stats import chunk_for, token_stats
 from distill_sampler.types import Batch
 

@@ -19,9 +19,9 @@ from distill_sampler.objectives.following import FollowsStudent, FollowsTeacher,
 from distill_sampler.objectives.live import Seen, Setting, Watch, require_plain_head
 from distill_sampler.objectives.stored import StoredTargets, Tail
 from distill_sampler.protocols import Objective, ObjectiveTap
-from distill_sampler.reading.forward import autocast_dtype, forward_of
 from distill_sampler.reading.head import LogitTransform
 from distill_sampler.reading.observer import transform_of
+from distill_sampler.reading.structure import autocast_dtype, forward_of
 
 
 @documents_fields

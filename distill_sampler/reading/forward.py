@@ -36,8 +36,10 @@ from distill_sampler.reading.head import (
     module,
     operand_copy,
 )
+from distill_sampler.reading.layers import compiled_layers
 from distill_sampler.reading.lengths import positions, switches_at, virtual_tokens, window
 from distill_sampler.reading.sharing import Prefix
+from distill_sampler.reading.structure import autocast_dtype, decoder_of, forward_of, unwrap
 from distill_sampler.reading.token_stats import Impl, chunk_for, token_stats
 from distill_sampler.reading.top_k import TopK
 from distill_sampler.reading.transfers import Copies, moved
@@ -55,7 +57,14 @@ class Forward:
     """Reads views with a student whose output head is replaced by one that computes statistics. Made by `reading`."""
 
     def __init__(
-        self, model: nn.Module, *, extras: Collection[str], impl: Impl, mid_ranks: bool, top_k: int = 0
+        self,
+        model: nn.Module,
+        *,
+        extras: Collection[str],
+        impl: Impl,
+        mid_ranks: bool,
+        top_k: int = 0,
+        compiled_layers: bool = False,
     ) -> None:
         student = unwrap(model)
         self._model = model
@@ -65,6 +74,7 @@ class Forward:
         self._impl: Impl = impl
         self._mid_ranks = mid_ranks
         self._top_k = top_k
+        self._compiled_layers = compiled_layers
         self._room = Room()
         self.positions = positions(student)
         self.switches_at = switches_at(student)
@@ -146,7 +156,9 @@ class Forward:
         def found() -> list[TokenStats]:
             bounds = np.cumsum([int(view.scored.sum()) for view in views])[:-1]
             pieces: dict[str, Any] = {name: np.split(values, bounds) for name, values in copies.arrays().items()}
-            return [TokenStats(**{name: pieces[name][row] for name in pieces}, **near[row]) for row in range(len(views))]
+            return [
+                TokenStats(**{name: pieces[name][row] for name in pieces}, **near[row]) for row in range(len(views))
+            ]
 
         return found
 
@@ -187,6 +199,8 @@ class Forward:
         if any("float32" in found.get(name, "") for name in ("dtype", "operands")):
             found["float32_products"] = float32_products(self.device)
         found["ties"] = "mid" if self._mid_ranks else "strict"
+        if self._compiled_layers:
+            found["layers"] = "compiled"
         return {**found, **({"quantization": str(getattr(method, "value", method))} if quantization else {})}
 
     @property
@@ -334,6 +348,7 @@ def reading(
     impl: Impl = "chunked",
     mid_ranks: bool = False,
     top_k: int = 0,
+    compile_layers: bool = False,
 ) -> Iterator[Forward]:
     """The student, ready to read views: in evaluation mode and without gradients. Its state is restored afterwards.
 
@@ -345,11 +360,12 @@ def reading(
         impl: the implementation of `token_stats`.
         top_k: how many of the likeliest tokens are given for each place.
         mid_ranks: add half of the ties to each rank.
+        compile_layers: run the layers compiled (`layers.py`), for any shape.
 
     Raises:
         ValueError: the model is not a causal language model, or has no output head.
     """
-    unwrap(model)
+    student = unwrap(model)
     modes = [(part, part.training) for part in model.modules()]
     compiled = any("_orig_mod" in part._modules or part._compiled_call_impl for part in model.modules())
     device = next(model.parameters()).device
@@ -360,67 +376,19 @@ def reading(
             torch.compiler.set_stance("force_eager") if compiled else nullcontext(),
             torch.random.fork_rng(devices=forked),
             torch.no_grad(),
+            compiled_layers(decoder_of(student)) if compile_layers else nullcontext(),
         ):
-            yield Forward(model, extras=extras, impl=impl, mid_ranks=mid_ranks, top_k=top_k)
+            yield Forward(
+                model,
+                extras=extras,
+                impl=impl,
+                mid_ranks=mid_ranks,
+                top_k=top_k,
+                compiled_layers=compile_layers,
+            )
     finally:
         for part, training in modes:
             part.training = training
-
-
-def decoder_of(student: Any) -> nn.Module:
-    """The module that makes the hidden states which a causal language model's output head reads.
-
-    For some architectures, transformers before 5.0 gives the whole model.
-    """
-    decoder: Any = student.get_decoder()
-    whole = callable(getattr(decoder, "get_output_embeddings", None)) and decoder.get_output_embeddings() is not None
-    inner: nn.Module = decoder.base_model if whole else decoder
-    return inner
-
-
-def unwrap(model: nn.Module) -> Any:
-    """The language model inside DDP, DeepSpeed and `torch.compile` wrappers.
-
-    Raises:
-        ValueError: there is none with an output head.
-    """
-    inner: Any = model
-    # tested on the class, because some wrappers (DeepSpeed's engine) forward attributes to the model inside
-    while not hasattr(type(inner), "get_output_embeddings"):
-        parts = dict(inner.named_children())
-        wrapped = parts.get("module", parts.get("_orig_mod"))
-        if wrapped is None:
-            break
-        inner = wrapped
-    if not callable(getattr(inner, "get_output_embeddings", None)):  # peft's adapters forward it
-        raise ValueError(
-            f"{type(model).__name__} is not a causal language model of transformers: it has no output head "
-            "(get_output_embeddings), so there is nothing to score with."
-        )
-    if inner.get_output_embeddings() is None:
-        raise ValueError(
-            f"{type(inner).__name__} has no output head. Load the student with AutoModelForCausalLM, not AutoModel."
-        )
-    return inner
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype to which the active autocast rounds the factors of products; None if autocast is off."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-
-
-@contextmanager
-def forward_of(head: nn.Module, forward: Any) -> Iterator[None]:
-    """Replace a module's `forward` on the instance, so that hooks that gather sharded weights still run."""
-    before = head.__dict__.get("forward")
-    head.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del head.forward
-        else:
-            head.forward = before
 
 
 def _own_logits(logits: Tensor) -> Tensor:

@@ -26,9 +26,11 @@ from torch import nn
 from distill_sampler.distributed import Ranks
 from distill_sampler.protocols import PassInfo, Read, Reader
 from distill_sampler.reading.batching import Wave, waves
-from distill_sampler.reading.forward import Forward, reading, unwrap
+from distill_sampler.reading.forward import Forward, reading
+from distill_sampler.reading.layers import not_compilable
 from distill_sampler.reading.lengths import positions
 from distill_sampler.reading.sharing import Prefix, can_share
+from distill_sampler.reading.structure import decoder_of, unwrap
 from distill_sampler.reading.token_stats import EXTRAS, Impl, available, fastest, usual_batch_tokens
 from distill_sampler.serialize import digest, hash_of
 from distill_sampler.types import IntArray, TokenStats, View
@@ -60,6 +62,7 @@ class ModelReader(Reader):
         share_prompts: read a prompt that several views begin with only once.
         impl: how logits become statistics (see `token_stats`).
         top_k: how many of the likeliest tokens are given for each place (`TokenStats.top_ids`).
+        compile_layers: run the layers compiled, where that is possible (see `Scorer`).
 
     Raises:
         ValueError: the model is not a causal language model of transformers, or has no output head.
@@ -76,6 +79,7 @@ class ModelReader(Reader):
         share_prompts: bool = True,
         impl: Literal["auto"] | Impl = "auto",
         top_k: int = 0,
+        compile_layers: bool = False,
     ) -> None:
         unwrap(model)
         self.model = model
@@ -87,8 +91,10 @@ class ModelReader(Reader):
         self._ties = ties
         self._impl = impl
         self._top_k = top_k
-        self._share_prompts = share_prompts
-        self._sharing: bool | None = None if share_prompts else False
+        self._compile_layers = compile_layers
+        # a cache of keys and values would make each layer compile anew
+        self._share_prompts = share_prompts and not compile_layers
+        self._sharing: bool | None = None if self._share_prompts else False
         """Whether this model can share prompts; None: not tried yet."""
 
     @property
@@ -134,10 +140,10 @@ class ModelReader(Reader):
         Returns:
             `dtype` (what the model computes in, autocast included), `head` (how the product with the output head is
             computed), `operands` (the dtypes of its factors, hidden states first), `float32_products` (how torch
-            computes products of float32 matrices, such as `"tf32"`), `ties` (the rule), and `quantization` if there is
-            any.
+            computes products of float32 matrices, such as `"tf32"`), `ties` (the rule), and `layers` and `quantization`
+            where layers are compiled or weights quantised.
         """
-        with reading(self.model, mid_ranks=self._ties == "mid") as forward:
+        with reading(self.model, mid_ranks=self._ties == "mid", compile_layers=self._compiles) as forward:
             return forward.numerics
 
     @property
@@ -165,13 +171,29 @@ class ModelReader(Reader):
     def shares_prompts(self) -> bool:
         return self._share_prompts
 
+    @property
+    def _compiles(self) -> bool:
+        """Whether the layers run compiled: it is wanted and possible."""
+        if not self._compile_layers:
+            return False
+        reason = not_compilable(decoder_of(unwrap(self.model)))
+        if reason and "layers" not in self.reported:
+            self.reported.add("layers")
+            logger.warning("compile_layers=True: the layers run as they are, because %s.", reason)
+        return not reason and available("compiled", self.device) == "compiled"
+
     @contextmanager
     def open(self, info: PassInfo) -> Iterator[Read]:
         """Open the model in evaluation mode and without gradients. Its state is restored afterwards."""
         logits = info.tokens * self.vocabulary
         impl = fastest(self.device, logits) if self._impl == "auto" else available(self._impl, self.device)
         with reading(
-            self.model, extras=info.statistics, impl=impl, mid_ranks=self._ties == "mid", top_k=self._top_k
+            self.model,
+            extras=info.statistics,
+            impl=impl,
+            mid_ranks=self._ties == "mid",
+            top_k=self._top_k,
+            compile_layers=self._compiles,
         ) as forward:
             session = _Session(forward, info, self.ranks, budget=self.budget, sharing=self._sharing)
             try:

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from distill_sampler.dataset import ScoredDataset
 from distill_sampler.protocols import Metric
-from distill_sampler.reading.forward import autocast_dtype, decoder_of, forward_of, reading, unwrap
+from distill_sampler.reading.forward import reading
 from distill_sampler.reading.head import LogitTransform, Project, Room, linear, module
 from distill_sampler.reading.lengths import switches_at
 from distill_sampler.reading.model_reader import ModelReader
 from distill_sampler.reading.reduce import columns_of, data_columns_of, extras_of, reduced
+from distill_sampler.reading.structure import autocast_dtype, decoder_of, forward_of, unwrap
 from distill_sampler.reading.token_stats import chunk_for, fastest, token_stats
 from distill_sampler.reading.transfers import Copies, moved
 from distill_sampler.types import Batch, FloatArray, IntArray, Missing, Sample, TokenStats

@@ -56,6 +56,10 @@ class Scorer:
     tied."""
     share_prompts: bool = True
     """Read a prompt that several candidates share only once, where that saves time and gives the same numbers."""
+    compile_layers: bool = False
+    """Run the student's layers through `torch.compile` (10 to 30 seconds, once), which rounds the last bits differently
+    and reads each prompt with every candidate. For small students on an accelerator and passes of many millions of
+    tokens."""
     impl: Literal["auto"] | Impl = "auto"
     """How logits become statistics (see `token_stats`). `"auto"`: Triton on CUDA where it is installed; otherwise
     compiled, for passes long enough to make up for the compilation."""
@@ -87,6 +91,7 @@ class Scorer:
             batch_tokens=self.batch_tokens,
             ties=self.ties,
             share_prompts=self.share_prompts,
+            compile_layers=self.compile_layers,
             impl=self.impl,
         )
 

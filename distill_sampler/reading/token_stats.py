@@ -88,7 +88,7 @@ def token_stats(
     if impl == "reference":
         chunk = max(1, len(targets))
     pieces: dict[str, list[Tensor]] = {name: [] for name in ("surprisal", "rank", "ties", *sorted(extras))}
-    with _compilation_allowed() if impl in ("compiled", "triton") else nullcontext():
+    with compilation_allowed() if impl in ("compiled", "triton") else nullcontext():
         for start in range(0, len(targets), chunk):
             logits, some = project(hidden[start : start + chunk]), targets[start : start + chunk]
             if top50:  # now: a reduction may overwrite the logits
@@ -146,7 +146,7 @@ def fastest(device: torch.device, logits: int) -> Impl:
 def available(impl: Impl, device: torch.device) -> Impl:
     """`impl` if it works on this machine, else `"chunked"` with a warning (no compiler, no Triton, ...)."""
     try:
-        with _compilation_allowed():
+        with compilation_allowed():
             _REDUCTIONS[impl](
                 torch.zeros(2, 3, device=device), torch.zeros(2, dtype=torch.int64, device=device), frozenset()
             )
@@ -264,7 +264,7 @@ def _reduce_compiled(logits: Tensor, targets: Tensor, extras: frozenset[str] = f
 
 
 @contextmanager
-def _compilation_allowed() -> Iterator[None]:
+def compilation_allowed() -> Iterator[None]:
     """Allow compilation even while a compiled student runs uncompiled, and silence torch's own warnings about it."""
     with torch.compiler.set_stance("default"), warnings.catch_warnings():
         warnings.simplefilter("ignore")

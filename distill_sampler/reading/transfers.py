@@ -30,7 +30,7 @@ class Copies:
         on_cuda = any(tensor.is_cuda for tensor in tensors.values())
         # on CUDA, torch puts the result of a copy that does not wait into pinned memory
         self._tensors = {name: tensor.to("cpu", non_blocking=on_cuda) for name, tensor in tensors.items()}
-        self._end = torch.cuda.Event() if on_cuda else None
+        self._end = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
         if self._end is not None:
             self._end.record(torch.cuda.current_stream(next(iter(tensors.values())).device))
 
