@@ -97,6 +97,8 @@ def run(options: Options) -> None:
     tokenizer = load_tokenizer(
         options.model, revision=commit, chat_template=None, trust_remote_code=options.trust_remote_code
     )
+    if tokenizer.pad_token_id is None:  # any will do: padding is neither read nor trained on
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
 
     def load() -> Any:
         return load_model(

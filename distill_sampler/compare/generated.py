@@ -93,12 +93,11 @@ def solved(
         asked[name] = sample["input_ids"][: int(np.argmax(np.asarray(sample["labels"]) != IGNORED_LABEL))]
     found: dict[str, bool] = {}
     by_length = sorted(asked, key=lambda name: (len(asked[name]), name))[ranks.rank :: ranks.world_size]
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     for start in range(0, len(by_length), _BATCH):
         some = by_length[start : start + _BATCH]
         longest = max(len(asked[name]) for name in some)
         # on the left: answers begin where prompts end
-        ids = torch.tensor([[padding] * (longest - len(asked[name])) + asked[name] for name in some])
+        ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(asked[name])) + asked[name] for name in some])
         mask = torch.tensor([[0] * (longest - len(asked[name])) + [1] * len(asked[name]) for name in some])
         device = next(model.parameters()).device
         with training.autocast(model):
@@ -107,7 +106,7 @@ def solved(
                 attention_mask=mask.to(device),
                 do_sample=False,
                 max_new_tokens=max_new_tokens,
-                pad_token_id=padding,
+                pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=list(end_token_ids),
             )
         answers = tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill_sampler.cli.compare import Options, run, show_runs, tables_of
 from distill_sampler.compare.generated import verifier
@@ -90,6 +90,20 @@ def test_a_rerun_gives_the_same_table_and_losses_bit_for_bit(made: Path, stage: 
     for key, each in again.items():
         assert each.answers == first[key].answers
         assert each.plan == first[key].plan
+
+
+def test_a_tokenizer_without_a_padding_token_changes_nothing(stage: Path, tmp_path: Path) -> None:
+    shutil.copytree(stage / "student", tmp_path / "student")
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "student")
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "student")
+    assert AutoTokenizer.from_pretrained(tmp_path / "student").pad_token_id is None
+    found = []
+    for number, student in enumerate((stage / "student", tmp_path / "student")):
+        common = {"seeds": 1, "arms": ["rsr"], "unit": "samples", "budget": 4, "batch_size": 4}
+        run(options(stage, tmp_path / str(number), model=str(student), **common))
+        found += runs_in(tmp_path / str(number))
+    assert found[0].answers == found[1].answers
 
 
 def test_candidates_that_another_process_is_scoring_are_waited_for(
