@@ -20,7 +20,7 @@ from distill_sampler.objectives.hidden_hints import MODULE, projections_of, rest
 from distill_sampler.objectives.places import IGNORED
 from tests import tiny
 from tests.objectives.test_soft_targets import curriculum, weights_of
-from tests.online.test_loss_weights import RATE, trainer_of
+from tests.online.test_loss_weights import RATE, divisor, trainer_of
 
 KINDS = ("Trainer", "SFTTrainer")
 
@@ -94,7 +94,7 @@ def test_a_step_descends_the_formula(of: Any, kind: str, tmp_path: Path, tokeniz
         own = formula(objective, student, guide, projections, ids, at)
         total = total + float(share) * (ce + weight * own)
         tokens += len(at)
-    (total / tokens).backward()
+    (total / tokens / divisor(trainer)).backward()
     expected = dict(student.named_parameters()) | {f"{MODULE}.{n}.weight": value for n, value in projections.items()}
     assert seen.keys() == expected.keys()
     for name, value in expected.items():

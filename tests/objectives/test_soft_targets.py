@@ -24,7 +24,7 @@ from distill_sampler import (
 )
 from distill_sampler.objectives.places import IGNORED
 from tests import tiny
-from tests.online.test_loss_weights import RATE, trainer_of
+from tests.online.test_loss_weights import RATE, divisor, trainer_of
 
 KINDS = ("Trainer", "SFTTrainer")
 
@@ -68,7 +68,7 @@ def after_one_step(trainer: Any, *, of: Curriculum, objective: SoftTargets, samp
         ce = torch.nn.functional.cross_entropy(z, labels[1:][counted], reduction="none")
         total = total + float(weight) * (alpha * T**2 * kl + (1 - alpha) * ce).sum()
         tokens += len(counted)
-    (total / tokens).backward()
+    (total / tokens / divisor(trainer)).backward()
     return {name: value.detach() - RATE * value.grad for name, value in model.named_parameters()}
 
 
