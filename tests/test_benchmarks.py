@@ -83,7 +83,7 @@ def test_the_accelerators_benchmark_tells_the_cost_of_a_batch_from_that_of_a_pas
 
     device = of["Device"]("cpu", "float32")
     model = of["SHAPES"]["tiny"].make(device.at, device.dtype)
-    options = Namespace(batch_tokens=16, step_tokens=16, rounds=2, seconds=0.0)
+    options = Namespace(batch_tokens=16, step_tokens=16, compiled=False, rounds=2, seconds=0.0)
     line = of["measure"](device, model, "tiny", 8, options)
     assert line.rows == 2
     assert [len(seconds.many) for seconds in line.passes.values()] == [2, 2]

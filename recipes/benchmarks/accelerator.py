@@ -11,6 +11,8 @@ Training steps with and without observing take turns too, where their memory suf
 - *once a pass*: what a scoring pass takes besides its batches (the probe of the model, mostly);
 - *observing / stock step*: forward and backward of `--step-tokens`, with and without observing; no optimizer step.
 
+With `--compiled`, a second line has the same with compiled layers, *bare* too. Compilation is not measured.
+
 The second table is a roofline. A large product and a large copy give the device's speeds, which are printed first. A
 batch takes at least its FLOP over the one and its bytes over the other, whichever is longer, for body and head each.
 The bytes are what must move at least: the body's weights once, the head's once for each chunk of positions, and the
@@ -29,7 +31,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -45,6 +47,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from distill_sampler import GlobalNaturalness, RankSurprisalRatio, ScoredDataset, Scorer
 from distill_sampler.integrations.batches import batch_of
+from distill_sampler.reading.layers import compiled_layers
 from distill_sampler.reading.observer import Observer
 from distill_sampler.reading.token_stats import chunk_for, usual_batch_tokens
 from distill_sampler.types import EpochPlan
@@ -197,36 +200,37 @@ def parts_of(model: Any, rows: int, length: int, device: Device) -> tuple[Part, 
 
 
 def passes(device: Device, model: Any, rows: int, length: int, options: argparse.Namespace) -> dict[str, Passes]:
-    """Bare and scoring passes, with batches of so many samples of one length."""
+    """Bare and scoring passes, with batches of so many samples of one length; the same with compiled layers."""
     rng = np.random.default_rng(0)
 
-    def bare(ids: Any) -> None:
-        with torch.no_grad():
+    def bare(ids: Any, compiled: bool = False) -> None:
+        with torch.no_grad(), compiled_layers(model.base_model) if compiled else nullcontext():
             for batch in ids:
                 model.base_model(input_ids=batch, use_cache=False)
 
     one = torch.from_numpy(rng.integers(0, model.config.vocab_size, (1, rows, length))).to(device.at)
     seconds = min(device.seconds(partial(bare, one)) for _ in range(3))
-    scorer = Scorer(batch_tokens=rows * length, progress=False)
-    block = scorer.reader(model).block_tokens // (rows * length)
+    scorers = [Scorer(batch_tokens=rows * length, compile_layers=each, progress=False) for each in (False, True)]
+    block = scorers[0].reader(model).block_tokens // (rows * length)
     few = min(max(round(0.15 / seconds), 1), 32)
     few -= few % block if few > block else 0  # whole blocks: results of each are put together on the host
     batches = few, 3 * few
     ids = rng.integers(0, model.config.vocab_size, (max(batches), rows, length))
     dataset = ScoredDataset([{"input_ids": row, "labels": row} for row in ids.reshape(-1, length).tolist()])
 
-    def score(number: int) -> None:
-        for _ in scorer.score(model, dataset, METRICS, np.arange(number * rows)):
+    def score(number: int, compiled: bool = False) -> None:
+        for _ in scorers[compiled].score(model, dataset, METRICS, np.arange(number * rows)):
             pass
 
     there = torch.from_numpy(ids).to(device.at)
-    device.seconds(partial(score, few))  # the libraries' first use
-    works = [partial(bare, there[:number]) for number in batches] + [partial(score, number) for number in batches]
-    found = device.in_turns(works, options.rounds, options.seconds)
-    return {
-        name: Passes(few=seconds[0], many=seconds[1], batches=batches)
-        for name, seconds in (("bare", found[:2]), ("scoring", found[2:]))
-    }
+    works: dict[str, list[Callable[[], Any]]] = {}
+    for compiled in [False, True] if options.compiled else [False]:
+        works["bare, compiled" if compiled else "bare"] = [partial(bare, there[:each], compiled) for each in batches]
+        works["scoring, compiled" if compiled else "scoring"] = [partial(score, each, compiled) for each in batches]
+    for shorter, _ in works.values():  # the libraries' first use
+        device.seconds(shorter)
+    found = iter(device.in_turns([work for pair in works.values() for work in pair], options.rounds, options.seconds))
+    return {name: Passes(few=next(found), many=next(found), batches=batches) for name in works}
 
 
 def observing(device: Device, model: Any, length: int, options: argparse.Namespace) -> list[list[float]]:
@@ -268,7 +272,7 @@ class Line:
     body: Part
     head: Part
     passes: dict[str, Passes]
-    """Bare and scoring; empty where the memory does not suffice."""
+    """Bare and scoring, also with compiled layers; empty where the memory does not suffice."""
     steps: list[list[float]]
     """Seconds of training steps without and with observing; empty where the memory does not suffice."""
     peak_gigabytes: float
@@ -307,19 +311,24 @@ def tables() -> tuple[Table, Table]:
     measured, roofline = Table(title="Measured"), Table(title="Roofline, a batch")
     for table, headings in ((measured, MEASURED), (roofline, ROOFLINE)):
         for place, heading in enumerate(headings):
-            table.add_column(heading, justify="right" if place else "left")
+            table.add_column(heading, justify="right" if place else "left", no_wrap=not place)
     return measured, roofline
 
 
 def add_rows(measured: Table, roofline: Table, line: Line, device: Device) -> None:
-    first = line.shape, f"{line.length:,}"
     if not line.passes:
-        measured.add_row(*first, "no memory")
-        return
-    bare, scoring = line.passes["bare"], line.passes["scoring"]
+        measured.add_row(line.shape, f"{line.length:,}", "no memory")
+    for compiled in ("", ", compiled"):
+        if f"bare{compiled}" in line.passes:
+            add_row(measured, roofline, line, device, compiled)
+
+
+def add_row(measured: Table, roofline: Table, line: Line, device: Device, compiled: str) -> None:
+    bare, scoring = (line.passes[f"{name}{compiled}"] for name in ("bare", "scoring"))
+    first = line.shape + compiled, f"{line.length:,}"
     tokens = line.rows * line.length
     ratio = statistics.median(b / a for a, b in zip(bare.each_batch, scoring.each_batch, strict=True))
-    pairs = [b / a for a, b in zip(*line.steps, strict=True)] if line.steps else []
+    pairs = [b / a for a, b in zip(*line.steps, strict=True)] if line.steps and not compiled else []
     measured.add_row(
         *first,
         f"{scoring.batches[0]}, {scoring.batches[1]}",
@@ -329,7 +338,7 @@ def add_rows(measured: Table, roofline: Table, line: Line, device: Device) -> No
         f"{ratio:.2f}",
         f"{1 + line.head.flop / line.body.flop:.2f}",
         f"{1e3 * scoring.once:.1f}",
-        f"{statistics.median(pairs):.3f}" if pairs else "no memory",
+        "" if compiled else f"{statistics.median(pairs):.3f}" if pairs else "no memory",
         f"{line.peak_gigabytes:.1f}",
     )
     parts = line.body, line.head
@@ -357,6 +366,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3, help="a line begins no round later, but the second")
     parser.add_argument("--batch-tokens", type=int, help="tokens in a batch; default: the library's")
     parser.add_argument("--step-tokens", type=int, default=8192, help="tokens in a training step")
+    parser.add_argument("--compiled", action="store_true", help="a second line each: the same with compiled layers")
     parser.add_argument("--json", type=Path, help="a file for the seconds of every round")
     options = parser.parse_args()
     device = Device(str(at), options.dtype)
@@ -375,6 +385,8 @@ def main() -> None:
     measured, roofline = tables()
     lines = []
     for name in options.shapes:
+        if options.compiled:
+            torch.compiler.reset()  # or a few shapes of the same layer would be too many
         model = SHAPES[name].make(device.at, device.dtype)
         for length in options.lengths:
             started = time.perf_counter()
