@@ -393,11 +393,12 @@ def main() -> None:
             line = measure(device, model, name, length, options)
             lines.append(line)
             add_rows(measured, roofline, line, device)
+            if options.json is not None:  # after each line, for a machine whose time may run out
+                whole = {**about, "lines": [asdict(each) for each in lines]}
+                options.json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
             console.print(f"measured {name} at {length:,} tokens in {time.perf_counter() - started:.0f} s")
         del model
     console.print(measured, roofline)
-    if options.json is not None:
-        options.json.write_text(json.dumps({**about, "lines": [asdict(line) for line in lines]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
