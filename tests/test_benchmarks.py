@@ -48,7 +48,7 @@ def test_a_kept_result_says_where_it_is_from_and_names_no_folder(
     head, _, body = (tmp_path / "to" / "name.txt").read_text(encoding="utf-8").partition("\n\n")
     found = dict(line.split(": ", 1) for line in head.splitlines())
     assert found["command"] == "python fake.py rows.jsonl 0"
-    assert {"date", "code", "machine", "versions", "load average", "other programs"} < found.keys()
+    assert {"date", "code", "machine", "threads", "versions", "load average", "other programs"} < found.keys()
     assert f"torch {torch.__version__}" in found["versions"]
     line, bar = body.splitlines()
     assert line.split()[2:] == ["thing.py:3", "rows.jsonl", "https://host/a", "rows.jsonl", "2", "tokens/s"]

@@ -28,6 +28,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PACKAGES = ("distill_sampler", "torch", "transformers", "trl", "numpy", "triton")
+PLAIN = {"PYTHONUNBUFFERED": "1", "COLUMNS": "150", "NO_COLOR": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+"""The environment of a benchmark: lines at once, of this width, without colours and loading bars."""
 QUIET = 0.1
 """Of a quiet machine, other programs use less than this share of the cores."""
 
@@ -41,7 +43,7 @@ def keep(name: str, command: Sequence[str], into: Path) -> int:
         [sys.executable, str(HERE / command[0]), *command[1:]],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "150", "NO_COLOR": "1"},
+        env={**os.environ, **PLAIN},
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -59,6 +61,7 @@ def keep(name: str, command: Sequence[str], into: Path) -> int:
         "date": f"{began:%Y-%m-%d %H:%M} UTC, {seconds:.0f} s",
         "code": code(),
         "machine": machine(),
+        "threads": f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '')}",
         "versions": ", ".join([f"python {platform.python_version()}", *versions()]),
         "load average": f"{load:.2f} at the start, {os.getloadavg()[0]:.2f} at the end",
         "other programs": "unknown" if math.isnan(others) else f"{others:.2f} cores, {verdict}",
