@@ -292,6 +292,7 @@ ROOFLINE = (
 def measure(device: Device, model: Any, name: str, length: int, options: argparse.Namespace) -> Line:
     rows = max(1, (options.batch_tokens or usual_batch_tokens(device.at)) // length)
     device.forget_peak()
+    body, head = parts_of(model, rows, length, device)  # before memory is taken, which decides on the chunk
     found: dict[str, Passes] = {}
     steps: list[list[float]] = []
     with suppress(torch.OutOfMemoryError):
@@ -301,7 +302,6 @@ def measure(device: Device, model: Any, name: str, length: int, options: argpars
         steps = observing(device, model, length, options)
     model.zero_grad(set_to_none=True)
     model.eval()
-    body, head = parts_of(model, rows, length, device)
     return Line(
         shape=name, length=length, rows=rows, body=body, head=head, passes=found, steps=steps, peak_gigabytes=peak
     )
