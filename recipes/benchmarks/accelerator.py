@@ -18,7 +18,7 @@ batch takes at least its FLOP over the one and its bytes over the other, whichev
 The bytes are what must move at least: the body's weights once, the head's once for each chunk of positions, and the
 float32 logits out and in. The activations of the body are not counted, so a small body cannot reach its bound.
 
-Before that, `reductions.py` compares the reductions that the device can run with float64 on it. Without an accelerator,
+At the end, `reductions.py` compares the reductions that the device can run with float64 on it. Without an accelerator,
 the command runs the smallest shape on the CPU, which shows that it works. `--json FILE` keeps each round's seconds.
 """
 
@@ -381,7 +381,6 @@ def main() -> None:
     console.print(f"{about['device']}, torch {torch.__version__}, transformers {transformers.__version__}")
     console.print(f"a large {options.dtype} product: {device.product / 1e12:.1f} TFLOP/s", end="; ")
     console.print(f"a large copy: {device.copy / 1e12:.2f} TB/s")
-    console.print(reductions.check(device.at))
     measured, roofline = tables()
     lines = []
     for name in options.shapes:
@@ -399,6 +398,7 @@ def main() -> None:
             console.print(f"measured {name} at {length:,} tokens in {time.perf_counter() - started:.0f} s")
         del model
     console.print(measured, roofline)
+    console.print(reductions.check(device.at))
 
 
 if __name__ == "__main__":

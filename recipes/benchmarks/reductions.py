@@ -15,12 +15,15 @@ from distill_sampler.reading.token_stats import Impl, token_stats
 
 
 def check(device: torch.device) -> Table:
-    """Every reduction that the device can run, against formulas in float64. Some targets are tied with one column."""
+    """Every reduction that the device can run, against formulas in float64.
+
+    The logits are multiples of 1/16, which any order of summing gives exactly, so there are many ties, and ranks and
+    ties must be the very same.
+    """
     vocab = 50_257
     torch.manual_seed(0)
-    weight = torch.randn(vocab, 256, device=device).to(torch.bfloat16)
-    weight[5000:10_000] = weight[:5000]
-    states = torch.randn(600, 256, device=device).to(torch.bfloat16)
+    weight = (torch.randint(-3, 4, (vocab, 256), device=device) / 16).to(torch.bfloat16)
+    states = torch.randint(-3, 4, (600, 256), device=device).to(torch.bfloat16)
     targets = torch.randint(vocab, (len(states),), device=device)
     logits = states.double() @ weight.double().T
     own = logits.gather(1, targets[:, None])
@@ -31,18 +34,15 @@ def check(device: torch.device) -> Table:
         "rank": 1 + (logits > own).sum(1),
         "ties": (logits == own).sum(1) - 1,
     }
-    table = Table("reduction", "surprisal", "entropy", "ranks that differ", "ties that differ")
-    table.title = "Against float64: largest errors in nats"
+    title = "Largest errors against float64"
+    table = Table("reduction", "surprisal, nats", "entropy, nats", "rank", "ties", title=title)
     impls: list[Impl] = ["chunked", "compiled"] + (["triton"] if device.type == "cuda" else [])
     for impl in impls:
         project = linear(weight, None, LogitTransform())
         found = token_stats(states, targets, project, extras=["entropy"], chunk=256, impl=impl)
-        errors = {name: (found[name] - true[name]).abs().max().item() for name in ("surprisal", "entropy")}
-        # float32 sums in another order may swap two columns that are all but equal
-        differ = [(found[name] != true[name]).float().mean().item() for name in ("rank", "ties")]
-        table.add_row(impl, *(f"{error:.1e}" for error in errors.values()), *(f"{share:.2%}" for share in differ))
+        errors = {name: (found[name] - right).abs().max().item() for name, right in true.items()}
         assert max(errors.values()) < 1e-3, (impl, errors)
-        assert max(differ) < 0.02, (impl, differ)
+        table.add_row(impl, *(f"{error:.1e}" if error else "0" for error in errors.values()))
     return table
 
 
