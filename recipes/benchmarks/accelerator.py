@@ -2,8 +2,9 @@
 
 Random weights of published shapes, random tokens: throughput depends on neither. For each shape and length of the
 samples, bare forward passes of the body and scoring passes (RSR and global naturalness) take turns on the same
-batches. Each pass runs over n and over 3n batches, so what a batch costs is known apart from what a pass costs once.
-Training steps with and without observing take turns too, where their memory suffices. The first table has medians:
+batches of `--batch-tokens`. Each pass runs over n and over 3n batches, so what a batch costs is known apart from what
+a pass costs once. Training steps with and without observing take turns too, where their memory suffices. The first
+table has medians:
 
 - *bare*, *scoring*: tokens a second, by the time that one more batch takes;
 - *scoring / bare*: the ratio of these times, beside the least that it can be, *floor*: body and head at the same speed,
@@ -290,7 +291,7 @@ ROOFLINE = (
 
 
 def measure(device: Device, model: Any, name: str, length: int, options: argparse.Namespace) -> Line:
-    rows = max(1, (options.batch_tokens or usual_batch_tokens(device.at)) // length)
+    rows = max(1, options.batch_tokens // length)
     device.forget_peak()
     body, head = parts_of(model, rows, length, device)  # before memory is taken, which decides on the chunk
     found: dict[str, Passes] = {}
@@ -364,7 +365,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=7, help="of passes, at most; of steps three times as many")
     parser.add_argument("--seconds", type=float, default=3, help="for a line's passes, and for its steps")
-    parser.add_argument("--batch-tokens", type=int, help="tokens in a batch; default: the library's")
+    tokens = usual_batch_tokens(at)
+    parser.add_argument("--batch-tokens", type=int, default=tokens, help="the library takes up to 65536 on CUDA")
     parser.add_argument("--step-tokens", type=int, default=8192, help="tokens in a training step")
     parser.add_argument("--compiled", action="store_true", help="a second line each: the same with compiled layers")
     parser.add_argument("--json", type=Path, help="a file for the seconds of every round")
