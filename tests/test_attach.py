@@ -391,7 +391,8 @@ def test_a_resumed_run_trains_what_the_uninterrupted_one_does(
     assert trained(rest) == trained(whole)[2 * stop :]
     assert attached.times_trained().tolist() == uninterrupted.times_trained().tolist()
     assert attached.times_trained().sum() == 12
-    assert len(attached.plans) == (1 if stop <= 3 else 0)  # the plan of a begun epoch is loaded, not made again
+    assert len(attached.summaries) == (1 if stop <= 3 else 0)  # the plan of a begun epoch is loaded, not made again
+    assert list(attached.plans) == list(uninterrupted.plans)
     for left, right in zip(whole.model.parameters(), rest.model.parameters(), strict=True):
         assert torch.equal(left, right)
 

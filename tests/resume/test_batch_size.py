@@ -85,7 +85,8 @@ def test_a_resume_with_other_batches_trains_the_rest_of_the_plan(
     step = per_step(settings)
     with caplog.at_level(logging.WARNING, "distill_sampler"):
         trainer, attached = run(tmp_path, tokenizer, output / f"checkpoint-{stop}", **settings)
-    (second,) = attached.plans
+    planned, second = attached.plans  # the first from the old folder's record
+    assert planned == first
     expected = rest_of(first, 2 * stop, step) + rest_of(second, 0, step)
     assert trained(trainer) == expected
     assert attached.times_trained().tolist() == np.bincount([*first.indices[: 2 * stop], *expected], None, 18).tolist()
@@ -110,7 +111,8 @@ def test_what_was_resumed_with_other_batches_is_resumed_again(
     output, first = two_at_a_time
     whole, attached = run(tmp_path / "five", tokenizer, output / "checkpoint-1", per_device_train_batch_size=5)
     order = trained(whole)
-    (second,) = attached.plans
+    planned, second = attached.plans  # the first from the old folder's record
+    assert planned == first
     for steps, (plan, position) in {1: (first, 7), 2: (second, 0), 3: (second, 5)}.items():
         checkpoint = tmp_path / "five" / f"checkpoint-{1 + steps}"
         again, _ = run(tmp_path / f"again-{steps}", tokenizer, checkpoint, per_device_train_batch_size=5)
