@@ -8,6 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from distill_sampler import attach, detach
+from distill_sampler.integrations.versions import BEGINS_ANYWHERE
 from tests.test_attach import curriculum, plain_trainer, sft_trainer
 
 
@@ -20,6 +21,8 @@ def test_a_detached_trainer_is_as_before(
     tokenizer: PreTrainedTokenizerBase,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if begins_anywhere and not BEGINS_ANYWHERE:
+        pytest.skip("this transformers lacks what 5.3 brought")
     monkeypatch.setattr("distill_sampler.integrations.seams.BEGINS_ANYWHERE", begins_anywhere)
     trainer = sft_trainer(tmp_path, tokenizer)
     before, callbacks = dict(vars(trainer)), list(trainer.callback_handler.callbacks)

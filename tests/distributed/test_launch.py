@@ -180,7 +180,8 @@ def test_two_processes_continue_with_other_batches_what_one_began(
     both = reports(
         stage, f"size-{size}", WAYS["ddp"][0], "--batch-size", str(size), "--resume", str(stage / "alone/checkpoint-1")
     )
-    (second,) = both[0]["plans"]
+    planned, second = both[0]["plans"]  # the first from the record beside the checkpoint
+    assert planned == one["plans"][0]
     filled = [[*one["plans"][0][4:], *one["plans"][0]], [*second, *second]]
     expected = [
         rest[2 * size * n : 2 * size * (n + 1)] for rest, of in zip(filled, steps, strict=True) for n in range(of)

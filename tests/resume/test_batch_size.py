@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from distill_sampler import BestOf, Curriculum, DistillSampler, EpochPlan, Rescore, Shuffle, attach
 from tests import tiny
-from tests.resume.test_checkpoints import verified
+from tests.resume.test_checkpoints import steps_may_change, verified
 from tests.test_attach import RSR, curriculum, plain_trainer, trained
 
+pytestmark = steps_may_change
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 BATCHES: list[dict[str, Any]] = [
     {"per_device_train_batch_size": 1},
