@@ -157,6 +157,8 @@ def run(options: Options) -> None:
         return
     if not complete:
         say.print("Other processes are making the remaining runs. Run this again for the tables.")
+        if not any((options.output / "runs").glob("*.json")):
+            return
     write_results(options.output)
     if options.pilot:
         print(pilot_report(comparison, runs_in(options.output)))

@@ -128,6 +128,19 @@ def test_candidates_that_another_process_is_scoring_are_waited_for(
     assert own.plan in {each.plan for each in runs_in(made)}
 
 
+def test_where_other_processes_make_all_runs_there_is_a_line_and_no_error(
+    stage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "comparison"
+    (output / "runs").mkdir(parents=True)
+    with (output / "runs" / "none-0.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        run(options(stage, output, arms=["none"], seeds=1))
+    assert "Other processes are making the remaining runs" in capsys.readouterr().err
+    run(options(stage, output, arms=["none"], seeds=1))
+    assert len(runs_in(output)) == 1
+
+
 def test_runs_that_are_there_are_not_made_again(made: Path, stage: Path) -> None:
     (made / "runs" / "rsr-1.json").unlink()
     before = {path: path.stat().st_mtime_ns for path in (made / "runs").glob("*.json")}
