@@ -106,6 +106,16 @@ def test_the_laws_hold_when_the_kernel_is_interpreted() -> None:
     assert run.returncode == 0, run.stdout
 
 
+def test_memory_that_torch_keeps_for_later_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    gigabyte = 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gigabyte, 80 * gigabyte))  # as late in training
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 60 * gigabyte)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 60 * gigabyte)
+    assert kernel.chunk_for(152_000, torch.device("cuda")) == 192
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20 * gigabyte)
+    assert kernel.chunk_for(152_000, torch.device("cuda")) == 864
+
+
 @pytest.mark.skipif(not torch.cuda.is_available() or not find_spec("triton"), reason="no accelerator with Triton")
 def test_triton_is_chosen_on_an_accelerator_and_agrees() -> None:
     assert kernel.fastest(torch.device("cuda"), logits=1) == "triton"

@@ -31,7 +31,7 @@ from distill_sampler.reading.layers import not_compilable
 from distill_sampler.reading.lengths import positions
 from distill_sampler.reading.sharing import Prefix, can_share
 from distill_sampler.reading.structure import decoder_of, unwrap
-from distill_sampler.reading.token_stats import EXTRAS, Impl, available, fastest, usual_batch_tokens
+from distill_sampler.reading.token_stats import EXTRAS, Impl, available, fastest, free_memory, usual_batch_tokens
 from distill_sampler.serialize import digest, hash_of
 from distill_sampler.types import IntArray, TokenStats, View
 from distill_sampler.watch import begin_forward
@@ -336,6 +336,5 @@ def _affordable_tokens(model: nn.Module, device: torch.device) -> int:
         return usual_batch_tokens(device)
     # without gradients, a token needs the activations of about one layer, and some memory for keys, values and masks
     hidden = int(unwrap(model).config.get_text_config().hidden_size)
-    free, _ = torch.cuda.mem_get_info(device)
-    tokens = free // 2 // (64 * hidden * next(model.parameters()).element_size())
+    tokens = free_memory(device) // 2 // (64 * hidden * next(model.parameters()).element_size())
     return int(2 ** np.clip(np.floor(np.log2(max(tokens, 1))), 10, 16))

@@ -47,8 +47,7 @@ _CHUNK_LOGITS = 2**25
 
 _CHUNK_LOGITS_IN_A_PASS = 2**27
 """The same on CUDA in a scoring pass, where eight times as much is free: 537 MB. With 152k columns these are 883
-positions. A head is read once for each chunk, and below about 300 positions that takes longer than the product (by
-arithmetic, not measured: 700 TFLOP/s in bfloat16, 3.3 TB/s)."""
+positions, at which the product ran at 591 TFLOP/s on an H200 (478 at 192 positions, 588 at 3,456)."""
 
 _ROWS_LOGITS = 2**20
 """How many logits a CPU reduces at a time: 8 MB with their scratch, which stays in its caches. Passes over a whole
@@ -111,6 +110,12 @@ def usual_batch_tokens(device: torch.device) -> int:
     return 1024 if device.type == "cpu" else 16384
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes of a CUDA device that tensors could take: what is free, and what torch keeps for tensors to come."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def chunk_for(vocab: int, device: torch.device | None = None, *, impl: Impl = "chunked") -> int:
     """For how many positions logits should exist at a time, so that the product reaches its full speed.
 
@@ -122,10 +127,8 @@ def chunk_for(vocab: int, device: torch.device | None = None, *, impl: Impl = "c
         impl: how logits become statistics.
     """
     logits = 2 * _CHUNK_LOGITS if impl == "triton" else _CHUNK_LOGITS
-    if device is not None and device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        if free > 8 * 4 * _CHUNK_LOGITS_IN_A_PASS:
-            logits = _CHUNK_LOGITS_IN_A_PASS
+    if device is not None and device.type == "cuda" and free_memory(device) > 8 * 4 * _CHUNK_LOGITS_IN_A_PASS:
+        logits = _CHUNK_LOGITS_IN_A_PASS
     positions = logits // vocab
     return positions // 32 * 32 or max(1, positions)
 

@@ -1,5 +1,5 @@
 """The reductions from logits to statistics that this device can run, against float64: `python
-recipes/benchmarks/kernels.py`. An error beyond float32's rounding ends it.
+recipes/benchmarks/reductions.py`. An error beyond float32's rounding ends it.
 """
 
 from __future__ import annotations
