@@ -48,8 +48,9 @@ class Scorer:
     """How the student reads the samples."""
 
     batch_tokens: int | None = None
-    """Tokens in a batch, padding included; a longer sample gets a batch of its own. None: 1024 on a CPU, else a power
-    of two that fits in half of the free memory. Halved when memory runs out (with one process)."""
+    """Tokens in a batch, padding included; a longer sample gets a batch of its own. None: 1024 on a CPU, else
+    16384, or less where that does not fit in half of the free memory. Halved when memory runs out (with one
+    process)."""
     ties: Literal["strict", "mid"] = "strict"
     """How other tokens with exactly the same logit count in a rank. `"strict"`: not at all, as in the authors' code.
     `"mid"`: half each, which is unbiased. It matters where logits are rounded to bfloat16: there one token in ten is

@@ -366,7 +366,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="of passes, at most; of steps three times as many")
     parser.add_argument("--seconds", type=float, default=3, help="for a line's passes, and for its steps")
     tokens = usual_batch_tokens(at)
-    parser.add_argument("--batch-tokens", type=int, default=tokens, help="the library takes up to 65536 on CUDA")
+    parser.add_argument("--batch-tokens", type=int, default=tokens, help="default: the library's")
     parser.add_argument("--step-tokens", type=int, default=8192, help="tokens in a training step")
     parser.add_argument("--compiled", action="store_true", help="a second line each: the same with compiled layers")
     parser.add_argument("--json", type=Path, help="a file for the seconds of every round")
