@@ -105,12 +105,13 @@ class Curriculum:
         self._num_samples = None if num_samples is None else int(num_samples)
         self._num_tokens = None if num_tokens is None else int(num_tokens)
         self._cycle: Cycle | None = None
-        if num_samples is not None and num_samples < 1:
-            raise ValueError(f"Curriculum(num_samples={num_samples}): an epoch needs at least one sample.")
-        if num_tokens is not None and num_tokens < 1:
-            raise ValueError(f"Curriculum(num_tokens={num_tokens}): an epoch needs at least one token.")
+        for name, given, unit in (("num_samples", num_samples, "sample"), ("num_tokens", num_tokens, "token")):
+            if given is not None and given < 1:
+                raise ValueError(f"Curriculum({name}={given}): an epoch needs at least one {unit}.")
         if num_samples is not None and num_tokens is not None:
             raise ValueError("Curriculum(num_samples=, num_tokens=): an epoch has one length. Give one of the two.")
+        if observe and self.scorer.compile_layers:
+            raise ValueError("observe=True and Scorer(compile_layers=True) round differently. Give the curriculum one.")
 
     # ---- Life cycle ----
 

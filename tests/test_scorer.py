@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModel, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from distill_sampler import GlobalNaturalness, RankSurprisalRatio, ScoredDataset, Scorer
+from distill_sampler import Curriculum, GlobalNaturalness, RankSurprisalRatio, ScoredDataset, Scorer
 from distill_sampler.protocols import Metric
 from distill_sampler.reading.batching import token_batches
 from distill_sampler.reading.blocks import units_of
@@ -189,6 +189,23 @@ def test_running_out_of_memory_halves_the_batches_and_loses_nothing(
     assert_same(scores(model, dataset, batch_tokens=1500), expected)
     assert max(largest) <= 200
     assert caplog.text.count("Out of memory") == 3  # 1500, 750, 375, 187
+
+
+def test_a_batch_that_was_begun_before_memory_ran_out_is_not_read_again(
+    model: PreTrainedModel, dataset: ScoredDataset
+) -> None:
+    expected = scores(model, dataset, share_prompts=False)
+    rows: list[int] = []
+
+    def full_once(module: Any, args: Any, kwargs: Any) -> None:
+        samples, length = kwargs["input_ids"].shape
+        rows.append(samples if length > 4 else 0)  # the probe of the model and idle forwards are shorter
+        if len(rows) == 3:  # the probe, a batch, and this one
+            raise torch.OutOfMemoryError("too much")
+
+    model.model.register_forward_pre_hook(full_once, with_kwargs=True)
+    assert_same(scores(model, dataset, batch_tokens=300, share_prompts=False), expected)
+    assert sum(rows) - rows[2] == len(dataset)
 
 
 def test_memory_that_does_not_hold_a_single_sequence_is_an_error(
@@ -409,12 +426,43 @@ def test_compiled_layers_change_rounding_only_and_are_named(dataset: ScoredDatas
     assert 1 <= counters["stats"]["unique_graphs"] - before <= 4  # for all shapes of batches and all layers
     assert Scorer(compile_layers=True).numerics(model) == {**PLAIN, "layers": "compiled"}
     assert all("forward" not in module.__dict__ for module in model.modules())
+    # a hook that comes later counts, and a metric may bring one
+    handle = model.base_model.layers[1].mlp.register_forward_hook(lambda module, args, output: 2 * output)
+    hooked = scores(model, dataset, batch_tokens=300)
+    again = scores(model, dataset, batch_tokens=300, compile_layers=True)
+    handle.remove()
+    for name, values in hooked.items():
+        np.testing.assert_allclose(again[name], values, rtol=1e-4, err_msg=name)
+    assert not np.allclose(hooked["mean_surprisal"], expected["mean_surprisal"], rtol=1e-3)
     # training afterwards is not compiled, and the scores of a student that the host compiles are the same
     torch.testing.assert_close(scores(model, dataset, batch_tokens=300), expected, rtol=0, atol=0)
     host = torch.compile(model)
     again = scores(host, dataset, batch_tokens=300, compile_layers=True)  # type: ignore[arg-type]
     for name, values in found.items():
         np.testing.assert_array_equal(again[name], values)
+
+
+@pytest.mark.slow
+def test_activations_are_seen_in_compiled_layers() -> None:
+    if available("compiled", torch.device("cpu")) != "compiled":
+        pytest.skip("torch.compile does not work on this machine")
+    model = tiny.model()
+    ids = np.arange(3, 43)
+    view = View(
+        input_ids=ids, scored=np.arange(40) >= 20, parts=np.where(np.arange(40) < 20, -1, np.arange(40) // 10 - 2)
+    )
+    near = []
+    for compiled in (True, False):
+        with reading(model, compile_layers=compiled):  # before there is a hook
+            pass
+        with reading(model, extras=["near_first"], compile_layers=compiled) as forward:
+            near.append(forward([view])[0].near_first)
+    np.testing.assert_allclose(near[0], near[1], rtol=1e-4)
+
+
+def test_observed_scores_and_compiled_layers_are_refused_together() -> None:
+    with pytest.raises(ValueError, match=r"observe=True.*compile_layers=True.*Give the curriculum one"):
+        Curriculum(metrics=METRICS, policies=[], observe=True, scorer=Scorer(compile_layers=True))
 
 
 def test_layers_that_cannot_be_compiled_run_as_they_are_and_one_line_says_why(

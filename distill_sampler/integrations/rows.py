@@ -117,7 +117,7 @@ class RowScorer:
             "template": _digest(student.tokenizer.chat_template) if template else "plain",
             "whole_text": options.whole_text,
             "max_length": options.max_length,
-            "share_prompts": options.share_prompts,
+            "share_prompts": reader.shares_prompts,
         }
         rows = {
             "columns": {name: value for name, value in vars(options.layout).items() if value is not None},

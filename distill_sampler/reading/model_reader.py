@@ -92,9 +92,8 @@ class ModelReader(Reader):
         self._impl = impl
         self._top_k = top_k
         self._compile_layers = compile_layers
-        # a cache of keys and values would make each layer compile anew
-        self._share_prompts = share_prompts and not compile_layers
-        self._sharing: bool | None = None if self._share_prompts else False
+        self._share_prompts = share_prompts
+        self._sharing: bool | None = None if share_prompts else False
         """Whether this model can share prompts; None: not tried yet."""
 
     @property
@@ -169,18 +168,21 @@ class ModelReader(Reader):
 
     @property
     def shares_prompts(self) -> bool:
-        return self._share_prompts
+        # a cache of keys and values would make each layer compile anew
+        return self._share_prompts and not self._compiles
 
-    @property
+    @cached_property
     def _compiles(self) -> bool:
-        """Whether the layers run compiled: it is wanted and possible."""
+        """Whether the layers run compiled: it is wanted, and possible on every process. All must ask for it."""
         if not self._compile_layers:
             return False
         reason = not_compilable(decoder_of(unwrap(self.model)))
+        if not reason and available("compiled", self.device) != "compiled":
+            reason = "torch.compile does not work on this machine"
         if reason and "layers" not in self.reported:
             self.reported.add("layers")
             logger.warning("compile_layers=True: the layers run as they are, because %s.", reason)
-        return not reason and available("compiled", self.device) == "compiled"
+        return not self.ranks.max_over_ranks(int(bool(reason)))
 
     @contextmanager
     def open(self, info: PassInfo) -> Iterator[Read]:
@@ -195,7 +197,8 @@ class ModelReader(Reader):
             top_k=self._top_k,
             compile_layers=self._compiles,
         ) as forward:
-            session = _Session(forward, info, self.ranks, budget=self.budget, sharing=self._sharing)
+            sharing = self._sharing if self.shares_prompts else False
+            session = _Session(forward, info, self.ranks, budget=self.budget, sharing=sharing)
             try:
                 yield session.read
             finally:
@@ -333,8 +336,7 @@ def weights_hash(model: nn.Module, *, sampled: bool = False) -> str:
 def _affordable_tokens(model: nn.Module, device: torch.device) -> int:
     """How many tokens of a batch should fit in half of the free memory: a power of two, so that it seldom changes.
 
-    No more than usual: with 16384, forwards of students from 0.1 B on are limited by an H200, not by its host. Larger
-    batches need more padding (64 traces of GSM8K: 57 % with 65536, 36 % with 16384; 6,651 traces: 5.7 % and 1.3 %).
+    No more than usual: larger batches of few samples need more padding.
     """
     usual = usual_batch_tokens(device)
     if device.type != "cuda":

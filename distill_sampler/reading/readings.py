@@ -13,7 +13,7 @@ Key = tuple[str, bytes]
 
 
 class Readings:
-    """Token statistics of frozen readers, in memory: about 12 bytes for each scored token.
+    """Token statistics of frozen readers, in memory: about 20 bytes for each scored token.
 
     Every process keeps all of them, because a sample may be read by another process in the next pass.
     """

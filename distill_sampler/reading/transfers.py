@@ -38,4 +38,6 @@ class Copies:
         """The tensors as arrays, when all copies have ended."""
         if self._end is not None:
             self._end.synchronize()
+            # out of pinned memory, of which there is little: statistics may be kept for long
+            return {name: tensor.numpy().copy() for name, tensor in self._tensors.items()}
         return {name: tensor.numpy() for name, tensor in self._tensors.items()}
