@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import re
 import shutil
 import uuid
@@ -224,7 +225,8 @@ class Record:
         Args:
             run: identity of the run (`"run"`), and what its numbers mean (`schema.run_facts`).
             samples: what each sample is, one row each.
-            earlier: where the run may have kept its record until now. A new record begins with a copy of it.
+            earlier: where the run may have kept its record until now. The record goes on from that one, or from one of
+                this run that another has moved aside here.
 
         Raises:
             OSError: the folder cannot be written.
@@ -233,31 +235,46 @@ class Record:
             self._passes, self._plans, self._next = {}, {}, {"pass": 0, "plan": 0}
             self._run = run.get("run")
             return
-        new = read_run(self._folder).get("run") != run.get("run")
-        if self._folder.exists() and new:
-            if len(self.passes):
-                set_aside(self._folder)
-            else:
-                shutil.rmtree(self._folder)
-        self._folder.mkdir(parents=True, exist_ok=True)
         self._run = run.get("run")
-        if new and earlier and self._run and (kept := record_of(earlier, self._run)) is not None:
-            self._copy(kept)
+        if earlier is not None and earlier.resolve() == self._folder.resolve():
+            earlier = None
+        before = record_of(earlier, self._run) if earlier and self._run else None
+        if before is not None or read_run(self._folder).get("run") != self._run:
+            if self._folder.exists():
+                if len(self.passes) or len(self.plans):
+                    set_aside(self._folder)
+                else:
+                    shutil.rmtree(self._folder)
+            if before is not None:
+                self._go_on_from(before)
+            elif self._run and read_run(aside := _aside(self._folder, self._run)).get("run") == self._run:
+                aside.rename(self._folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
         self._next = {kind: max(self._files(kind), default=-1) + 1 for kind in self._next}
         for old in self._folder.glob("samples-*.parquet"):
             old.unlink()
         write_part(samples, self._folder, "samples")
         write_atomically(self._folder / RUN, json.dumps(run, indent=1, default=str).encode())
 
-    def _copy(self, earlier: Record) -> None:
-        """Copy the passes and plans of an earlier record."""
+    def _go_on_from(self, before: Record) -> None:
+        """Begin with the files of a record in another folder: the same files where that is possible, else copies. They
+        are never written again. A kill meanwhile leaves nothing that is taken for a record."""
         assert self._folder is not None
+        assert before.folder is not None
+        begun = self._folder.with_name(f"{self._folder.name}.begun")
+        shutil.rmtree(begun, ignore_errors=True)
         try:
-            for kind in ("pass", "left", "plan"):
-                for path in earlier._files(kind).values():
-                    shutil.copyfile(path, self._folder / path.name)
+            begun.mkdir(parents=True)
+            files = [each for kind in ("pass", "left", "plan") for each in before._files(kind).values()]
+            for path in (before.folder / RUN, *files):
+                try:
+                    os.link(path, begun / path.name)
+                except OSError:  # another file system
+                    shutil.copyfile(path, begun / path.name)
+            begun.rename(self._folder)
         except OSError as error:
-            logger.warning("%s cannot be copied to %s (%s).", earlier, self._folder, error)
+            logger.warning("%s cannot be copied to %s (%s).", before, self._folder, error)
+            shutil.rmtree(begun, ignore_errors=True)
 
     def add_pass(self, scoring_pass: ScoringPass) -> None:
         """Add a scoring pass."""

@@ -342,8 +342,9 @@ class Scores:
             return recorded
         wanted = {name for policy in policies for name in policy.uses_columns}
         columns = self._columns_of_data(wanted, epoch)
-        if wanted - columns.keys():  # refused below, with the names of those that there are
-            columns = self._columns_of_data(columns_of_data(self.names, self.metrics), epoch)
+        if wanted - columns.keys():  # refused below, with the names of those that there are; none is read for that
+            unread = EncodedColumn(codes=np.zeros(0, np.int64), values=())
+            columns = dict.fromkeys(columns_of_data(self.names, self.metrics), unread) | columns
         refuse_single_responses(policies, columns)
         tokens = self.integers("num_tokens", epoch=epoch)
         lengths = self.integers("length", epoch=epoch)

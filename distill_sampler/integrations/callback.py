@@ -114,11 +114,11 @@ class CurriculumCallback(TrainerCallback):
         self._resumed = Place()
         self.trained = 0
         self._output = output
-        earlier = None if checkpoint is None else checkpoint.parent
+        earlier = None if checkpoint is None else checkpoint.resolve().parent
         self.curriculum.keep(output, run=self.run, write=state.is_world_process_zero, earlier=earlier)
         for tap in self.taps:
             if isinstance(tap, SampleLog):
-                tap.begin(output / FOLDER, self.run)
+                tap.begin(output / FOLDER, self.run, earlier=None if earlier is None else earlier / FOLDER)
         if state.global_step == 0:
             self.curriculum.reset()
         else:

@@ -42,19 +42,20 @@ class SampleLog(Tap):
     def __init__(self, *, rank: int = 0, world_size: int = 1) -> None:
         self._rank = rank
         self._world_size = world_size
-        self._folder = Path()
+        self._folder = self._earlier = Path()
         self._run = ""
         self._file = -1
         self._writable = True
 
-    def begin(self, folder: Path, run: str) -> None:
+    def begin(self, folder: Path, run: str, *, earlier: Path | None = None) -> None:
         """A run begins or continues.
 
         Args:
             folder: folder of the log.
             run: identity of the run.
+            earlier: where the run may have kept its log until now. Its lines are taken along.
         """
-        self._folder, self._run = folder, run
+        self._folder, self._run, self._earlier = folder, run, earlier or folder
 
     @property
     def _path(self) -> Path:
@@ -67,10 +68,11 @@ class SampleLog(Tap):
         self._folder.mkdir(parents=True, exist_ok=True)
         self._trim(self._path, step)
         if self._rank == 0:  # the run may have had more processes before
-            for path in self._folder.glob("samples-*.jsonl"):
-                rank = re.fullmatch(r"samples-(\d+)\.jsonl", path.name)
+            logs = (path for folder in (self._folder, self._earlier) for path in folder.glob("samples-*.jsonl"))
+            for name in {path.name for path in logs}:
+                rank = re.fullmatch(r"samples-(\d+)\.jsonl", name)
                 if rank and int(rank[1]) >= self._world_size:
-                    self._trim(path, step)
+                    self._trim(self._folder / name, step)
         self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND)
         self._writable = True
         try:
@@ -79,7 +81,8 @@ class SampleLog(Tap):
             os.close(self._file)
 
     def _trim(self, path: Path, step: int) -> None:
-        kept = [line for line in _lines(path) if line["step"] <= step] if step and _run_of(path) == self._run else []
+        known = next((each for each in (self._earlier / path.name, path) if _run_of(each) == self._run), None)
+        kept = [line for line in _lines(known) if line["step"] <= step] if step and known else []
         lines = [{"run": self._run}, *kept]
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 

@@ -171,7 +171,7 @@ class ModelReader(Reader):
         # a cache of keys and values would make each layer compile anew
         return self._share_prompts and not self._compiles
 
-    @cached_property
+    @property
     def _compiles(self) -> bool:
         """Whether the layers run compiled: it is wanted, and possible on every process. All must ask for it."""
         if not self._compile_layers:

@@ -60,7 +60,8 @@ class Scorer:
     compile_layers: bool = False
     """Run the student's layers through `torch.compile` (10 to 30 seconds, once). It rounds differently, as another
     dtype does, so scores with and without are not mixed, and prompts are read with every candidate. For small students
-    on an accelerator and passes of many millions of tokens. Where layers cannot be compiled, a warning says why."""
+    on an accelerator and passes of many millions of tokens. Where layers cannot be compiled, a warning says why,
+    or an error if that shows only when they run."""
     impl: Literal["auto"] | Impl = "auto"
     """How logits become statistics (see `token_stats`). `"auto"`: Triton on CUDA where it is installed; otherwise
     compiled, for passes long enough to make up for the compilation."""

@@ -14,12 +14,13 @@ import torch
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from typer.testing import CliRunner
 
-from distill_sampler import BestOf, Shuffle, attach
+from distill_sampler import BestOf, Curriculum, Shuffle, attach
 from distill_sampler.artifacts.manifest import MANIFEST
 from distill_sampler.artifacts.record import RECORD, Record, read_run
 from distill_sampler.artifacts.state import ARRAYS
 from distill_sampler.cli import app
 from distill_sampler.integrations.checkpoints import STATE_ENTRY, last_whole, why_broken
+from distill_sampler.integrations.sample_log import read_log
 from distill_sampler.integrations.versions import BEGINS_ANYWHERE
 from tests import tiny
 from tests.test_attach import RSR, RecordedTrainer, arguments, curriculum, plain_trainer, trained
@@ -252,12 +253,58 @@ def test_a_run_that_goes_on_elsewhere_takes_its_record_along(
     if where == "after another run":  # which has moved the record aside
         folder, record = output, record.rename(record.with_name(f"record-{read_run(record)['run']}"))
     before = {path.name: path.read_bytes() for path in record.iterdir()}
+    plans = [planned.plan for planned in Record(record, write=False).plans]
     attached = curriculum()
     resumed(folder, tokenizer, str(output / "checkpoint-5"), curriculum=attached)
-    assert list(attached.plans) == [planned.plan for planned in Record(record, write=False).plans]
+    assert list(attached.plans) == plans
     assert set(attached.history("teacher")["epoch"].to_pylist()) == {0, 1}
-    assert before == {path.name: path.read_bytes() for path in record.iterdir()}
     assert "lacks" not in caplog.text
+    if where == "after another run":  # it is moved back
+        assert not record.exists()
+        record = output / RECORD
+    assert {path.name: path.read_bytes() for path in record.glob("p*")} == {
+        name: content for name, content in before.items() if name.startswith("p")
+    }
+    assert not list(record.parent.glob("*.begun"))
+
+
+def test_a_run_that_goes_on_elsewhere_twice_has_the_record_of_the_checkpoint_that_it_goes_on_from(
+    output: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    folder = tmp_path / "new"
+    (tmp_path / "latest").symlink_to(output / "checkpoint-5")
+    whole = [planned.plan for planned in Record(output / RECORD, write=False).plans]
+    for checkpoint in (output / "checkpoint-2", tmp_path / "latest"):
+        attached = curriculum()
+        resumed(folder, tokenizer, str(checkpoint), curriculum=attached)
+        assert list(attached.plans) == whole
+    (folder / RECORD).with_name("record.begun").mkdir()  # what a kill in the middle leaves
+    shutil.rmtree(folder / RECORD)
+    attached = curriculum()
+    resumed(folder, tokenizer, str(output / "checkpoint-5"), curriculum=attached)
+    assert list(attached.plans) == whole
+
+
+def test_a_record_of_plans_alone_is_moved_aside_too(
+    output: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "shared"
+    for _ in range(2):
+        trainer = plain_trainer(folder, tokenizer, **SAVING)
+        attach(trainer, Curriculum(metrics=[], policies=[Shuffle()]))
+        trainer.train()
+    assert "held the record of another run" in caplog.text
+    assert len(list((folder / RECORD).parent.glob("record-*"))) == 1
+
+
+def test_a_sample_log_goes_along_with_the_run(output: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder, checkpoint in ((first, None), (second, str(first / "checkpoint-2"))):
+        trainer = plain_trainer(folder, tokenizer, **SAVING)
+        attach(trainer, curriculum(), sample_log=True)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    logs = [read_log(folder / RECORD.parent) for folder in (first, second)]
+    assert logs[0] == logs[1]
 
 
 # ---- Settings ----
